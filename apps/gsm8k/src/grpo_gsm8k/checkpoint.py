@@ -1,0 +1,186 @@
+"""One orbax checkpoint holds everything a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from grpo_contracts import GrpoError
+from grpo_mesh import digest
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+FORMAT = 1
+
+# What orbax, tensorstore and zarr raise on bytes that are missing, cut short or changed.
+_DAMAGE = (ValueError, OSError, KeyError, TypeError)
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(GrpoError, RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class ResumeRefused(GrpoError, ValueError):
+    """The checkpoint belongs to another run: model, tokenizer, data or settings differ."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back: the step it was taken after, the state, and the notes beside it."""
+
+    step: int
+    state: Any
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: written in the background, renamed into place whole, verified when read.
+
+    A digest of the state (the same for every sharding) is stored beside it and computed again after reading,
+    so a flipped bit or a truncated file is noticed, named, and the previous checkpoint is used.
+
+    Args:
+        folder: where the checkpoints live, one sub-folder a step.
+        keep: how many of the newest to keep; the one with the best accuracy is kept besides.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(keep),
+                BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True, step_prefix="step", enable_async_checkpointing=True
+        )
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: Any, notes: Mapping[str, Any], *, accuracy: float | None = None) -> None:
+        """Starts writing the checkpoint of `step`; the state is copied before this returns, so it may be donated.
+
+        Args:
+            step: number of finished steps.
+            state: any pytree of arrays.
+            notes: what is not an array: iterator state, counters, config, versions. Must be JSON.
+            accuracy: held-out accuracy in [0, 1], if it was measured at this step; the best one is kept.
+
+        Raises:
+            CheckpointError: the disk is full, the folder is not writable, or the previous write failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        body = {"format": FORMAT, "state_digest": digest(state), "notes": dict(notes)}
+        sealed = {"body": body, "sha256": _sha256(body)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(sealed)),
+                metrics=None if accuracy is None else {"accuracy": accuracy},
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self._folder}: {error}. "
+                f"Earlier checkpoints are intact: {self._steps_text()}."
+            ) from error
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint being written is complete on disk.
+
+        Raises:
+            CheckpointError: the write failed; earlier checkpoints are intact.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"writing a checkpoint to {self._folder} failed: {error}. Earlier checkpoints are intact."
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the last write and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint on disk, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: Any, expected: Mapping[str, Any]) -> Restored | None:
+        """Reads the newest checkpoint that is whole.
+
+        Args:
+            like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
+            expected: facts of this run (model, tokenizer, data set, ...) that must equal `notes["identity"]`.
+
+        Returns:
+            The state and its notes, or None if there is no checkpoint yet.
+
+        Raises:
+            ResumeRefused: the newest whole checkpoint was made by another run; the message shows the difference.
+            CheckpointError: there are checkpoints and every one of them is damaged.
+        """
+        steps = self.steps
+        for step in reversed(steps):
+            try:
+                sealed = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+                body = sealed["body"]
+                if sealed["sha256"] != _sha256(body):
+                    raise ValueError("its notes do not match their checksum")
+                _refuse_strangers(self._folder, step, body, expected)
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+                state = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                )["state"]
+                if digest(state) != body["state_digest"]:
+                    raise ValueError("its arrays do not match their checksum")
+            except ResumeRefused:
+                raise
+            except _DAMAGE as error:
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                log.warning("checkpoint %s is damaged (%s); trying the one before it", self._folder / f"step_{step}", first)
+                continue
+            return Restored(step, state, body["notes"])
+        if steps:
+            raise CheckpointError(
+                f"every checkpoint in {self._folder} is damaged (steps {self._steps_text()}). "
+                "Move the folder away to start again from the beginning."
+            )
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Deletes checkpoints newer than `step`: the damaged ones that `restore` stepped over."""
+        for later in [s for s in self.steps if s > step]:
+            self._manager.delete(later)
+
+    def _steps_text(self) -> str:
+        return ", ".join(map(str, self.steps)) or "none yet"
+
+
+def _sha256(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _refuse_strangers(folder: Path, step: int, body: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if body["format"] != FORMAT:
+        raise ResumeRefused(
+            f"the checkpoint of step {step} in {folder} has format {body['format']}; this program reads {FORMAT}."
+        )
+    recorded = body["notes"].get("identity", {})
+    differing = [key for key in sorted({*recorded, *expected}) if recorded.get(key) != expected.get(key)]
+    if differing:
+        table = "\n".join(f"  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing)
+        raise ResumeRefused(
+            f"the checkpoint of step {step} in {folder} was made by another run:\n{table}\n"
+            "Choose another run.dir, or restore the settings it was made with."
+        )
