@@ -1,0 +1,272 @@
+"""Every setting of a run: its name, type, unit, default, and which combinations make sense.
+
+The defaults are the laptop's. `grpo_gsm8k.layers` reads YAML and `--set` on top of them. Nothing here imports jax,
+flax, transformers or numpy: `--print-config` answers at once.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "Data",
+    "Eval",
+    "Log",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Reward",
+    "Rollout",
+    "Run",
+]
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["float32", "bfloat16"]
+# A list in YAML, a tuple here: hashable, and nobody appends to it by accident.
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Weights = Annotated[tuple[float, ...], Field(strict=False)]
+
+# A well-formed wrong answer must stay worth far less than a right one.
+DEFAULT_WEIGHTS = {"format": 0.1}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class Run(_Section):
+    """Where the run lives."""
+
+    dir: Annotated[str, Field(min_length=1)] = Field(
+        "auto", description="folder of the run; `auto`: resume the unfinished run of this config in runs/, or start one"
+    )
+
+
+class Data(_Section):
+    """Which problems."""
+
+    source: Annotated[str, Field(min_length=1)] = Field(
+        "embedded", description="`embedded`, a folder or JSONL file in GSM8K's format, or a hub id (openai/gsm8k)"
+    )
+    test_source: str = Field("", description="held-out problems, as data.source; empty: the test split of data.source")
+    train_size: Count = Field(0, description="training problems to use; 0: all of them")
+    max_prompt_length: Positive = Field(128, description="tokens; a longer prompt is refused by name")
+
+
+class Model(_Section):
+    """Which policy, in which precision."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(
+        "embedded", description="`embedded`, a folder in Hugging Face layout, or a hub id"
+    )
+    dtype: Dtype = Field("float32", description="dtype of the trained parameters")
+    compute_dtype: Dtype = Field("float32", description="dtype of matrix products (they accumulate in float32)")
+    remat: bool = Field(False, description="recompute each layer's activations in the backward pass to save memory")
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field("auto", description="attention kernel")
+
+
+class Rollout(_Section):
+    """How completions are sampled."""
+
+    prompts: Positive = Field(16, description="prompts of one step")
+    group_size: Positive = Field(8, description="samples of one prompt (the group)")
+    max_new_tokens: Positive = Field(128, description="tokens; a completion that reaches it is cut and counted")
+    temperature: float = Field(1.0, ge=0.0, description="softmax temperature")
+    top_k: Count = Field(0, description="keep the k likeliest tokens; 0: all")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens up to this mass; 1: all")
+    min_p: float = Field(0.0, ge=0.0, lt=1.0, description="drop tokens below this share of the likeliest; 0: none")
+    slots: Count = Field(0, description="sequences decoded at once; 0: all of a step")
+
+
+class Loss(_Section):
+    """What is optimised, and in which pieces."""
+
+    kind: Literal["clip", "dual_clip", "gspo", "gspo_token", "cispo", "sapo", "reinforce"] = Field(
+        "clip", description="policy loss; `clip` is PPO's and GRPO's"
+    )
+    advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce++", "reinforce++_baseline"] = Field(
+        "grpo", description="advantage estimator; `dr_grpo` does not divide by the group's std"
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed"] = Field(
+        "token_mean",
+        description="mean over all tokens; mean over sequences of token means, or of token sums; or a fixed divisor",
+    )
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="importance ratios are clipped below 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0.0, description="importance ratios are clipped above 1 + clip_high")
+    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
+    reference: Annotated[str, Field(min_length=1)] = Field(
+        "none", description="reference policy of the KL: `none`, `initial` (a frozen copy of the first weights) or PATH"
+    )
+    entropy_coefficient: float = Field(0.0, ge=0.0, description="weight of the entropy bonus; 0: none")
+    epochs: Positive = Field(1, description="passes over each rollout")
+    minibatches: Positive = Field(1, description="optimizer updates a pass; must divide rollout.prompts")
+    row_length: Count = Field(0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens")
+    rows: Positive = Field(8, description="packed rows of one micro-batch")
+
+
+class Optimizer(_Section):
+    """AdamW and its learning rate."""
+
+    learning_rate: float = Field(3e-4, gt=0.0, description="peak learning rate")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
+    warmup_steps: Count = Field(0, description="linear warm-up, in optimizer updates")
+    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay")
+    b1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    b2: float = Field(0.99, ge=0.0, lt=1.0, description="decay of the second moment")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="gradients are scaled down to this global norm")
+
+
+class Reward(_Section):
+    """What a completion is worth."""
+
+    functions: Names = Field(("answer", "format"), description="`answer`, `format`, or your own as module:function")
+    weights: Weights = Field((1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
+    timeout: float = Field(
+        10.0, gt=0.0, description="seconds a batch of your own function may take before it is killed"
+    )
+    max_unscored: Share = Field(0.1, description="the run stops when more than this share of a step has no reward")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_weights(cls, given: Any) -> Any:
+        # Resolved here, so that the saved config shows the weights a run really used.
+        if isinstance(given, dict) and not given.get("weights") and isinstance(given.get("functions"), list | tuple):
+            functions = given["functions"]
+            return {**given, "weights": [DEFAULT_WEIGHTS.get(str(name), 1.0) for name in functions]}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"reward.weights must have one number for each of reward.functions: got {len(self.weights)} for "
+                f"{len(self.functions)} functions ({', '.join(self.functions)})"
+            )
+        if len(set(self.functions)) != len(self.functions):
+            raise ValueError(f"reward.functions must not repeat a function: got {', '.join(self.functions)}")
+        for name in self.functions:
+            module, colon, function = name.partition(":")
+            if name in ("answer", "format") or (
+                colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+            ):
+                continue
+            raise ValueError(f"reward.functions must hold `answer`, `format` or module:function: got {name!r}")
+        if not any(self.weights):
+            raise ValueError(
+                "reward.weights must not all be 0: every advantage would be 0 and nothing would be learned"
+            )
+        return self
+
+
+class Eval(_Section):
+    """Held-out accuracy, decoded greedily."""
+
+    every: Count = Field(20, description="steps between evaluations; 0: only eval.before and eval.after")
+    problems: Positive = Field(500, description="held-out problems of each evaluation")
+    before: bool = Field(True, description="evaluate before the first step")
+    after: bool = Field(True, description="evaluate after the last step")
+    max_new_tokens: Count = Field(0, description="tokens; 0: as rollout.max_new_tokens")
+
+
+class Checkpoint(_Section):
+    """What survives a kill."""
+
+    every: Count = Field(20, description="steps between checkpoints; the last step is always saved; 0: no checkpoints")
+    keep: Positive = Field(2, description="newest checkpoints kept, besides the best one")
+
+
+class Log(_Section):
+    """Where metrics go, besides metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    wandb: bool = Field(False, description="log to Weights & Biases (needs the `wandb` extra)")
+    completions: Count = Field(4, description="completions of each step written to completions.jsonl")
+
+
+class Config(_Section):
+    """One run, resolved."""
+
+    seed: Count = Field(0, description="of data order, sampling and everything else random")
+    steps: Positive = Field(60, description="GRPO steps: one rollout and its updates each")
+    cpu_devices: Count = Field(0, description="devices forced out of a CPU host; 0: leave as it is")
+    mesh: Annotated[str, Field(min_length=1)] = Field(
+        "auto", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
+    )
+    slice: Annotated[str, Field(pattern=r"^((v4|v5e|v5p|v6e)-[1-9][0-9]*)?$")] = Field(
+        "",
+        description="TPU slice the run is meant for, such as v5e-16 (what preflight compiles for); empty: this machine",
+    )
+    compilation_cache: str = Field(
+        "~/.cache/grpo-gsm8k/jax", description="folder of compiled programs kept between runs; empty: none"
+    )
+    huge_pages: bool = Field(
+        False,
+        description="start again under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster small updates on Linux CPUs)",
+    )
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    rollout: Rollout = Rollout()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    reward: Reward = Reward()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        contradictions = list(self._contradictions())
+        if contradictions:
+            raise ValueError("\n".join(contradictions))
+        return self
+
+    def _contradictions(self):
+        rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
+        if loss.kl_coefficient > 0 and loss.reference == "none":
+            yield (
+                f"loss.kl_coefficient is {loss.kl_coefficient:g} but loss.reference is `none`, so there is nothing to "
+                "measure the KL against: set loss.reference=initial, or loss.kl_coefficient=0"
+            )
+        if loss.kl_coefficient == 0 and loss.reference != "none":
+            yield (
+                f"loss.reference is {loss.reference!r} but loss.kl_coefficient is 0, so it would do nothing: "
+                "set loss.kl_coefficient (0.001 to 0.1 are usual), or loss.reference=none"
+            )
+        if loss.advantage in ("grpo", "dr_grpo", "rloo", "reinforce++_baseline") and rollout.group_size < 2:
+            yield (
+                f"rollout.group_size must be at least 2 for loss.advantage={loss.advantage}: a group of one has no "
+                "other sample to be compared with, so every advantage would be 0"
+            )
+        if rollout.temperature == 0:
+            yield (
+                "rollout.temperature must be above 0: greedy samples of a group are all the same, so every advantage "
+                "would be 0 (evaluation is greedy anyway)"
+            )
+        if rollout.top_k == 1:
+            yield "rollout.top_k must not be 1: samples of a group would all be the same; use 0 for all tokens"
+        if rollout.prompts % loss.minibatches:
+            yield (
+                f"loss.minibatches must divide rollout.prompts (groups are kept whole): got {loss.minibatches} for "
+                f"{rollout.prompts} prompts"
+            )
+        if 0 < loss.row_length < rollout.max_new_tokens:
+            yield (
+                f"loss.row_length must be 0 or at least rollout.max_new_tokens={rollout.max_new_tokens}, so that the "
+                f"longest completion fits a row: got {loss.row_length}"
+            )
+        updates = self.steps * loss.epochs * loss.minibatches
+        if optimizer.warmup_steps >= updates:
+            yield (
+                f"optimizer.warmup_steps must be below the run's {updates} optimizer updates (steps x loss.epochs x "
+                f"loss.minibatches): got {optimizer.warmup_steps}; the learning rate would never reach its peak"
+            )
+        if self.cpu_devices > 0 and self.slice:
+            yield (
+                f"cpu_devices={self.cpu_devices} forces CPU devices but slice={self.slice} names a TPU slice: set "
+                "cpu_devices=0, or slice=''"
+            )
