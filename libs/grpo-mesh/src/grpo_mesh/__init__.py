@@ -1,1 +1,36 @@
-"""grpo-mesh."""
+"""Device meshes, sharding rules, many hosts and what a TPU slice can hold, for JAX trainers."""
+
+from grpo_mesh._digest import digest
+from grpo_mesh._errors import DeadlineError, HostsError, MeshError, RenderError
+from grpo_mesh._explain import Explanation, Placement, explain
+from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated
+from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
+from grpo_mesh._pad import pad, unpad
+from grpo_mesh._rules import Rules, shardings, state_shardings
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "DeadlineError",
+    "Explanation",
+    "HostsError",
+    "MeshError",
+    "Placement",
+    "RenderError",
+    "Rules",
+    "batch_sharding",
+    "digest",
+    "explain",
+    "local_rows",
+    "make_mesh",
+    "pad",
+    "parse_mesh",
+    "replicated",
+    "reshard",
+    "shardings",
+    "state_shardings",
+    "to_global",
+    "to_host",
+    "to_local",
+    "unpad",
+]

@@ -1,0 +1,95 @@
+"""Tests that need eight devices; `test_on_eight_devices.py` runs them in a process that has them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_mesh import (
+    MeshError,
+    Rules,
+    batch_sharding,
+    digest,
+    local_rows,
+    make_mesh,
+    replicated,
+    reshard,
+    shardings,
+    to_global,
+    to_host,
+    to_local,
+)
+
+RULES = Rules([("w", ("fsdp", "tp")), (".*", ("fsdp",))])
+MESHES = ["8,1,1", "1,8,1", "1,4,2", "2,2,2"]
+
+
+def parameters():
+    rng = np.random.default_rng(0)
+    return {
+        "w": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32),
+        "half": jnp.asarray(rng.normal(size=(8, 3, 5)), jnp.bfloat16),
+        "ids": jnp.arange(8, dtype=jnp.int32),
+        "flags": jnp.arange(8) % 3 == 0,
+        "bytes": jnp.arange(8, dtype=jnp.int8),
+    }
+
+
+def test_the_digest_does_not_depend_on_the_sharding():
+    params = parameters()
+    alone = digest(jax.device_put(params, jax.devices()[3]))
+    assert digest(jax.tree.map(np.asarray, params)) == alone
+    for spec in MESHES:
+        mesh = make_mesh(spec)
+        assert digest(jax.device_put(params, shardings(params, mesh, RULES))) == alone
+        assert digest(jax.device_put(params, replicated(mesh))) == alone
+
+
+def test_parameters_move_between_meshes_unchanged():
+    params = parameters()
+    wanted = digest(params)
+    for first, second in itertools.pairwise([*MESHES, MESHES[0]]):
+        trained = jax.device_put(params, shardings(params, make_mesh(first), RULES))
+        target = shardings(params, make_mesh(second), RULES)
+        with jax.transfer_guard_device_to_host("disallow_explicit"):
+            moved = reshard(trained, target, donate=True)
+        assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
+        assert digest(moved) == wanted
+
+
+def test_parameters_move_to_a_mesh_of_other_devices():
+    params = parameters()
+    train = make_mesh("1,4,1", jax.devices()[:4])
+    sample = make_mesh("1,2,2", jax.devices()[4:])
+    moved = reshard(jax.device_put(params, shardings(params, train, RULES)), shardings(params, sample, RULES))
+    assert moved["w"].devices() == set(jax.devices()[4:])
+    assert digest(moved) == digest(params)
+
+
+@pytest.mark.parametrize("spec", MESHES)
+def test_a_batch_survives_the_way_to_the_devices_and_back(spec):
+    sharding = batch_sharding(make_mesh(spec))
+    batch = {"tokens": np.arange(48).reshape(16, 3), "reward": np.linspace(0, 1, 16, dtype=np.float32)}
+    placed = to_global(batch, sharding)
+    assert placed["tokens"].sharding.spec == sharding.spec
+    for back in (to_host(placed), to_local(placed)):
+        for name, value in batch.items():
+            np.testing.assert_array_equal(back[name], value)
+    assert local_rows(sharding, 16).tolist() == list(range(16))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    sharding = batch_sharding(make_mesh("2,4,1"))
+    with pytest.raises(MeshError, match=r"rows must divide over dp·fsdp = 8: got 12. Use 8 or 16 rows"):
+        to_global(np.zeros((12, 2)), sharding)
+    with pytest.raises(MeshError, match="tokens must have this process' 16 rows or all 16: got 8"):
+        to_global({"tokens": np.zeros((8, 2))}, sharding, rows=16)
+
+
+def test_local_rows_of_an_array_sharded_over_columns_are_refused():
+    mesh = make_mesh("1,4,2")
+    array = jax.device_put(jnp.zeros((8, 8)), shardings({"w": jnp.zeros((8, 8))}, mesh, RULES)["w"])
+    with pytest.raises(MeshError, match="sharded over rows only"):
+        to_local(array)

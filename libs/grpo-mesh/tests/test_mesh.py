@@ -1,0 +1,60 @@
+import jax
+import pytest
+
+from grpo_mesh import AXES, MeshError, batch_sharding, make_mesh, parse_mesh
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ("dp:1,fsdp:-1,tp:1", (1, 8, 1)),
+        ("tp:2, fsdp:-1", (1, 4, 2)),
+        ("tp:8", (1, 1, 8)),
+        ("1,-1,1", (1, 8, 1)),
+        ("2,2,2", (2, 2, 2)),
+        ("auto", (1, 8, 1)),
+        ("tp:-1,dp:4", (4, 1, 2)),
+    ],
+)
+def test_a_specification_resolves_to_three_sizes(spec, sizes):
+    assert parse_mesh(spec, 8) == dict(zip(AXES, sizes))
+
+
+def test_auto_spreads_weights_inside_a_slice_and_copies_over_slices():
+    assert parse_mesh("auto", 16, slice_count=2) == {"dp": 2, "fsdp": 8, "tp": 1}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dp:3,fsdp:4", r"dp·fsdp·tp = 3·4·1 = 12 but 8 devices"),
+        ("tp:2", r"dp·fsdp·tp = 1·1·2 = 2 but 8 devices"),
+        ("dp:3,fsdp:-1", r"fsdp = 8 devices / \(dp·tp = 3\) is no whole number.*one of \[1, 2, 4, 8\]"),
+        ("dp:-1,fsdp:-1", "one axis at -1: got dp and fsdp"),
+        ("4,2", "three sizes, dp,fsdp,tp: got 2"),
+        ("model:8", "unknown axis 'model'"),
+        ("dp:2,dp:4", "dp is given twice"),
+        ("dp:0,fsdp:8", "dp must be a positive whole number or -1: got '0'"),
+        ("dp:x", "dp must be a positive whole number or -1: got 'x'"),
+        ("", "empty"),
+    ],
+)
+def test_a_wrong_specification_shows_the_arithmetic(spec, message):
+    with pytest.raises(MeshError, match=message):
+        parse_mesh(spec, 8)
+
+
+def test_auto_refuses_uneven_slices():
+    with pytest.raises(MeshError, match="9 devices in 2 slices"):
+        parse_mesh("auto", 9, slice_count=2)
+
+
+def test_every_axis_is_present_on_one_device():
+    mesh = make_mesh("dp:1", jax.devices()[:1])
+    assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 1}
+    assert batch_sharding(mesh).spec == jax.sharding.PartitionSpec(("dp", "fsdp"))
+
+
+def test_no_devices_are_refused():
+    with pytest.raises(MeshError, match="at least one device"):
+        make_mesh("auto", [])

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from grpo_mesh import MeshError, Rules, explain, pad, shardings, state_shardings, unpad
+
+MESH = AbstractMesh((1, 4, 2), ("dp", "fsdp", "tp"))
+PARAMS = {
+    "embed": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16),
+    "final_norm": jax.ShapeDtypeStruct((32,), jnp.float32),
+    "layers": {
+        "q": jax.ShapeDtypeStruct((3, 32, 4, 8), jnp.float32),
+        "q_bias": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32),
+    },
+}
+RULES = Rules(
+    [
+        ("embed", ("vocabulary", "width")),
+        ("layers/q", (None, "width", "heads")),
+        ("layers/.*_bias", (None, "heads")),
+        (".*", ()),
+    ],
+    axes={"vocabulary": "tp", "width": "fsdp", "heads": "tp"},
+    pad=("vocabulary",),
+)
+
+
+def specs(tree):
+    return jax.tree.map(lambda sharding: sharding.spec, tree)
+
+
+def test_the_first_rule_that_matches_the_whole_path_wins():
+    assert specs(shardings(PARAMS, MESH, RULES)) == {
+        "embed": PartitionSpec("tp", "fsdp"),
+        "final_norm": PartitionSpec(),
+        "layers": {"q": PartitionSpec(None, "fsdp", "tp"), "q_bias": PartitionSpec(None, "tp")},
+    }
+
+
+def test_mesh_axes_and_tuples_need_no_logical_name():
+    rules = Rules([(".*", PartitionSpec(("fsdp", "tp")))])
+    tree = {"w": jax.ShapeDtypeStruct((16, 3), jnp.float32), "scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    placed = specs(shardings(tree, MESH, rules))
+    assert placed == {"w": PartitionSpec(("fsdp", "tp")), "scale": PartitionSpec()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("layers/q", ()), r"no rule matches 'embed'"),
+        (("bed", ()), r"no rule matches 'embed' \('bed' matches a part of it"),
+        (("embed", ("fsdp", None, "tp")), "'embed' has 2 dimensions but rule 'embed' names 3"),
+        (("embed", ("tpu",)), "'embed': axis 'tpu' is neither a mesh axis"),
+        (("embed", ("fsdp", "fsdp")), "mesh axis fsdp shards two dimensions"),
+    ],
+)
+def test_a_leaf_no_rule_can_place_is_refused_by_name(rule, message):
+    with pytest.raises(MeshError, match=message):
+        shardings({"embed": PARAMS["embed"]}, MESH, Rules([rule]))
+
+
+def test_a_dimension_that_does_not_divide_is_refused_with_the_nearest_fix():
+    rules = Rules([("w", ("fsdp",))])
+    with pytest.raises(MeshError, match=r"'w': dimension 0 of \(6, 2\) must divide by fsdp = 4.*let fsdp be 3.*to 8"):
+        shardings({"w": jax.ShapeDtypeStruct((6, 2), jnp.float32)}, MESH, rules)
+
+
+def test_a_vocabulary_is_padded_only_where_asked():
+    tree = PARAMS | {"embed": jnp.ones((63, 32))}
+    with pytest.raises(MeshError, match=r"Call `pad\(tree, mesh, rules\)` first: 63 becomes 64"):
+        shardings(tree, MESH, RULES)
+    padded = pad(tree, MESH, RULES)
+    assert padded["embed"].shape == (64, 32)
+    assert not padded["embed"][63].any()
+    assert padded["layers"]["q"] is tree["layers"]["q"]
+    shardings(padded, MESH, RULES)
+    assert unpad(padded, tree)["embed"].shape == (63, 32)
+    with pytest.raises(MeshError, match="cannot be cut"):
+        unpad(tree, padded)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3))),
+        optax.MultiSteps(optax.sgd(1e-3, momentum=0.9), 4),
+    ],
+)
+def test_optimizer_state_follows_its_parameter(optimizer):
+    rules = Rules([rule for rule in RULES.rules if rule[0] != ".*"] + [("final_norm", ())], RULES.axes)
+    state = jax.eval_shape(optimizer.init, PARAMS)
+    wanted = {(32,): PartitionSpec(), (): PartitionSpec()}
+    wanted |= {
+        leaf.shape: sharding.spec
+        for leaf, sharding in zip(*map(jax.tree.leaves, (PARAMS, shardings(PARAMS, MESH, rules))))
+    }
+    placed = state_shardings(state, PARAMS, MESH, rules)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert sharding.spec == wanted[leaf.shape]
+
+
+def test_state_without_an_owner_needs_a_rule():
+    state = {"factor": {"embed": jax.ShapeDtypeStruct((64,), jnp.float32)}}
+    rules = Rules([("embed", ("tp", "fsdp"))])
+    with pytest.raises(MeshError, match="no rule matches 'factor/embed'"):
+        state_shardings(state, {"embed": PARAMS["embed"]}, MESH, rules)
+
+
+def test_explain_adds_up_the_bytes_of_a_device():
+    table = explain(PARAMS, MESH, RULES)
+    assert table.total == 64 * 32 * 2 + 32 * 4 + 3 * 32 * 4 * 8 * 4 + 3 * 4 * 8 * 4
+    assert table.bytes_per_device == 64 * 32 * 2 // 8 + 32 * 4 + 3 * 32 * 4 * 8 * 4 // 8 + 3 * 4 * 8 * 4 // 2
+    text = str(table)
+    assert "layers/q" in text
+    assert "–, fsdp, tp, –" in text
+    assert f"{table.bytes_per_device:,}" in text.splitlines()[-1]
+
+
+def test_rules_are_checked_when_made():
+    with pytest.raises(MeshError, match="must be a regular expression"):
+        Rules([("(", ())])
+    with pytest.raises(MeshError, match="pad must name logical axes"):
+        Rules([], pad=("vocabulary",))
+
+
+def test_a_leaf_that_is_no_array_is_refused():
+    with pytest.raises(MeshError, match="'name' must be an array"):
+        shardings({"name": "x"}, MESH, RULES)
