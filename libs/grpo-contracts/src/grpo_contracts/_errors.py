@@ -1,0 +1,71 @@
+"""The errors every library of the stack shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GrpoError(Exception):
+    """Root of every error the stack raises on purpose; each subclass also inherits the standard type it refines."""
+
+
+class ContractError(GrpoError, ValueError):
+    """A batch, a law or a file breaks the contract.
+
+    Args:
+        message: what must hold, what came, what to do. `broken` composes it from the parts below.
+        stage: the type that is wrong, for instance `"Rollout"`.
+        field: its field, for instance `"logp_BT"`; None where the whole is wrong.
+        rule: the rule's short name, as `python -m grpo_contracts schema` lists it.
+        expected: what must hold.
+        actual: what came.
+        index: where in the field it first fails; None where the field as a whole does.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        stage: str | None = None,
+        field: str | None = None,
+        rule: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        index: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.field = field
+        self.rule = rule
+        self.expected = expected
+        self.actual = actual
+        self.index = index
+
+
+def broken(
+    stage: str,
+    field: str | None,
+    rule: str,
+    expected: str,
+    actual: object,
+    *,
+    index: Sequence[int] | None = None,
+    hint: str = "",
+) -> ContractError:
+    """The ContractError for one broken rule, its message composed of the parts it carries.
+
+    Args:
+        stage, field, rule, expected, actual, index: as in ContractError.
+        hint: what to do about it, one sentence.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    place = stage if field is None else f"{stage}.{field}"
+    where = None if index is None else tuple(int(i) for i in index)
+    if where:
+        place += "[" + ", ".join(map(str, where)) + "]"
+    message = f"{place} must be {expected}: got {actual} (rule {rule!r})."
+    if hint:
+        message += f" {hint}"
+    return ContractError(message, stage=stage, field=field, rule=rule, expected=expected, actual=actual, index=where)

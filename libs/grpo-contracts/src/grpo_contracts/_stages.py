@@ -1,0 +1,205 @@
+"""The stages a batch walks through: prompts, rollout, scored, train.
+
+Each field declares its dims and dtype once, beside its name; validation, the file format, the pytree registration
+and the printed schema all read them from here.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from math import isfinite
+from numbers import Integral, Real
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
+
+import numpy as np
+
+from ._errors import broken
+
+# numpy.ndarray or jax.Array. The package never imports jax, and no common base lets arithmetic type-check.
+Array: TypeAlias = Any
+
+
+class FinishReason(IntEnum):
+    """Why a sequence ended."""
+
+    STOP = 0
+    """A stop id was sampled. It is the completion's last token and counts in the loss."""
+    LENGTH = 1
+    """The limit on new tokens was reached."""
+
+
+class Spec(NamedTuple):
+    """What a field of a stage holds, written in its annotation."""
+
+    doc: str
+    dtype: str = ""
+    """numpy name of an array's dtype; empty for a field that is no array."""
+    dims: str = ""
+    """The shapes an array may have, as axis letters: `"B T"`, or `"B | B T"` where either will do."""
+    since: tuple[int, int] = (1, 0)
+    """The version of the file format that brought the field."""
+
+
+class Stage:
+    """What the four stages have in common: fields with specs, and a printed form short enough for a log line."""
+
+    @classmethod
+    @cache
+    def specs(cls) -> dict[str, Spec]:
+        """The stage's fields in order, each with its spec."""
+        return {name: hint.__metadata__[0] for name, hint in get_type_hints(cls, include_extras=True).items()}
+
+    def __repr__(self) -> str:
+        parts = (f"{name}={_brief(getattr(self, name, '<missing>'))}" for name in self.specs())
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _brief(value: object) -> str:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return repr(value) if shape is None or dtype is None else f"{dtype}{list(shape)}"
+
+
+@dataclass(frozen=True)
+class SamplingLaw:
+    """The law tokens are drawn from: temperature first, then the filters, then one draw from what is left.
+
+    Args:
+        temperature: divides the logits; 0.0 means greedy.
+        top_k: keep the k likeliest tokens; 0 = off.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches it; 1.0 = off.
+        min_p: keep tokens at least this share as likely as the likeliest; 0.0 = off.
+        stop_ids: token ids that end a completion, each its last token.
+
+    Raises:
+        ContractError: no distribution has these parameters.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Plain Python numbers, so that laws hash, compare and print the same whoever made them.
+        self._set("temperature", _real(self.temperature), lambda t: t >= 0, "a finite number >= 0")
+        self._set("top_k", _integer(self.top_k), lambda k: k >= 0, "an integer >= 0 (0 = off)")
+        self._set("top_p", _real(self.top_p), lambda p: 0 < p <= 1, "in (0, 1] (1.0 = off)")
+        self._set("min_p", _real(self.min_p), lambda p: 0 <= p <= 1, "in [0, 1] (0.0 = off)")
+        ids = self.stop_ids
+        if isinstance(ids, np.ndarray):
+            ids = ids.ravel().tolist()
+        whole = tuple(_integer(i) for i in ids) if isinstance(ids, list | tuple | range | set | frozenset) else (None,)
+        fine = all(i is not None and i >= 0 for i in whole)
+        self._set("stop_ids", whole if fine else None, lambda _: True, "token ids, integers >= 0")
+
+    def _set(self, name: str, value: Any, holds: Any, expected: str) -> None:
+        if value is None or not holds(value):
+            raise broken("SamplingLaw", name, "law", expected, repr(getattr(self, name)))
+        object.__setattr__(self, name, value)
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the policy itself: temperature 1, no filter."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p) == (1.0, 0, 1.0, 0.0)
+
+
+def _real(value: object) -> float | None:
+    fine = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    return float(value) if fine else None  # type: ignore[arg-type]
+
+
+def _integer(value: object) -> int | None:
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class PolicyIdentity:
+    """Which parameters drew a rollout.
+
+    Args:
+        step: optimizer steps taken, from 0.
+        digest: hexadecimal digest of the parameters.
+    """
+
+    step: int
+    digest: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prompts(Stage):
+    """Tokenised prompts, right-padded."""
+
+    tokens_PT: Annotated[Array, Spec("token ids: the prompt, then pad_id", "int32", "P T")]
+    length_P: Annotated[Array, Spec("tokens of each prompt, at least 1", "int32", "P")]
+    prompt_id_P: Annotated[Array, Spec("which problem of the data set each prompt is", "int32", "P")]
+    vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
+    pad_id: Annotated[int, Spec("the token id that fills the padding")]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rollout(Stage):
+    """Sampled completions with all that is needed to judge them later.
+
+    Rows are right-padded: prompt, completion, pad. `x_BT[b, t]` speaks about token t of row b.
+    """
+
+    tokens_BT: Annotated[Array, Spec("token ids: prompt, completion, then pad_id", "int32", "B T")]
+    prompt_length_B: Annotated[Array, Spec("tokens of the prompt, at least 1", "int32", "B")]
+    total_length_B: Annotated[Array, Spec("tokens of prompt and completion, the latter at least 1", "int32", "B")]
+    loss_mask_BT: Annotated[
+        Array, Spec("tokens that count in the loss: a row's completion, or none of it", "bool", "B T")
+    ]
+    logp_BT: Annotated[Array, Spec("log-probability of each sampled token under `law`, in nats", "float32", "B T")]
+    policy_logp_BT: Annotated[
+        Array, Spec("the same under the plain policy (temperature 1, no filter)", "float32", "B T")
+    ]
+    finish_B: Annotated[Array, Spec("FinishReason of each row", "int8", "B")]
+    prompt_id_B: Annotated[Array, Spec("which problem of the data set each row answers", "int32", "B")]
+    sample_B: Annotated[Array, Spec("index of the row in its group", "int32", "B")]
+    group_B: Annotated[Array, Spec("group of each row, 0..B/group_size-1", "int32", "B")]
+    group_size: Annotated[int, Spec("samples of one prompt")]
+    law: Annotated[SamplingLaw, Spec("the law the tokens were drawn from")]
+    policy: Annotated[PolicyIdentity, Spec("the parameters that drew them")]
+    vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
+    pad_id: Annotated[int, Spec("the token id that fills the padding")]
+
+    @property
+    def completion_length_B(self) -> Array:
+        """Tokens of each completion, int32 [B]."""
+        return self.total_length_B - self.prompt_length_B
+
+    @property
+    def completion_BT(self) -> Array:
+        """Which positions hold completion tokens, bool [B, T], whatever the loss mask leaves out."""
+        t = np.arange(self.tokens_BT.shape[1], dtype=np.int32)
+        return (t >= self.prompt_length_B[:, None]) & (t < self.total_length_B[:, None])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scored(Stage):
+    """A rollout with its rewards. A reward that could not be computed is unscored, not zero."""
+
+    rollout: Annotated[Rollout, Spec("what was scored")]
+    reward_BN: Annotated[Array, Spec("raw reward of each function, unweighted; 0 where unscored", "float32", "B N")]
+    scored_BN: Annotated[Array, Spec("whether each function could score the row", "bool", "B N")]
+    names: Annotated[tuple[str, ...], Spec("names of the N reward functions")]
+    weight_N: Annotated[Array, Spec("weight of each function", "float32", "N")]
+    reward_B: Annotated[Array, Spec("weighted sum of the scored rewards; 0 where the row is unscored", "float32", "B")]
+    scored_B: Annotated[Array, Spec("whether the row has a reward at all", "bool", "B")]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainBatch(Stage):
+    """A scored rollout with advantages: all that the policy update reads."""
+
+    scored: Annotated[Scored, Spec("what the advantages were computed from")]
+    advantage: Annotated[Array, Spec("advantage of each row, or of each token", "float32", "B | B T")]
+    old_logp_BT: Annotated[Array | None, Spec("log-probabilities before the update", "float32", "B T")] = None
+    reference_logp_BT: Annotated[Array | None, Spec("under the frozen reference", "float32", "B T")] = None
+
+
+STAGES: tuple[type[Stage], ...] = (Prompts, Rollout, Scored, TrainBatch)
+
+OPTIONAL = frozenset({"old_logp_BT", "reference_logp_BT"})
+"""The array fields that may be None."""
