@@ -1,0 +1,114 @@
+"""The arithmetic of one block, as pure functions on plain arrays: training, prefill and decoding all call these.
+
+`layer` is always one block's dictionary: the leaves of `params["layers"]` without their leading L axis.
+Products accumulate in float32 whatever the compute type; norms and rotations are float32 throughout.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._rope import rotate
+
+Layer = Mapping[str, Array]
+
+
+def rms_norm(x: Float[Array, "*dims N"], scale: Float[Array, "N"], eps: float) -> Float[Array, "*dims N"]:
+    """Scales x to unit root mean square over its last axis.
+
+    Args:
+        x: activations.
+        scale: one factor a channel.
+        eps: added to the mean square.
+
+    Returns:
+        The normed activations, in x's type.
+
+    Source: arXiv:1910.07467.
+    """
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def project(x: Float[Array, "*dims"], weight: Float[Array, "*rest"], axes: int = 1) -> Float[Array, "*out"]:
+    """x times weight over x's last and weight's first `axes` axes: bf16 in, float32 sums, x's type out.
+
+    Args:
+        x: activations.
+        weight: any floating type; cast to x's.
+        axes: how many axes are summed over.
+
+    Returns:
+        The product, in x's type.
+    """
+    product = jnp.tensordot(x, weight.astype(x.dtype), axes=axes, preferred_element_type=jnp.float32)
+    return product.astype(x.dtype)
+
+
+def qkv(
+    layer: Layer,
+    x: Float[Array, "*dims D"],
+    cos: Float[Array, "*dims half"],
+    sin: Float[Array, "*dims half"],
+    config: ModelConfig,
+) -> tuple[Float[Array, "*dims H E"], Float[Array, "*dims K E"], Float[Array, "*dims K E"]]:
+    """Queries, keys and values of a block, normed and turned: what attention and a cache take.
+
+    Args:
+        layer: one block's parameters.
+        x: residual stream before the block's norm.
+        cos: from `rope_tables`, at x's positions.
+        sin: likewise.
+        config: the model.
+
+    Returns:
+        (q, k, v) in x's type; q and k are already rotated, q is not scaled.
+    """
+    normed = rms_norm(x, layer["attn_norm"], config.norm_eps)
+    q, k, v = project(normed, layer["q"]), project(normed, layer["k"]), project(normed, layer["v"])
+    if config.qkv_bias:
+        q = q + layer["q_bias"].astype(x.dtype)
+        k = k + layer["k_bias"].astype(x.dtype)
+        v = v + layer["v_bias"].astype(x.dtype)
+    if config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def attention_out(
+    layer: Layer, x: Float[Array, "*dims D"], attended: Float[Array, "*dims H E"]
+) -> Float[Array, "*dims D"]:
+    """Adds the attention's output projection to the residual stream.
+
+    Args:
+        layer: one block's parameters.
+        x: residual stream.
+        attended: mixed values of every query head.
+
+    Returns:
+        The new residual stream.
+    """
+    return x + project(attended, layer["o"], axes=2)
+
+
+def mlp(layer: Layer, x: Float[Array, "*dims D"], config: ModelConfig) -> Float[Array, "*dims D"]:
+    """Adds the block's gated MLP, its norm included, to the residual stream.
+
+    Args:
+        layer: one block's parameters.
+        x: residual stream.
+        config: the model.
+
+    Returns:
+        The new residual stream.
+
+    Source: SwiGLU, arXiv:2002.05202.
+    """
+    normed = rms_norm(x, layer["mlp_norm"], config.norm_eps)
+    hidden = jax.nn.silu(project(normed, layer["gate"])) * project(normed, layer["up"])
+    return x + project(hidden, layer["down"])

@@ -1,0 +1,210 @@
+"""The policy network: one flax implementation of the Qwen2, Qwen3 and Llama 3 families."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from grpo_sampler._attention import attend, causal_mask
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
+from grpo_sampler._rope import rope_tables
+
+Params = dict[str, Any]
+_INITIAL_STD = 0.02
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of one block's parameters, by name, without the leading L axis.
+
+    Args:
+        config: the model.
+
+    Returns:
+        name -> shape; biases and head norms only where the family has them.
+    """
+    D, F, H, K, E = config.width, config.mlp_width, config.query_heads, config.kv_heads, config.head_size
+    shapes: dict[str, tuple[int, ...]] = {"attn_norm": (D,), "q": (D, H, E), "k": (D, K, E), "v": (D, K, E)}
+    if config.qkv_bias:
+        shapes |= {"q_bias": (H, E), "k_bias": (K, E), "v_bias": (K, E)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (E,), "k_norm": (E,)}
+    return shapes | {"o": (H, E, D), "mlp_norm": (D,), "gate": (D, F), "up": (D, F), "down": (F, D)}
+
+
+class Blocks(nnx.Module):
+    """The parameters of all blocks, each stacked on a leading L axis."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        for name, shape in layer_shapes(config).items():
+            setattr(self, name, nnx.Param(_initial(name, (config.layers, *shape), rngs, dtype)))
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model without its last product: tokens in, hidden states out.
+
+    Args:
+        config: what to build.
+        rngs: keys of the initial weights (normal, standard deviation 0.02; norms 1, biases 0).
+        param_dtype: type the parameters are kept in.
+        compute_dtype: type of activations and products' inputs; None is `param_dtype`. Sums are float32 in any case.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        compute_dtype: Any = None,
+        attention: str = "auto",
+        remat: bool = False,
+    ) -> None:
+        dtype = jnp.dtype(param_dtype)
+        self.config = config
+        self.compute_dtype = dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+        self.attention = attention
+        self.remat = remat
+        self.embed = nnx.Param(_initial("embed", (config.vocab_size, config.width), rngs, dtype))
+        if not config.tied:
+            self.unembed = nnx.Param(_initial("unembed", (config.vocab_size, config.width), rngs, dtype))
+        self.final_norm = nnx.Param(_initial("final_norm", (config.width,), rngs, dtype))
+        self.layers = Blocks(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None = None,
+        segment_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens_BT: token ids.
+            positions_BT: absolute positions; None counts from 0 in every row.
+            segment_BT: 0 is padding, tokens see earlier tokens of their own segment; None is one segment a row.
+
+        Returns:
+            hidden_BTD in the compute type; what stands at padding has no meaning.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        if segment_BT is None:
+            segment_BT = jnp.ones_like(tokens_BT)
+        cos, sin = rope_tables(positions_BT, self.config)
+        mask = causal_mask(segment_BT)
+
+        def block(x: Array, layer: Layer) -> tuple[Array, None]:
+            q, k, v = qkv(layer, x, cos, sin, self.config)
+            x = attention_out(layer, x, attend(q, [(k, v, mask)]))
+            return mlp(layer, x, self.config), None
+
+        x, _ = self._scan(block, self._embedded(tokens_BT))
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+
+    def with_prompts(
+        self,
+        prompt_tokens_PT: Int[Array, "P Tp"],
+        prompt_length_P: Int[Array, "P"],
+        tokens_RT: Int[Array, "R T"],
+        positions_RT: Int[Array, "R T"],
+        segment_RT: Int[Array, "R T"],
+        prompt_R: Int[Array, "R"],
+    ) -> Float[Array, "R T D"]:
+        """Hidden states of packed completions whose prompts are computed once, not once a completion.
+
+        Args:
+            prompt_tokens_PT: shared prompts, right-padded.
+            prompt_length_P: their lengths in tokens, at least 0.
+            tokens_RT: packed rows; every segment of a row continues the same prompt.
+            positions_RT: absolute positions, as in the unpacked sequences.
+            segment_RT: 0 is padding; tokens see their row's prompt and earlier tokens of their own segment.
+            prompt_R: row of `prompt_tokens_PT` that each packed row continues.
+
+        Returns:
+            hidden_RTD in the compute type, equal to that of each whole sequence run by itself.
+        """
+        config = self.config
+        Tp = prompt_tokens_PT.shape[1]
+        place_T = jnp.arange(Tp, dtype=jnp.int32)
+        live_PT = place_T < prompt_length_P[:, None]
+        prompt_cos, prompt_sin = rope_tables(place_T[None], config)
+        prompt_mask = causal_mask(live_PT.astype(jnp.int32))
+        row_cos, row_sin = rope_tables(positions_RT, config)
+        row_mask = causal_mask(segment_RT)
+        # Every query of a row sees the same live part of its prompt.
+        cross_mask = live_PT[prompt_R][:, None, :]
+
+        def block(streams: tuple[Array, Array], layer: Layer) -> tuple[tuple[Array, Array], None]:
+            prompts, rows = streams
+            q, k, v = qkv(layer, prompts, prompt_cos, prompt_sin, config)
+            prompts = attention_out(layer, prompts, attend(q, [(k, v, prompt_mask)]))
+            row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
+            attended = attend(row_q, [(k[prompt_R], v[prompt_R], cross_mask), (row_k, row_v, row_mask)])
+            rows = attention_out(layer, rows, attended)
+            return (mlp(layer, prompts, config), mlp(layer, rows, config)), None
+
+        (_, rows), _ = self._scan(block, (self._embedded(prompt_tokens_PT), self._embedded(tokens_RT)))
+        return rms_norm(rows, self.final_norm[...], config.norm_eps)
+
+    @property
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits: `hidden @ unembedding.T`."""
+        return self.embed[...] if self.config.tied else self.unembed[...]
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embed[...][tokens].astype(self.compute_dtype)
+
+    def _scan(self, block: Any, start: Any) -> Any:
+        layers = {name: getattr(self.layers, name)[...] for name in layer_shapes(self.config)}
+        return jax.lax.scan(jax.checkpoint(block) if self.remat else block, start, layers)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
+    """Takes a model apart into what is static and its parameters.
+
+    Args:
+        model: the network.
+
+    Returns:
+        (graphdef, params): graphdef is hashable, params a plain nested dictionary of arrays.
+    """
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef[Transformer], params: Params) -> Transformer:
+    """Puts a model together again; inside jit this costs nothing.
+
+    Args:
+        graphdef: from `split`.
+        params: parameters of the same names, of any floating type.
+
+    Returns:
+        The network.
+    """
+    return nnx.merge(graphdef, params)
+
+
+def abstract(config: ModelConfig, **options: Any) -> tuple[nnx.GraphDef[Transformer], Params]:
+    """`split` of a network that is never allocated: for loaded parameters, and for planning memory.
+
+    Args:
+        config: the model.
+        options: `Transformer`'s keywords, without `rngs`.
+
+    Returns:
+        (graphdef, params) with `jax.ShapeDtypeStruct` leaves.
+    """
+    return split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), **options)))
+
+
+def _initial(name: str, shape: tuple[int, ...], rngs: nnx.Rngs, dtype: jnp.dtype) -> Array:
+    if name.endswith("norm"):
+        return jnp.ones(shape, dtype)
+    if name.endswith("bias"):
+        return jnp.zeros(shape, dtype)
+    return (_INITIAL_STD * jax.random.normal(rngs.params(), shape)).astype(dtype)
