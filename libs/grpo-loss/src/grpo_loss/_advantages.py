@@ -1,0 +1,265 @@
+"""Advantages from the rewards of a group of samples of one prompt."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from ._errors import LossError, check_choice, check_shape
+from ._whiten import Moments, moments, whiten
+
+Scale = Literal["sample", "population", "batch", "none"]
+SCALES = ("sample", "population", "batch", "none")
+
+
+def group_advantage(
+    reward_B: Float[ArrayLike, "B"],
+    *,
+    scored_B: Bool[ArrayLike, "B"] | None = None,
+    group_B: Int[ArrayLike, "B"] | None = None,
+    group_size: int | None = None,
+    scale: Scale = "sample",
+    epsilon: float = 1e-6,
+    batch_moments: Moments | None = None,
+) -> Float[Array, "B"]:
+    """Reward minus the mean of its group, divided by a standard deviation.
+
+    Unscored members are left out of every mean and deviation and get 0; take them out of the loss mask as well, or
+    their tokens count in the denominator. A group whose scored rewards are all equal (or that has one) gets exactly 0.
+
+    Args:
+        reward_B: one reward a sequence.
+        scored_B: False where the reward could not be computed; None: all are scored.
+        group_B: which group each sequence belongs to, any integers. Groups may have any size and order.
+        group_size: in place of `group_B`, for adjacent groups of this size.
+        scale: what to divide by. "sample", "population": the group's standard deviation (n - 1, n). "batch": the
+            population standard deviation of all scored rewards. "none": nothing (Dr.GRPO).
+        epsilon: added to the standard deviation.
+        batch_moments: for scale="batch" over several processes: `moments(reward_B, scored_B)` added over them.
+
+    Returns:
+        Advantages.
+
+    Raises:
+        LossError: unknown scale, shapes that differ, or neither or both of group_B and group_size.
+
+    Source: GRPO arXiv:2402.03300 sec. 4.1.2; Dr.GRPO arXiv:2503.20783 ("none"); arXiv:2508.08221 ("batch").
+    """
+    check_choice("scale", scale, SCALES, {"std": "Say which: scale='sample' (n - 1) or scale='population' (n)."})
+    if batch_moments is not None and scale != "batch":
+        raise LossError(f"batch_moments has no effect with scale={scale!r}. Leave it out, or use scale='batch'.")
+    reward_B, scored_B, groups = _prepare(reward_B, scored_B, group_B, group_size)
+    centred_B = groups.centred(reward_B)
+    if scale == "none":
+        return centred_B
+    if scale == "batch":
+        batch = moments(reward_B, scored_B) if batch_moments is None else batch_moments
+        return centred_B / (jnp.sqrt(batch.variance()) + epsilon)
+    square_B = groups.total(jnp.square(centred_B))
+    count_B = groups.count_B - (scale == "sample")
+    return centred_B / (jnp.sqrt(square_B / jnp.maximum(count_B, 1)) + epsilon)
+
+
+def rloo_advantage(
+    reward_B: Float[ArrayLike, "B"],
+    *,
+    scored_B: Bool[ArrayLike, "B"] | None = None,
+    group_B: Int[ArrayLike, "B"] | None = None,
+    group_size: int | None = None,
+) -> Float[Array, "B"]:
+    """Reward minus the mean reward of the *other* scored members of its group (0 for a group of one).
+
+    Args:
+        reward_B, scored_B, group_B, group_size: as for `group_advantage`.
+
+    Returns:
+        Advantages; n / (n - 1) times those of `group_advantage(scale="none")`.
+
+    Raises:
+        LossError: as `group_advantage`.
+
+    Source: arXiv:2402.14740.
+    """
+    reward_B, _, groups = _prepare(reward_B, scored_B, group_B, group_size)
+    return groups.centred(reward_B) * groups.count_B / jnp.maximum(groups.count_B - 1, 1)
+
+
+def gdpo_advantage(
+    reward_BN: Float[ArrayLike, "B N"],
+    weight_N: Float[ArrayLike, "N"],
+    *,
+    scored_BN: Bool[ArrayLike, "B N"] | None = None,
+    group_B: Int[ArrayLike, "B"] | None = None,
+    group_size: int | None = None,
+    scale: Literal["sample", "population"] = "sample",
+    epsilon: float = 1e-6,
+    whitened: bool = True,
+    batch_moments: Moments | None = None,
+) -> Float[Array, "B"]:
+    """Several rewards, each normalised within its group by itself, then weighted, added and whitened over the batch.
+
+    Rewards added first and normalised together collapse different outcomes to one advantage; this does not.
+
+    Args:
+        reward_BN: one column a reward function.
+        weight_N: weight of each normalised reward.
+        scored_BN: False where a reward could not be computed; it then adds 0. None: all are scored.
+        group_B, group_size, scale, epsilon: as for `group_advantage`.
+        whitened: subtract the mean and divide by the standard deviation over the sequences that have a score.
+        batch_moments: for several processes: `moments` of this function's result with whitened=False, added over them.
+
+    Returns:
+        Advantages; 0 where no reward was scored.
+
+    Raises:
+        LossError: as `group_advantage`.
+
+    Source: GDPO arXiv:2601.05242.
+    """
+    reward_BN = _floating(reward_BN)
+    check_choice("scale", scale, ("sample", "population"))
+    if reward_BN.ndim != 2:
+        raise LossError(f"reward_BN must have two axes (sequences, reward functions): got shape {reward_BN.shape}.")
+    scored_BN = jnp.ones(reward_BN.shape, bool) if scored_BN is None else jnp.asarray(scored_BN)
+    check_shape("scored_BN", scored_BN.shape, reward_BN.shape)
+    check_shape("weight_N", np.shape(weight_N), reward_BN.shape[1:])
+    columns = [
+        group_advantage(
+            reward_BN[:, column],
+            scored_B=scored_BN[:, column],
+            group_B=group_B,
+            group_size=group_size,
+            scale=scale,
+            epsilon=epsilon,
+        )
+        for column in range(reward_BN.shape[1])
+    ]
+    total_B = jnp.stack(columns, axis=1) @ jnp.asarray(weight_N, reward_BN.dtype)
+    if not whitened:
+        if batch_moments is not None:
+            raise LossError("batch_moments has no effect with whitened=False. Leave it out.")
+        return total_B
+    return whiten(total_B, scored_BN.any(axis=1), batch_moments=batch_moments, epsilon=epsilon)
+
+
+def groups_with_signal(
+    reward_B: Float[ArrayLike, "B"],
+    *,
+    scored_B: Bool[ArrayLike, "B"] | None = None,
+    group_B: Int[ArrayLike, "B"] | None = None,
+    group_size: int | None = None,
+) -> Bool[Array, "B"]:
+    """DAPO's filter: which sequences belong to a group whose scored rewards are not all equal.
+
+    Args:
+        reward_B, scored_B, group_B, group_size: as for `group_advantage`.
+
+    Returns:
+        True for the scored members of groups with a gradient; the rest can leave the loss mask, or be sampled anew.
+
+    Raises:
+        LossError: as `group_advantage`.
+
+    Source: DAPO arXiv:2503.14476 sec. 3.2 (dynamic sampling).
+    """
+    reward_B, scored_B, groups = _prepare(reward_B, scored_B, group_B, group_size)
+    return groups.varied(reward_B) & scored_B
+
+
+def overlong_penalty(length_B: Int[ArrayLike, "B"], *, max_tokens: int, buffer_tokens: int) -> Float[Array, "B"]:
+    """DAPO's soft penalty, to be added to the reward: 0, then a line down to -1 over the last `buffer_tokens`.
+
+    Args:
+        length_B: completion lengths, tokens.
+        max_tokens: where -1 is reached.
+        buffer_tokens: length of the slope, tokens.
+
+    Returns:
+        0 up to max_tokens - buffer_tokens, -1 from max_tokens on.
+
+    Raises:
+        LossError: unless 0 < buffer_tokens <= max_tokens.
+
+    Source: DAPO arXiv:2503.14476 eq. 13.
+    """
+    if not 0 < buffer_tokens <= max_tokens:
+        raise LossError(f"overlong_penalty needs 0 < buffer_tokens <= max_tokens: got {buffer_tokens}, {max_tokens}.")
+    room_B = max_tokens - buffer_tokens - jnp.asarray(length_B)
+    return jnp.clip(room_B / buffer_tokens, -1.0, 0.0)
+
+
+def clip_advantage(advantage: Float[ArrayLike, "..."], limit: float) -> Float[Array, "..."]:
+    """Advantages clipped to [-limit, limit].
+
+    Args:
+        advantage: of any shape.
+        limit: largest magnitude.
+
+    Returns:
+        The same shape.
+
+    Raises:
+        LossError: unless limit > 0.
+    """
+    if limit <= 0:
+        raise LossError(f"limit must be positive: got {limit}.")
+    return jnp.clip(_floating(advantage), -limit, limit)
+
+
+class _Groups(NamedTuple):
+    """Sums over the scored members of each group, given back to every member."""
+
+    label_B: Int[Array, "B"]
+    scored_B: Bool[Array, "B"]
+    count_B: Float[Array, "B"]
+
+    def total(self, value_B: Array) -> Array:
+        empty = jnp.zeros(self.label_B.shape, value_B.dtype)
+        return empty.at[self.label_B].add(jnp.where(self.scored_B, value_B, 0))[self.label_B]
+
+    def varied(self, reward_B: Array) -> Array:
+        """Whether the group's scored rewards differ at all."""
+        lowest_B = jnp.full(reward_B.shape, jnp.inf, reward_B.dtype)
+        lowest_B = lowest_B.at[self.label_B].min(jnp.where(self.scored_B, reward_B, jnp.inf))
+        highest_B = jnp.full(reward_B.shape, -jnp.inf, reward_B.dtype)
+        highest_B = highest_B.at[self.label_B].max(jnp.where(self.scored_B, reward_B, -jnp.inf))
+        return (highest_B > lowest_B)[self.label_B]
+
+    def centred(self, reward_B: Array) -> Array:
+        """Reward minus group mean; exactly 0 for equal rewards, whose rounded mean may differ from them."""
+        mean_B = self.total(reward_B) / jnp.maximum(self.count_B, 1)
+        return jnp.where(self.varied(reward_B) & self.scored_B, reward_B - mean_B, 0)
+
+
+def _prepare(
+    reward_B: ArrayLike, scored_B: ArrayLike | None, group_B: ArrayLike | None, group_size: int | None
+) -> tuple[Array, Array, _Groups]:
+    reward_B = _floating(reward_B)
+    if reward_B.ndim != 1:
+        raise LossError(
+            f"reward_B must have one axis (sequences): got shape {reward_B.shape}. "
+            "Flatten groups first (`reward_PG.reshape(-1)`)."
+        )
+    size = reward_B.shape[0]
+    if (group_B is None) == (group_size is None):
+        raise LossError(f"Give one of group_B and group_size: got group_B={group_B}, group_size={group_size}.")
+    if group_B is None:
+        adjacent = int(group_size or 0)
+        if adjacent < 1 or size % adjacent:
+            raise LossError(f"group_size must divide the number of sequences, {size}: got {group_size}. Use group_B.")
+        label_B = jnp.arange(size) // adjacent
+    else:
+        check_shape("group_B", np.shape(group_B), (size,))
+        # Any integers: they become 0..B-1, the static bound on the number of groups.
+        label_B = jnp.unique(jnp.asarray(group_B), size=size, return_inverse=True)[1].reshape(size)
+    scored_B = jnp.ones(size, bool) if scored_B is None else jnp.asarray(scored_B)
+    check_shape("scored_B", scored_B.shape, (size,))
+    groups = _Groups(label_B, scored_B, jnp.zeros_like(reward_B))
+    return reward_B, scored_B, groups._replace(count_B=groups.total(jnp.ones_like(reward_B)))
+
+
+def _floating(value: ArrayLike) -> Array:
+    array = jnp.asarray(value)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
