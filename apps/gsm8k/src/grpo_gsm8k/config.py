@@ -42,7 +42,8 @@ class Run(_Section):
     """Where the run lives."""
 
     dir: Annotated[str, Field(min_length=1)] = Field(
-        "auto", description="folder of the run; `auto`: resume the unfinished run of this config in runs/, or start one"
+        default="auto",
+        description="folder of the run; `auto`: resume the unfinished run of this config in runs/, or start one",
     )
 
 
@@ -50,85 +51,101 @@ class Data(_Section):
     """Which problems."""
 
     source: Annotated[str, Field(min_length=1)] = Field(
-        "embedded", description="`embedded`, a folder or JSONL file in GSM8K's format, or a hub id (openai/gsm8k)"
+        default="embedded",
+        description="`embedded`, a folder or JSONL file in GSM8K's format, or a hub id (openai/gsm8k)",
     )
-    test_source: str = Field("", description="held-out problems, as data.source; empty: the test split of data.source")
-    train_size: Count = Field(0, description="training problems to use; 0: all of them")
-    max_prompt_length: Positive = Field(128, description="tokens; a longer prompt is refused by name")
+    test_source: str = Field(
+        default="", description="held-out problems, as data.source; empty: the test split of data.source"
+    )
+    train_size: Count = Field(default=0, description="training problems to use; 0: all of them")
+    max_prompt_length: Positive = Field(default=128, description="tokens; a longer prompt is refused by name")
 
 
 class Model(_Section):
     """Which policy, in which precision."""
 
     path: Annotated[str, Field(min_length=1)] = Field(
-        "embedded", description="`embedded`, a folder in Hugging Face layout, or a hub id"
+        default="embedded", description="`embedded`, a folder in Hugging Face layout, or a hub id"
     )
-    dtype: Dtype = Field("float32", description="dtype of the trained parameters")
-    compute_dtype: Dtype = Field("float32", description="dtype of matrix products (they accumulate in float32)")
-    remat: bool = Field(False, description="recompute each layer's activations in the backward pass to save memory")
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field("auto", description="attention kernel")
+    dtype: Dtype = Field(default="float32", description="dtype of the trained parameters")
+    compute_dtype: Dtype = Field(default="float32", description="dtype of matrix products (they accumulate in float32)")
+    remat: bool = Field(
+        default=False, description="recompute each layer's activations in the backward pass to save memory"
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(default="auto", description="attention kernel")
 
 
 class Rollout(_Section):
     """How completions are sampled."""
 
-    prompts: Positive = Field(16, description="prompts of one step")
-    group_size: Positive = Field(8, description="samples of one prompt (the group)")
-    max_new_tokens: Positive = Field(128, description="tokens; a completion that reaches it is cut and counted")
-    temperature: float = Field(1.0, ge=0.0, description="softmax temperature")
-    top_k: Count = Field(0, description="keep the k likeliest tokens; 0: all")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the likeliest tokens up to this mass; 1: all")
-    min_p: float = Field(0.0, ge=0.0, lt=1.0, description="drop tokens below this share of the likeliest; 0: none")
-    slots: Count = Field(0, description="sequences decoded at once; 0: all of a step")
+    prompts: Positive = Field(default=16, description="prompts of one step")
+    group_size: Positive = Field(default=8, description="samples of one prompt (the group)")
+    max_new_tokens: Positive = Field(default=128, description="tokens; a completion that reaches it is cut and counted")
+    temperature: float = Field(default=1.0, ge=0.0, description="softmax temperature")
+    top_k: Count = Field(default=0, description="keep the k likeliest tokens; 0: all")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="keep the likeliest tokens up to this mass; 1: all")
+    min_p: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="drop tokens below this share of the likeliest; 0: none"
+    )
+    slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
 
 
 class Loss(_Section):
     """What is optimised, and in which pieces."""
 
     kind: Literal["clip", "dual_clip", "gspo", "gspo_token", "cispo", "sapo", "reinforce"] = Field(
-        "clip", description="policy loss; `clip` is PPO's and GRPO's"
+        default="clip", description="policy loss; `clip` is PPO's and GRPO's"
     )
     advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce++", "reinforce++_baseline"] = Field(
-        "grpo", description="advantage estimator; `dr_grpo` does not divide by the group's std"
+        default="grpo", description="advantage estimator; `dr_grpo` does not divide by the group's std"
     )
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed"] = Field(
-        "token_mean",
+        default="token_mean",
         description="mean over all tokens; mean over sequences of token means, or of token sums; or a fixed divisor",
     )
-    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="importance ratios are clipped below 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0.0, description="importance ratios are clipped above 1 + clip_high")
-    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0, description="importance ratios are clipped below 1 - clip_low")
+    clip_high: float = Field(default=0.2, gt=0.0, description="importance ratios are clipped above 1 + clip_high")
+    kl_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
     reference: Annotated[str, Field(min_length=1)] = Field(
-        "none", description="reference policy of the KL: `none`, `initial` (a frozen copy of the first weights) or PATH"
+        default="none",
+        description="reference policy of the KL: `none`, `initial` (a frozen copy of the first weights) or PATH",
     )
-    entropy_coefficient: float = Field(0.0, ge=0.0, description="weight of the entropy bonus; 0: none")
-    epochs: Positive = Field(1, description="passes over each rollout")
-    minibatches: Positive = Field(1, description="optimizer updates a pass; must divide rollout.prompts")
-    row_length: Count = Field(0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens")
-    rows: Positive = Field(8, description="packed rows of one micro-batch")
+    entropy_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the entropy bonus; 0: none")
+    epochs: Positive = Field(default=1, description="passes over each rollout")
+    minibatches: Positive = Field(default=1, description="optimizer updates a pass; must divide rollout.prompts")
+    row_length: Count = Field(
+        default=0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens"
+    )
+    rows: Positive = Field(default=8, description="packed rows of one micro-batch")
 
 
 class Optimizer(_Section):
     """AdamW and its learning rate."""
 
-    learning_rate: float = Field(3e-4, gt=0.0, description="peak learning rate")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine ends at 0")
-    warmup_steps: Count = Field(0, description="linear warm-up, in optimizer updates")
-    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay")
-    b1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
-    b2: float = Field(0.99, ge=0.0, lt=1.0, description="decay of the second moment")
-    max_grad_norm: float = Field(1.0, gt=0.0, description="gradients are scaled down to this global norm")
+    learning_rate: float = Field(default=3e-4, gt=0.0, description="peak learning rate")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="after the warm-up; cosine ends at 0"
+    )
+    warmup_steps: Count = Field(default=0, description="linear warm-up, in optimizer updates")
+    weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled weight decay")
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    b2: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of the second moment")
+    max_grad_norm: float = Field(default=1.0, gt=0.0, description="gradients are scaled down to this global norm")
 
 
 class Reward(_Section):
     """What a completion is worth."""
 
-    functions: Names = Field(("answer", "format"), description="`answer`, `format`, or your own as module:function")
-    weights: Weights = Field((1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
-    timeout: float = Field(
-        10.0, gt=0.0, description="seconds a batch of your own function may take before it is killed"
+    functions: Names = Field(
+        default=("answer", "format"), description="`answer`, `format`, or your own as module:function"
     )
-    max_unscored: Share = Field(0.1, description="the run stops when more than this share of a step has no reward")
+    weights: Weights = Field(default=(1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
+    timeout: float = Field(
+        default=10.0, gt=0.0, description="seconds a batch of your own function may take before it is killed"
+    )
+    max_unscored: Share = Field(
+        default=0.1, description="the run stops when more than this share of a step has no reward"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -165,46 +182,49 @@ class Reward(_Section):
 class Eval(_Section):
     """Held-out accuracy, decoded greedily."""
 
-    every: Count = Field(20, description="steps between evaluations; 0: only eval.before and eval.after")
-    problems: Positive = Field(500, description="held-out problems of each evaluation")
-    before: bool = Field(True, description="evaluate before the first step")
-    after: bool = Field(True, description="evaluate after the last step")
-    max_new_tokens: Count = Field(0, description="tokens; 0: as rollout.max_new_tokens")
+    every: Count = Field(default=20, description="steps between evaluations; 0: only eval.before and eval.after")
+    problems: Positive = Field(default=500, description="held-out problems of each evaluation")
+    before: bool = Field(default=True, description="evaluate before the first step")
+    after: bool = Field(default=True, description="evaluate after the last step")
+    max_new_tokens: Count = Field(default=0, description="tokens; 0: as rollout.max_new_tokens")
 
 
 class Checkpoint(_Section):
     """What survives a kill."""
 
-    every: Count = Field(20, description="steps between checkpoints; the last step is always saved; 0: no checkpoints")
-    keep: Positive = Field(2, description="newest checkpoints kept, besides the best one")
+    every: Count = Field(
+        default=20, description="steps between checkpoints; the last step is always saved; 0: no checkpoints"
+    )
+    keep: Positive = Field(default=2, description="newest checkpoints kept, besides the best one")
 
 
 class Log(_Section):
     """Where metrics go, besides metrics.jsonl."""
 
-    tensorboard: bool = Field(True, description="write TensorBoard events")
-    wandb: bool = Field(False, description="log to Weights & Biases (needs the `wandb` extra)")
-    completions: Count = Field(4, description="completions of each step written to completions.jsonl")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events")
+    wandb: bool = Field(default=False, description="log to Weights & Biases (needs the `wandb` extra)")
+    completions: Count = Field(default=4, description="completions of each step written to completions.jsonl")
 
 
 class Config(_Section):
     """One run, resolved."""
 
-    seed: Count = Field(0, description="of data order, sampling and everything else random")
-    steps: Positive = Field(60, description="GRPO steps: one rollout and its updates each")
-    cpu_devices: Count = Field(0, description="devices forced out of a CPU host; 0: leave as it is")
+    seed: Count = Field(default=0, description="of data order, sampling and everything else random")
+    steps: Positive = Field(default=60, description="GRPO steps: one rollout and its updates each")
+    cpu_devices: Count = Field(default=0, description="devices forced out of a CPU host; 0: leave as it is")
     mesh: Annotated[str, Field(min_length=1)] = Field(
-        "auto", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
+        default="auto", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
     )
     slice: Annotated[str, Field(pattern=r"^((v4|v5e|v5p|v6e)-[1-9][0-9]*)?$")] = Field(
-        "",
+        default="",
+        examples=["v4-8", "v5e-16", "v5p-8", "v6e-8"],
         description="TPU slice the run is meant for, such as v5e-16 (what preflight compiles for); empty: this machine",
     )
     compilation_cache: str = Field(
-        "~/.cache/grpo-gsm8k/jax", description="folder of compiled programs kept between runs; empty: none"
+        default="~/.cache/grpo-gsm8k/jax", description="folder of compiled programs kept between runs; empty: none"
     )
     huge_pages: bool = Field(
-        False,
+        default=False,
         description="start again under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster small updates on Linux CPUs)",
     )
     run: Run = Run()

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from grpo_gsm8k.config import Config
 
@@ -89,7 +91,7 @@ def _assigned(assignment: str) -> dict[str, Any]:
     if not equals or not key:
         _refuse(f"--set must look like key=value, such as rollout.group_size=8: got {assignment!r}")
     field = _field(key)
-    if field is None and not _is_section(key):
+    if field is None and _section(key) is None:
         _refuse(_unknown(key, "--set"))
     value: Any = text
     # Text stays text: a mesh of 1,-1,1 or a folder called 2026 needs no quotes on the command line.
@@ -105,33 +107,24 @@ def _assigned(assignment: str) -> dict[str, Any]:
 
 def _field(key: str) -> FieldInfo | None:
     """The leaf that a dotted key names, or None."""
-    model: type[BaseModel] = Config
-    *sections, leaf = key.split(".")
-    for name in sections:
-        section = model.model_fields.get(name)
-        if section is None or not _is_model(section.annotation):
-            return None
-        model = section.annotation
-    field = model.model_fields.get(leaf)
-    return None if field is None or _is_model(field.annotation) else field
+    name, _, leaf = key.partition(".")
+    section = _section(name)
+    if section is not None:
+        return section.model_fields.get(leaf)
+    return None if leaf else Config.model_fields.get(name)
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _is_section(key: str) -> bool:
-    field = Config.model_fields.get(key)
-    return field is not None and _is_model(field.annotation)
+def _section(name: str) -> type[BaseModel] | None:
+    """The model of a section such as `rollout`, or None."""
+    annotation = Config.model_fields[name].annotation if name in Config.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _valid_keys() -> list[str]:
     keys = []
-    for name, field in Config.model_fields.items():
-        if _is_model(field.annotation):
-            keys += [f"{name}.{leaf}" for leaf in field.annotation.model_fields]
-        else:
-            keys.append(name)
+    for name in Config.model_fields:
+        section = _section(name)
+        keys += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
     return keys
 
 
@@ -151,22 +144,22 @@ def _checked_keys(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     problems = []
     for name, value in given.items():
-        field = Config.model_fields.get(name)
-        if field is None:
+        section = _section(name)
+        if name not in Config.model_fields:
             dotted = _field(name) is not None
             problems.append(
                 f"{source}: key {name!r} must be written nested, `{name.replace('.', ': {', 1)}: ...}}`."
                 if dotted
                 else _unknown(f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name, source)
             )
-        elif not _is_model(field.annotation):
+        elif section is None:
             checked[name] = value
         elif isinstance(value, dict):
-            unknown = [leaf for leaf in value if leaf not in field.annotation.model_fields]
+            unknown = [leaf for leaf in value if leaf not in section.model_fields]
             problems += [_unknown(f"{name}.{leaf}", source) for leaf in unknown]
             checked[name] = value
         elif value is not None:
-            leaves = ", ".join(field.annotation.model_fields)
+            leaves = ", ".join(section.model_fields)
             problems.append(f"{source}: {name!r} is a section and must hold keys ({leaves}): got {value!r}.")
     if problems:
         _refuse("\n".join(problems))
@@ -209,9 +202,13 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _explained(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems:
+        # A bad item also fails its list: the item says more.
+        if any(other["loc"][:-1] == problem["loc"] != () for other in problems):
+            continue
         names = [str(part) for part in problem["loc"]]
-        key = ".".join(names[:2] if _is_section(names[0]) else names[:1]) if names else ""
+        key = ".".join(names[:2] if _section(names[0]) else names[:1]) if names else ""
         field = _field(key) if key else None
         if field is None:
             # A contradiction: our own text, which names its keys.
@@ -222,7 +219,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
         hint = ""
         options = _options(field)
         if options and isinstance(got, str):
-            near = difflib.get_close_matches(got, options, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(got, options, n=1, cutoff=0.6)
             hint = f" Did you mean {near[0]}?" if near else ""
         what = "nothing" if got is None else f"{got!r} ({type(got).__name__})"
         yield f"{key} must be {_expected(field)} ({field.description}): got {what}{item}.{hint}"
@@ -248,7 +245,9 @@ def _expected(field: FieldInfo) -> str:
         return f"a list, each of it {_KINDS[get_args(annotation)[0]]}"
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
     kind = _KINDS[annotation] if annotation in _KINDS else str(annotation)
-    if any(getattr(m, "min_length", 0) for m in metadata):
+    if field.examples:
+        kind = f"empty or like {', '.join(map(str, field.examples))}"
+    elif any(getattr(m, "min_length", 0) for m in metadata):
         kind = "non-empty text"
     return " ".join([kind, " and ".join(bounds)]).strip()
 
@@ -264,7 +263,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read here", event.start_mark)
+            raise ComposerError(None, None, "aliases (*name) are not read here", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -272,10 +271,10 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+                raise ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
             if key in seen:
                 message = f"key {key!r} is given twice (first on line {seen[key].line + 1})"
-                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+                raise ConstructorError(None, None, message, key_node.start_mark)
             seen[key] = key_node.start_mark
         return super().construct_mapping(node, deep=True)
 
