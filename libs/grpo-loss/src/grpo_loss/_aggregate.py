@@ -32,7 +32,7 @@ def aggregate(
         value_RT: one value a token; masked-out ones are not read.
         mask_RT: which tokens count.
         aggregation: "token-mean": every token of the batch weighs the same (denominator: tokens).
-            "sequence-mean-token-mean": every sequence weighs the same, and its tokens share that (denominator: sequences).
+            "sequence-mean-token-mean": every sequence weighs the same, its tokens share that (denominator: sequences).
             "sequence-mean-token-sum": tokens are added within a sequence (denominator: sequences).
             "fixed": tokens are added; the denominator is sequences × `horizon` and so does not depend on lengths.
             Sequences without a masked-in token are no sequences here.
@@ -79,7 +79,7 @@ def token_weights(
         return weight_RT, weight_RT.sum()
     count_RS = sequence_sum(weight_RT, segment_RT)
     sequences = (count_RS > 0).sum().astype(dtype)
-    if aggregation == "fixed":
+    if horizon is not None:
         return weight_RT, sequences * horizon
     if aggregation == "sequence-mean-token-mean":
         weight_RT = weight_RT / spread(jnp.maximum(count_RS, 1), segment_RT)

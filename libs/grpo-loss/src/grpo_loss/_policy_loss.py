@@ -50,8 +50,8 @@ def policy_loss(
         "cispo":      stop_gradient(clip(r, L, H)) A logp.
         "sapo":       4/t sigmoid(t (r - 1)) A with t = sapo_temperatures[0] where A > 0, else sapo_temperatures[1].
         "reinforce":  A logp.
-    The loss of a token is -objective × weight × correction + kl_coefficient × KL - entropy_coefficient × entropy, and
-    all three terms are averaged together by `aggregation` over the tokens of `mask_RT`. Outside the mask nothing is read.
+    A token's loss is -objective × weight × correction + kl_coefficient × KL - entropy_coefficient × entropy, and the
+    three terms are averaged together by `aggregation` over the tokens of `mask_RT`. Outside the mask nothing is read.
 
     Args:
         logp_RT: log-probability of each token under the policy that is trained, nats. The only array, with

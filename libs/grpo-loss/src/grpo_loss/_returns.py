@@ -33,7 +33,7 @@ def token_reward(
         kl_coefficient: its weight. Zero without the two arrays, positive with them.
 
     Returns:
-        Rewards of the tokens, without gradient. Summed over a row: the reward with its KL penalty, for group advantages.
+        Rewards of the tokens, without gradient. Summed over a row: the penalised reward, for group advantages.
 
     Raises:
         LossError: differing shapes, or a coefficient without log-probabilities or the other way round.

@@ -12,7 +12,7 @@ from ._sequences import sequence_mean
 Kind = Literal["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"]
 KINDS = ("ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce")
 
-# The ranges of the papers: PPO; GSPO sec. 5.1; CISPO without a lower bound and with the cap of 5 that ScaleRL found best.
+# The papers' ranges: PPO; GSPO sec. 5.1; CISPO without a lower bound, capped at 5 as in ScaleRL (arXiv:2510.13786).
 DEFAULT_CLIP = {"ppo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
 DEFAULT_SAPO_TEMPERATURES = (1.0, 1.05)
 
@@ -107,7 +107,7 @@ def resolve_clip(
     low, high = DEFAULT_CLIP[kind] if clip_low is None or clip_high is None else (clip_low, clip_high)
     if not 0 <= low <= 1 or high < 0:
         raise LossError(
-            f"The ratio is clipped to [1 - clip_low, 1 + clip_high], which needs 0 <= clip_low <= 1 and clip_high >= 0: "
+            "The ratio is clipped to [1 - clip_low, 1 + clip_high]: this needs 0 <= clip_low <= 1 and clip_high >= 0, "
             f"got clip_low={low}, clip_high={high}."
         )
     if dual_clip is not None and dual_clip <= 1:

@@ -1,6 +1,6 @@
 """Zero mean and unit variance over every token or sequence of all processes."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 
-class Moments(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Moments:
     """Sums that describe a set of numbers; the sums of two sets, added, describe both together.
 
     Attributes:
@@ -20,6 +22,10 @@ class Moments(NamedTuple):
     count: Float[Array, ""]
     total: Float[Array, ""]
     square: Float[Array, ""]
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The sums of both sets."""
+        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
 
     def mean(self) -> Float[Array, ""]:
         """Their mean (0 of none)."""
@@ -41,7 +47,7 @@ def moments(
         axis_name: a mapped axis (`shard_map`) to add over.
 
     Returns:
-        Moments. To whiten over processes without a mapped axis, add theirs up field by field.
+        Moments. To whiten over processes without a mapped axis, add theirs up with `+`.
     """
     array = jnp.asarray(value)
     kept = jnp.where(mask, array.astype(jnp.promote_types(array.dtype, jnp.float32)), 0)
