@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
 from grpo_contracts import GrpoError
 from grpo_mesh import digest
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 FORMAT = 1
 
@@ -60,7 +61,10 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True, step_prefix="step", enable_async_checkpointing=True
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,
+            step_prefix="step",
+            enable_async_checkpointing=True,
         )
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -139,16 +143,18 @@ class Checkpoints:
                     raise ValueError("its notes do not match their checksum")
                 _refuse_strangers(self._folder, step, body, expected)
                 abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-                state = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                )["state"]
+                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+                    "state"
+                ]
                 if digest(state) != body["state_digest"]:
                     raise ValueError("its arrays do not match their checksum")
             except ResumeRefused:
                 raise
             except _DAMAGE as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                log.warning("checkpoint %s is damaged (%s); trying the one before it", self._folder / f"step_{step}", first)
+                log.warning(
+                    "checkpoint %s is damaged (%s); trying the one before it", self._folder / f"step_{step}", first
+                )
                 continue
             return Restored(step, state, body["notes"])
         if steps:
@@ -179,7 +185,9 @@ def _refuse_strangers(folder: Path, step: int, body: Mapping[str, Any], expected
     recorded = body["notes"].get("identity", {})
     differing = [key for key in sorted({*recorded, *expected}) if recorded.get(key) != expected.get(key)]
     if differing:
-        table = "\n".join(f"  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing)
+        table = "\n".join(
+            f"  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing
+        )
         raise ResumeRefused(
             f"the checkpoint of step {step} in {folder} was made by another run:\n{table}\n"
             "Choose another run.dir, or restore the settings it was made with."

@@ -93,18 +93,25 @@ class Rollout(_Section):
 class Loss(_Section):
     """What is optimised, and in which pieces."""
 
-    kind: Literal["clip", "dual_clip", "gspo", "gspo_token", "cispo", "sapo", "reinforce"] = Field(
-        default="clip", description="policy loss; `clip` is PPO's and GRPO's"
+    kind: Literal["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"] = Field(
+        "ppo", description="policy loss; `ppo` is the clipped ratio of PPO and GRPO"
     )
-    advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce++", "reinforce++_baseline"] = Field(
-        default="grpo", description="advantage estimator; `dr_grpo` does not divide by the group's std"
+    advantage: Literal["grpo", "dr-grpo", "rloo", "batch-std", "reinforce++", "reinforce++-baseline"] = Field(
+        "grpo", description="advantage estimator; `dr-grpo` does not divide by the group's std"
     )
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed"] = Field(
-        default="token_mean",
+    aggregation: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "fixed"] = Field(
+        "token-mean",
         description="mean over all tokens; mean over sequences of token means, or of token sums; or a fixed divisor",
     )
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0, description="importance ratios are clipped below 1 - clip_low")
-    clip_high: float = Field(default=0.2, gt=0.0, description="importance ratios are clipped above 1 + clip_high")
+    clip_low: float | None = Field(
+        None, gt=0.0, le=1.0, description="ratios are clipped below 1 - clip_low; null: the range of the kind's paper"
+    )
+    clip_high: float | None = Field(
+        None, gt=0.0, description="ratios are clipped above 1 + clip_high; null: the range of the kind's paper"
+    )
+    dual_clip: float | None = Field(
+        None, gt=1.0, description="for `ppo`: cap on the ratio where the advantage is negative; null: none"
+    )
     kl_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
     reference: Annotated[str, Field(min_length=1)] = Field(
         default="none",
@@ -257,11 +264,20 @@ class Config(_Section):
                 f"loss.reference is {loss.reference!r} but loss.kl_coefficient is 0, so it would do nothing: "
                 "set loss.kl_coefficient (0.001 to 0.1 are usual), or loss.reference=none"
             )
-        if loss.advantage in ("grpo", "dr_grpo", "rloo", "reinforce++_baseline") and rollout.group_size < 2:
+        if loss.advantage in ("grpo", "dr-grpo", "rloo", "reinforce++-baseline") and rollout.group_size < 2:
             yield (
                 f"rollout.group_size must be at least 2 for loss.advantage={loss.advantage}: a group of one has no "
                 "other sample to be compared with, so every advantage would be 0"
             )
+        if (loss.clip_low is None) != (loss.clip_high is None):
+            yield (
+                f"loss.clip_low and loss.clip_high must both be set or both be null: got {loss.clip_low} and "
+                f"{loss.clip_high}"
+            )
+        if loss.clip_low is not None and loss.kind in ("sapo", "reinforce"):
+            yield f"loss.clip_low and loss.clip_high do nothing for loss.kind={loss.kind}: set them to null"
+        if loss.dual_clip is not None and loss.kind != "ppo":
+            yield f"loss.dual_clip does nothing for loss.kind={loss.kind}: set it to null, or loss.kind=ppo"
         if rollout.temperature == 0:
             yield (
                 "rollout.temperature must be above 0: greedy samples of a group are all the same, so every advantage "
