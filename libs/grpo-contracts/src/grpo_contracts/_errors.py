@@ -51,12 +51,14 @@ def broken(
     *,
     index: Sequence[int] | None = None,
     hint: str = "",
+    verb: str = "be",
 ) -> ContractError:
     """The ContractError for one broken rule, its message composed of the parts it carries.
 
     Args:
         stage, field, rule, expected, actual, index: as in ContractError.
         hint: what to do about it, one sentence.
+        verb: what stands between "must" and `expected`.
 
     Returns:
         The error, to be raised by the caller.
@@ -65,7 +67,15 @@ def broken(
     where = None if index is None else tuple(int(i) for i in index)
     if where:
         place += "[" + ", ".join(map(str, where)) + "]"
-    message = f"{place} must be {expected}: got {actual} (rule {rule!r})."
+    message = f"{place} must {verb} {expected}: got {_say(actual)} (rule {rule!r})."
     if hint:
         message += f" {hint}"
     return ContractError(message, stage=stage, field=field, rule=rule, expected=expected, actual=actual, index=where)
+
+
+def _say(value: object) -> str:
+    # Python refuses to print integers of thousands of digits, and nobody reads a long text in an error.
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "an integer beyond 64 bits"
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -23,8 +23,8 @@ _INT32_END = 2**31
 class Rule(NamedTuple):
     """One rule on the values of one field.
 
-    `check` takes the stage, in numpy, and returns a bool or an array of them, True where the rule holds; or a pair of
-    that and the values that were wanted.
+    `field` may be a path (`law.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them, True
+    where the rule holds; or a pair of that and the values that were wanted.
     """
 
     stage: type[Stage]
@@ -138,7 +138,7 @@ def _(r: Any) -> Any:
     return (not r.law.plain) | (np.abs(r.policy_logp_BT - r.logp_BT) <= SAME_LOGP), r.logp_BT
 
 
-@_rule(Rollout, "law", "vocabulary", "a law whose stop_ids are in [0, vocab_size)")
+@_rule(Rollout, "law.stop_ids", "vocabulary", "in [0, vocab_size)")
 def _(r: Any) -> Any:
     return all(i < r.vocab_size for i in r.law.stop_ids)
 
@@ -217,14 +217,14 @@ def _(r: Any) -> Any:
     return (r.tokens_BT == wanted) | (np.arange(wanted.shape[1]) >= r.prompt_length_B[:, None]), wanted
 
 
-@_rule(Rollout, "policy", "step", "a PolicyIdentity whose step is an int in [0, 2**31)")
+@_rule(Rollout, "policy.step", "range", "in [0, 2**31)")
 def _(r: Any) -> Any:
-    return type(r.policy.step) is int and 0 <= r.policy.step < _INT32_END
+    return 0 <= r.policy.step < _INT32_END
 
 
-@_rule(Rollout, "policy", "digest", "a PolicyIdentity whose digest is lower-case hexadecimal")
+@_rule(Rollout, "policy.digest", "hexadecimal", "lower-case hexadecimal, at least one digit")
 def _(r: Any) -> Any:
-    return type(r.policy.digest) is str and re.fullmatch("[0-9a-f]+", r.policy.digest) is not None
+    return re.fullmatch("[0-9a-f]+", r.policy.digest) is not None
 
 
 # Scored

@@ -4,6 +4,9 @@ Each field declares its dims and dtype once, beside its name; validation, the fi
 and the printed schema all read them from here.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -13,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 
+from ._arrays import describe, is_array, to_numpy
 from ._errors import broken
 
 # numpy.ndarray or jax.Array. The package never imports jax, and no common base lets arithmetic type-check.
@@ -36,8 +40,6 @@ class Spec(NamedTuple):
     """numpy name of an array's dtype; empty for a field that is no array."""
     dims: str = ""
     """The shapes an array may have, as axis letters: `"B T"`, or `"B | B T"` where either will do."""
-    since: tuple[int, int] = (1, 0)
-    """The version of the file format that brought the field."""
 
 
 class Stage:
@@ -95,7 +97,10 @@ class SamplingLaw:
 
     def _set(self, name: str, value: Any, holds: Any, expected: str) -> None:
         if value is None or not holds(value):
-            raise broken("SamplingLaw", name, "law", expected, repr(getattr(self, name)))
+            came = getattr(self, name)
+            raise broken(
+                "SamplingLaw", name, "law", expected, came if type(came) in (int, float, str) else describe(came)
+            )
         object.__setattr__(self, name, value)
 
     @property
@@ -105,8 +110,13 @@ class SamplingLaw:
 
 
 def _real(value: object) -> float | None:
-    fine = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-    return float(value) if fine else None  # type: ignore[arg-type]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the floats
+        return None
+    return number if isfinite(number) else None
 
 
 def _integer(value: object) -> int | None:
@@ -124,6 +134,27 @@ class PolicyIdentity:
 
     step: int
     digest: str
+
+    def concrete(self) -> PolicyIdentity:
+        """The same with a plain step and digest, read back from the arrays a jitted function returned.
+
+        Returns:
+            A PolicyIdentity whose step is an int and whose digest is a str.
+
+        Raises:
+            ContractError: they are neither that nor arrays of it, or are not known yet (inside jit).
+        """
+        step: Any = getattr(self, "step", None)
+        digest: Any = getattr(self, "digest", None)
+        if is_array(step) and step.ndim == 0 and step.dtype.kind in "iu":
+            step = to_numpy(step, "PolicyIdentity", "step").item()
+        if is_array(digest) and digest.ndim == 1 and digest.dtype == np.uint8:
+            digest = to_numpy(digest, "PolicyIdentity", "digest").tobytes().decode("ascii", "replace")
+        if type(step) is not int:
+            raise broken("PolicyIdentity", "step", "type", "an int", describe(step))
+        if type(digest) is not str:
+            raise broken("PolicyIdentity", "digest", "type", "a str", describe(digest))
+        return PolicyIdentity(step, digest)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,12 +178,10 @@ class Rollout(Stage):
     tokens_BT: Annotated[Array, Spec("token ids: prompt, completion, then pad_id", "int32", "B T")]
     prompt_length_B: Annotated[Array, Spec("tokens of the prompt, at least 1", "int32", "B")]
     total_length_B: Annotated[Array, Spec("tokens of prompt and completion, the latter at least 1", "int32", "B")]
-    loss_mask_BT: Annotated[
-        Array, Spec("tokens that count in the loss: a row's completion, or none of it", "bool", "B T")
-    ]
+    loss_mask_BT: Annotated[Array, Spec("tokens in the loss: a row's completion, or nothing", "bool", "B T")]
     logp_BT: Annotated[Array, Spec("log-probability of each sampled token under `law`, in nats", "float32", "B T")]
     policy_logp_BT: Annotated[
-        Array, Spec("the same under the plain policy (temperature 1, no filter)", "float32", "B T")
+        Array, Spec("the same under the policy itself (temperature 1, no filter)", "float32", "B T")
     ]
     finish_B: Annotated[Array, Spec("FinishReason of each row", "int8", "B")]
     prompt_id_B: Annotated[Array, Spec("which problem of the data set each row answers", "int32", "B")]
@@ -187,6 +216,46 @@ class Scored(Stage):
     weight_N: Annotated[Array, Spec("weight of each function", "float32", "N")]
     reward_B: Annotated[Array, Spec("weighted sum of the scored rewards; 0 where the row is unscored", "float32", "B")]
     scored_B: Annotated[Array, Spec("whether the row has a reward at all", "bool", "B")]
+
+    @classmethod
+    def from_rewards(
+        cls,
+        rollout: Rollout,
+        rewards: Mapping[str, Sequence[float | None]],
+        weights: Mapping[str, float] | None = None,
+    ) -> Scored:
+        """Score a rollout with what reward functions returned.
+
+        Args:
+            rollout: what they scored.
+            rewards: for each function's name, a reward for each of the B rows; None where it could not be computed.
+            weights: for each function's name, its weight; 1 for each where left out.
+
+        Returns:
+            The scored rollout. A row is scored where every function of non-zero weight could score it: a sum that
+            misses a term would rank the row as if the term were 0.
+
+        Raises:
+            ContractError: a name without a weight or the reverse, a row too many or too few, or no number.
+        """
+        weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
+        if not rewards or set(weights) != set(rewards):
+            raise broken("Scored", "names", "weights", f"given weights for exactly {sorted(rewards)}", sorted(weights))
+        rows = len(rollout.tokens_BT)
+        for name, column in rewards.items():
+            if len(column) != rows:
+                raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one a row", len(column))
+            for b, value in enumerate(column):
+                if value is not None and _real(value) is None:
+                    came = value if isinstance(value, float) else describe(value)
+                    expected = f"a finite number or None, from {name!r}"
+                    raise broken("Scored", "reward_BN", "finite", expected, came, index=(b, list(rewards).index(name)))
+        scored_BN = np.array([[value is not None for value in column] for column in rewards.values()]).T
+        reward_BN = np.array([[value or 0.0 for value in column] for column in rewards.values()], np.float32).T
+        weight_N = np.array([weights[name] for name in rewards], np.float32)
+        scored_B = (scored_BN | (weight_N == 0)).all(1) & scored_BN.any(1)
+        reward_B = np.where(scored_B, (reward_BN * scored_BN) @ weight_N, 0).astype(np.float32)
+        return cls(rollout, reward_BN, scored_BN, tuple(rewards), weight_N, reward_B, scored_B)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,0 +1,43 @@
+"""`python -m grpo_contracts schema` prints the contract as JSON; `check FILE` says whether a file keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ._errors import ContractError
+from ._file import load
+from ._schema import schema
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after the program's name; those of the process where None.
+
+    Returns:
+        The exit code: 0, or 1 where the file breaks the contract.
+    """
+    parser = argparse.ArgumentParser(prog="python -m grpo_contracts", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("schema", help="print stages, fields, rules and file header as JSON")
+    check = commands.add_parser("check", help="say OK, or the first rule a batch file breaks, with exit code 1")
+    check.add_argument("file")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "schema":
+        print(json.dumps(schema(), indent=2))
+        return 0
+    try:
+        batch = load(chosen.file)
+    except ContractError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"OK {batch!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What counts as an array, and how to read one on the host, without importing jax."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from ._errors import broken
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is a numpy or a jax array (tracers included)."""
+    if isinstance(value, np.ndarray):
+        return True
+    jax = sys.modules.get("jax")  # a jax array can only exist where jax has been imported
+    array = getattr(jax, "Array", None)
+    return array is not None and isinstance(value, array)
+
+
+def to_numpy(value: Any, stage: str, field: str) -> np.ndarray:
+    """Read an array on the host.
+
+    Args:
+        value: anything numpy can read.
+        stage, field: where it belongs, for the error.
+
+    Returns:
+        The numpy array, a view where that is possible.
+
+    Raises:
+        ContractError: it cannot be read here.
+    """
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # tracers, deleted arrays, arrays of other processes
+        reason = str(error).partition("\n")[0]
+        hint = "Outside jit, and on data this process holds, it is."
+        raise broken(stage, field, "readable", "an array numpy can read here", reason, hint=hint) from error
+
+
+def describe(value: object) -> str:
+    """A value's type, with the value where it is short and safe to print."""
+    if value is None or type(value) in (bool, float) or (type(value) is str and len(value) < 100):
+        return repr(value)
+    return f"a {type(value).__name__}"

@@ -1,0 +1,212 @@
+"""Batches in files: an uncompressed zip of `header.json` and one `.npy` member an array.
+
+`numpy.load(path, allow_pickle=False)` reads the arrays, any JSON reader the header; nothing in a file is executed.
+A header names the format, its version and the stage, and mirrors the batch: sizes, law, identity and names as JSON,
+`{"array": name}` where an array stands, null where an optional one is absent.
+A minor version adds fields with defaults, a major one changes the meaning of what was there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import uuid
+import zipfile
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._arrays import describe
+from ._errors import ContractError, broken
+from ._stages import STAGES, PolicyIdentity, SamplingLaw, Stage
+from ._validate import NESTED, fetch, validate
+
+FORMAT = "grpo-contracts/batch"
+VERSION = (1, 0)
+_HEADER = "header.json"
+_LONGEST_HEADER = 2**20
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same batch is the same bytes, whenever it is written
+_NPY = re.compile(
+    rb"\{'descr': '([<|][bif][148])', 'fortran_order': (False|True), "
+    rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
+)
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyError, zipfile.BadZipFile)
+"""What zipfile and json raise on missing, truncated, encrypted or forged files."""
+
+
+def save(batch: Stage, path: str | os.PathLike[str]) -> None:
+    """Write a batch to a file, all of it or nothing.
+
+    Args:
+        batch: any stage that passes at level `"shapes"`; wrong values may be saved, to be looked at.
+        path: the file, by custom `*.npz`; an existing one is replaced.
+
+    Raises:
+        ContractError: the batch's fields are wrong, or its arrays cannot be read here.
+        OSError: the file cannot be written.
+    """
+    validate(batch)
+    host = fetch(batch)
+    arrays: dict[str, np.ndarray] = {}
+    body = _encode(host, "", arrays)
+    header = {"format": FORMAT, "version": "{}.{}".format(*VERSION), "stage": type(batch).__name__, "batch": body}
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                archive.writestr(zipfile.ZipInfo(_HEADER, _EPOCH), json.dumps(header, indent=1, allow_nan=False))
+                for name, array in arrays.items():
+                    member = io.BytesIO()
+                    np.lib.format.write_array(member, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+                    archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), member.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], *, level: str = "values") -> Any:
+    """Read a batch from a file.
+
+    Args:
+        path: a file `save` wrote, in this or an earlier minor version.
+        level: how far to validate it, as in `validate`.
+
+    Returns:
+        The Prompts, Rollout, Scored or TrainBatch, its arrays in numpy and read-only.
+
+    Raises:
+        ContractError: the file cannot be read, is no batch, is of an unknown version, or breaks a rule.
+    """
+    members = _members(path)
+    try:
+        header = json.loads(members.pop(_HEADER))
+    except (ValueError, RecursionError) as error:
+        raise broken("file", _HEADER, "json", "JSON text", error) from error
+    stage, version = _read_header(header)
+    arrays = {name.removesuffix(".npy"): _read_npy(name, data) for name, data in members.items()}
+    batch = _decode(stage, header["batch"], version, arrays)
+    if arrays:
+        raise broken("file", min(arrays), "known", f"an array that a {stage.__name__} has", "an unknown one")
+    validate(batch, level)
+    return batch
+
+
+def _members(path: Any) -> dict[str, bytes]:
+    """The zip's members. Stored ones only, no longer than the file: nothing unfolds into more than was sent."""
+    try:
+        path = Path(path)
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            listed = archive.infolist()
+            names = [info.filename for info in listed]
+            if _HEADER not in names or len(set(names)) != len(names):
+                raise broken("file", None, "members", f"a zip of {_HEADER} and arrays, each name once", names)
+            if any(info.compress_type != zipfile.ZIP_STORED for info in listed):
+                raise broken("file", None, "stored", "an uncompressed zip", "compressed members")
+            if sum(info.file_size for info in listed) > size or archive.getinfo(_HEADER).file_size > _LONGEST_HEADER:
+                raise broken("file", None, "size", "as long as its members say", f"{size} bytes")
+            return {name: archive.read(name) for name in names}
+    except ContractError:
+        raise
+    except (*_UNREADABLE, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise broken("file", None, "readable", "a zip file that can be read whole", reason) from error
+
+
+def _read_header(header: Any) -> tuple[type[Stage], tuple[int, int]]:
+    wanted = {"format", "version", "stage", "batch"}
+    if not isinstance(header, dict) or set(header) != wanted:
+        raise broken("file", _HEADER, "keys", f"an object with the keys {sorted(wanted)}", describe(header))
+    if header["format"] != FORMAT:
+        raise broken("file", "format", "format", repr(FORMAT), describe(header["format"]))
+    text = header["version"]
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", text):
+        raise broken("file", "version", "version", "'MAJOR.MINOR'", describe(text))
+    major, minor = map(int, text.split("."))
+    if major != VERSION[0] or minor > VERSION[1]:
+        expected = f"{VERSION[0]}.0 to {VERSION[0]}.{VERSION[1]}"
+        raise broken(
+            "file", "version", "version", expected, text, hint="Read it with the grpo-contracts that wrote it."
+        )
+    stages = {stage.__name__: stage for stage in STAGES}
+    if not isinstance(header["stage"], str) or header["stage"] not in stages:
+        raise broken("file", "stage", "stage", f"one of {list(stages)}", describe(header["stage"]))
+    return stages[header["stage"]], (major, minor)
+
+
+def _read_npy(name: str, data: bytes) -> np.ndarray:
+    """An array from a `.npy` member. The header is matched against the one form numpy writes, never evaluated."""
+    start = 10 + int.from_bytes(data[8:10], "little")
+    match = _NPY.fullmatch(data[10:start])
+    if not name.endswith(".npy") or data[:8] != b"\x93NUMPY\x01\x00" or match is None:
+        raise broken("file", name, "npy", "a version 1.0 .npy array of plain numbers", "something else")
+    descr, fortran, dims = match.groups()
+    shape = tuple(int(size) for size in dims.split(b",") if size.strip())
+    try:
+        dtype = np.dtype(descr.decode())
+    except TypeError as error:
+        raise broken("file", name, "npy", "of a dtype numpy knows", error) from error
+    wanted = prod(shape) * dtype.itemsize
+    if len(data) - start != wanted:
+        raise broken("file", name, "size", f"{wanted} bytes of data for shape {shape}", f"{len(data) - start}")
+    flat = np.frombuffer(data, dtype, offset=start) if wanted else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if fortran == b"True" else "C")
+
+
+def _encode(stage: Stage, prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The JSON that mirrors a stage; its arrays are added to `arrays`."""
+    body: dict[str, Any] = {}
+    for field, spec in stage.specs().items():
+        value = getattr(stage, field)
+        if isinstance(value, Stage):
+            body[field] = _encode(value, f"{prefix}{field}.", arrays)
+        elif spec.dtype and value is not None:
+            body[field] = {"array": prefix + field}
+            arrays[prefix + field] = value
+        elif isinstance(value, SamplingLaw | PolicyIdentity):
+            body[field] = asdict(value)
+        else:
+            body[field] = value
+    return body
+
+
+def _decode(kind: type[Any], body: Any, version: tuple[int, int], arrays: dict[str, np.ndarray]) -> Any:
+    """The stage, law or identity that `body` mirrors; the arrays it names are taken out of `arrays`."""
+    name = kind.__name__
+    if not isinstance(body, dict):
+        raise broken("file", name, "object", "a JSON object", describe(body))
+    known = {field.name: field for field in fields(kind)}
+    for key in body:
+        if key not in known:
+            raise broken("file", name, "known", f"an object with keys among {list(known)}", describe(key))
+    specs = kind.specs() if issubclass(kind, Stage) else {}
+    values = {}
+    for field in known.values():
+        if field.name not in body:
+            # Only a field newer than the file may be absent from it.
+            if version >= VERSION or field.default is MISSING:
+                raise broken("file", f"{name}.{field.name}", "present", "in the header", "nothing")
+            continue
+        value = body[field.name]
+        if field.name in NESTED:
+            value = _decode(NESTED[field.name], value, version, arrays)
+        elif field.name in specs and specs[field.name].dtype and value is not None:
+            value = _take(f"{name}.{field.name}", value, arrays)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _take(field: str, reference: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    named = reference.get("array") if isinstance(reference, Mapping) else None
+    if not isinstance(named, str) or named not in arrays:
+        raise broken("file", field, "array", 'an object {"array": NAME} that names a member', describe(named))
+    return arrays.pop(named)
