@@ -3,6 +3,7 @@
 from grpo_sampler._config import Llama3Scaling, ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
 from grpo_sampler._network import Transformer, abstract, merge, split
+from grpo_sampler._weights import load, save
 
 __all__ = [
     "Llama3Scaling",
@@ -12,6 +13,8 @@ __all__ = [
     "UnsupportedModelError",
     "WeightsError",
     "abstract",
+    "load",
     "merge",
+    "save",
     "split",
 ]

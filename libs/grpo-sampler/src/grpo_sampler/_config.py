@@ -246,7 +246,8 @@ def _refuse_what_is_not_here(config: Mapping[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             raise UnsupportedModelError(
-                f"{name} must be false for {family}: got {config[name]!r}. It puts a bias on projections that have none here."
+                f"{name} must be false for {family}: got {config[name]!r}. "
+                "It puts a bias on projections that have none here."
             )
     layer_types = config.get("layer_types") or []
     odd = sorted({str(kind) for kind in layer_types} - {"full_attention"})
@@ -256,7 +257,8 @@ def _refuse_what_is_not_here(config: Mapping[str, Any]) -> None:
         first = config.get("max_window_layers", 28)
         if first < config.get("num_hidden_layers", 0):
             raise UnsupportedModelError(
-                f"use_sliding_window must be false: got a window of {config['sliding_window']} tokens from layer {first} on. "
+                f"use_sliding_window must be false: got a window of {config['sliding_window']} tokens "
+                f"from layer {first} on. "
                 "Sliding windows are not here."
             )
     if config.get("partial_rotary_factor", 1.0) != 1.0:
@@ -285,4 +287,5 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     if not isinstance(original, int):
         raise SamplerError(f"original_max_position_embeddings must be an integer: got {original!r}.")
-    return float(theta), Llama3Scaling(*(float(rope[name]) for name in names), original)
+    factor, low, high = (float(rope[name]) for name in names)
+    return float(theta), Llama3Scaling(factor, low, high, original)

@@ -1,0 +1,142 @@
+"""Where each parameter lives in the Hugging Face layout: one table, read by loading and by saving."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from grpo_sampler._config import ModelConfig
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our parameters and the tensors of a checkpoint it is made of.
+
+    Args:
+        path: keys into the parameter tree.
+        name: tensor name, with `{}` for the layer where the parameter is stacked.
+        rows: our axes that a checkpoint flattens into the tensor's first axis.
+        columns: likewise the second axis; empty for vectors.
+        transposed: our axes are columns then rows (a linear layer's weight is stored output first).
+        layers: length of the leading L axis, or None where the parameter is not stacked.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    rows: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+    transposed: bool = False
+    layers: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Our shape, the L axis included."""
+        single = self.columns + self.rows if self.transposed else self.rows + self.columns
+        return single if self.layers is None else (self.layers, *single)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in a checkpoint."""
+        rows, columns = math.prod(self.rows), math.prod(self.columns)
+        return (rows, columns) if self.columns else (rows,)
+
+    def tensor_names(self) -> list[str]:
+        """The tensors this parameter is made of, in the order of layers."""
+        return [self.name] if self.layers is None else [self.name.format(layer) for layer in range(self.layers)]
+
+    def read(self, fetch: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
+        """Cuts a block of ours out of one stored tensor, reading no other rows or columns than it must.
+
+        Args:
+            fetch: gives the stored tensor at a tuple of slices.
+            index: slices into our axes, the L axis left out.
+
+        Returns:
+            The block, a view of what was fetched.
+        """
+        ours = [slice(*part.indices(size)[:2]) for part, size in zip(index, self.shape[-len(index) :])]
+        at = len(self.columns) if self.transposed else len(self.rows)
+        rows, columns = (ours[at:], ours[:at]) if self.transposed else (ours[:at], ours[at:])
+        if not columns:
+            block = fetch((_flat(rows, self.rows),))
+            return block.reshape(_partial(rows, self.rows))[(slice(None), *rows[1:])]
+        block = fetch((_flat(rows, self.rows), _flat(columns, self.columns)))
+        block = block.reshape(_partial(rows, self.rows) + _partial(columns, self.columns))
+        block = block[(slice(None), *rows[1:], slice(None), *columns[1:])]
+        if not self.transposed:
+            return block
+        n = len(self.rows)
+        return block.transpose(*range(n, block.ndim), *range(n))
+
+    def stored(self, value: np.ndarray) -> np.ndarray:
+        """Turns one layer's parameter into what a checkpoint holds.
+
+        Args:
+            value: our array, the L axis left out.
+
+        Returns:
+            A contiguous array of `stored_shape`.
+        """
+        if self.transposed:
+            value = value.reshape(math.prod(self.columns), math.prod(self.rows)).T
+        return np.ascontiguousarray(value.reshape(self.stored_shape))
+
+
+def leaves(config: ModelConfig) -> list[Leaf]:
+    """Every parameter of a model.
+
+    Args:
+        config: the model.
+
+    Returns:
+        One `Leaf` a parameter, in a fixed order.
+    """
+    L, D, F, V = config.layers, config.width, config.mlp_width, config.vocab_size
+    queries, keys = (config.query_heads, config.head_size), (config.kv_heads, config.head_size)
+
+    def linear(ours: str, theirs: str, columns: tuple[int, ...], rows: tuple[int, ...]) -> Leaf:
+        return Leaf(("layers", ours), f"model.layers.{{}}.{theirs}.weight", rows, columns, transposed=True, layers=L)
+
+    def vector(ours: str, theirs: str, rows: tuple[int, ...]) -> Leaf:
+        return Leaf(("layers", ours), f"model.layers.{{}}.{theirs}", rows, layers=L)
+
+    table = [Leaf(("embed",), "model.embed_tokens.weight", (V,), (D,))]
+    if not config.tied:
+        table.append(Leaf(("unembed",), "lm_head.weight", (V,), (D,)))
+    table += [
+        Leaf(("final_norm",), "model.norm.weight", (D,)),
+        vector("attn_norm", "input_layernorm.weight", (D,)),
+        vector("mlp_norm", "post_attention_layernorm.weight", (D,)),
+        linear("q", "self_attn.q_proj", (D,), queries),
+        linear("k", "self_attn.k_proj", (D,), keys),
+        linear("v", "self_attn.v_proj", (D,), keys),
+        linear("o", "self_attn.o_proj", queries, (D,)),
+        linear("gate", "mlp.gate_proj", (D,), (F,)),
+        linear("up", "mlp.up_proj", (D,), (F,)),
+        linear("down", "mlp.down_proj", (F,), (D,)),
+    ]
+    if config.qkv_bias:
+        table += [
+            vector("q_bias", "self_attn.q_proj.bias", queries),
+            vector("k_bias", "self_attn.k_proj.bias", keys),
+            vector("v_bias", "self_attn.v_proj.bias", keys),
+        ]
+    if config.qk_norm:
+        table += [
+            vector("q_norm", "self_attn.q_norm.weight", (config.head_size,)),
+            vector("k_norm", "self_attn.k_norm.weight", (config.head_size,)),
+        ]
+    return table
+
+
+def _flat(parts: list[slice], sizes: tuple[int, ...]) -> slice:
+    """The stored range that holds the first axis's slice; the inner axes are read whole and cut afterwards."""
+    inner = math.prod(sizes[1:])
+    return slice(parts[0].start * inner, parts[0].stop * inner)
+
+
+def _partial(parts: list[slice], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (parts[0].stop - parts[0].start, *sizes[1:])

@@ -1,0 +1,295 @@
+"""Checkpoints in the Hugging Face layout, read and written without torch, one tensor at a time."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._errors import WeightsError
+from grpo_sampler._layout import Index, Leaf, leaves
+from grpo_sampler._network import Params
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMPARED_ROWS = 4096
+
+ShardingChoice = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | Mapping[str, Any] | None
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    sharding: ShardingChoice = None,
+    revision: str | None = None,
+) -> tuple[ModelConfig, Params]:
+    """Reads a model in Hugging Face layout straight into the wanted type and onto the wanted devices.
+
+    Each device's part of each parameter is read from the file by itself: the host never holds more than one
+    stacked parameter (or one device's part of it) besides what the devices hold.
+
+    Args:
+        path_or_hub_id: a folder with config.json and safetensors, single or sharded; or, where there is no such
+            folder, a Hub id, which needs `huggingface-hub`.
+        dtype: floating type of the parameters.
+        sharding: one sharding for all, a function from a path like `layers/q` to a sharding, or a tree of shardings
+            in the parameters' shape; None puts all on the default device.
+        revision: branch, tag or commit of a Hub id.
+
+    Returns:
+        (config, params).
+
+    Raises:
+        UnsupportedModelError: an architecture that is not here.
+        WeightsError: no such model; a tensor that is missing, unexpected or misshaped; a damaged file.
+    """
+    folder = _folder(path_or_hub_id, revision)
+    config = ModelConfig.from_file(folder)
+    target = jnp.dtype(dtype)
+    if not jnp.issubdtype(target, jnp.floating):
+        raise WeightsError(f"dtype must be a floating type: got {target.name}.")
+    table = leaves(config)
+    params: Params = {}
+    with contextlib.ExitStack() as stack:
+        files = _open(folder, stack)
+        _check(files, table, config, folder)
+        for leaf in table:
+            branch = params
+            for key in leaf.path[:-1]:
+                branch = branch.setdefault(key, {})
+            branch[leaf.path[-1]] = _place(leaf, files, target, _pick(sharding, leaf))
+    return config, params
+
+
+def save(
+    folder: str | os.PathLike[str], config: ModelConfig, params: Params, *, max_shard_bytes: int = 4_000_000_000
+) -> None:
+    """Writes config.json and safetensors that transformers loads and `load` reads back bit for bit.
+
+    Parameters spread over several processes are gathered a tensor at a time: every process must call this, the first
+    one writes. Weight files of an earlier save in the folder are replaced.
+
+    Args:
+        folder: made where absent.
+        config: the model.
+        params: its parameters, all of one type.
+        max_shard_bytes: above this the weights are split over several files with an index.
+
+    Raises:
+        WeightsError: parameters that are not the configuration's.
+    """
+    table = leaves(config)
+    values = {leaf: _value(params, leaf) for leaf in table}
+    _check_saved(params, table)
+    dtypes = {np.dtype(value.dtype).name for value in values.values()}
+    if len(dtypes) > 1:
+        raise WeightsError(f"params must all have one type: got {', '.join(sorted(dtypes))}. Cast them first.")
+    shards: list[list[tuple[Leaf, int | None]]] = [[]]
+    sizes = [0]
+    for leaf in table:
+        for layer in [None] if leaf.layers is None else range(leaf.layers):
+            size = int(np.prod(leaf.stored_shape)) * values[leaf].dtype.itemsize
+            if sizes[-1] and sizes[-1] + size > max_shard_bytes:
+                shards.append([])
+                sizes.append(0)
+            shards[-1].append((leaf, layer))
+            sizes[-1] += size
+    count = len(shards)
+    names = [_SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    writes = jax.process_index() == 0
+    target = Path(folder)
+    if writes:
+        target.mkdir(parents=True, exist_ok=True)
+    where: dict[str, str] = {}
+    for name, shard in zip(names, shards):
+        tensors = {}
+        for leaf, layer in shard:
+            value = values[leaf] if layer is None else values[leaf][layer]
+            tensors[leaf.name.format(layer)] = leaf.stored(_on_host(value))
+        where |= dict.fromkeys(tensors, name)
+        if writes:
+            # Renamed when whole: a killed save leaves no half file under the name that `load` opens.
+            save_file(tensors, target / f"{name}.part", metadata={"format": "pt"})
+            os.replace(target / f"{name}.part", target / name)
+    if not writes:
+        return
+    for stale in [*target.glob("model-*-of-*.safetensors"), target / _SINGLE, target / _INDEX]:
+        if stale.name not in names:
+            stale.unlink(missing_ok=True)
+    if count > 1:
+        _write_json(
+            target / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+        )
+    _write_json(target / "config.json", config.to_hf(dtypes.pop()))
+
+
+def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    name = os.fspath(path_or_hub_id)
+    if not _HUB_ID.fullmatch(name):
+        raise WeightsError(f"{name!r} must be a folder or a Hub id like 'Qwen/Qwen2.5-0.5B': no such folder.")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise WeightsError(
+            f"{name!r} must be a folder: there is none. To fetch it from the Hub, `pip install huggingface-hub`."
+        ) from None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
+            )
+        )
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise WeightsError(f"{name!r} must be a folder or a model on the Hub: no such folder, and {error}") from error
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Opens every weight file; tensor name -> the file that holds it. Only headers are read here."""
+    promised: dict[str, str] = {}
+    if (folder / _SINGLE).exists():
+        names = [_SINGLE]
+    elif (folder / _INDEX).exists():
+        try:
+            promised = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{folder / _INDEX} must hold a weight_map: {error!r}.") from error
+        names = sorted(set(promised.values()))
+    else:
+        raise WeightsError(
+            f"{folder} must hold {_SINGLE} or {_INDEX}: got neither. Only safetensors are read; "
+            "convert other formats with transformers' save_pretrained."
+        )
+    files: dict[str, Any] = {}
+    for name in names:
+        try:
+            file = stack.enter_context(safe_open(folder / name, framework="numpy"))
+        except FileNotFoundError:
+            raise WeightsError(f"{folder / name} must exist, the index names it: it does not.") from None
+        except SafetensorError as error:
+            raise WeightsError(f"{folder / name} must be a whole safetensors file: {error}. Fetch it again.") from error
+        files |= dict.fromkeys(file.keys(), file)
+    lost = sorted(set(promised) - set(files))
+    if lost:
+        raise WeightsError(f"{folder / _INDEX} promises tensors that no file holds: {_some(lost)}.")
+    return files
+
+
+def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, folder: Path) -> None:
+    """All tensors are there, of the right shape, and no others."""
+    expected = {name: leaf for leaf in table for name in leaf.tensor_names()}
+    missing = sorted(set(expected) - set(files))
+    if missing:
+        raise WeightsError(f"{folder} must hold every tensor of its config.json: missing {_some(missing)}.")
+    # Old checkpoints keep the rotary table; a tied one may keep its embedding a second time.
+    unexpected = sorted(name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq"))
+    if config.tied and "lm_head.weight" in unexpected:
+        unexpected.remove("lm_head.weight")
+        head, embed = (files[name].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        rows = range(0, config.vocab_size, _COMPARED_ROWS)
+        if head.get_shape() != embed.get_shape() or any(
+            not np.array_equal(head[at : at + _COMPARED_ROWS], embed[at : at + _COMPARED_ROWS]) for at in rows
+        ):
+            raise WeightsError(
+                f"{folder} ties its embeddings but holds another lm_head.weight. "
+                'Set "tie_word_embeddings": false in config.json to use it.'
+            )
+    if unexpected:
+        raise WeightsError(f"{folder} must hold no tensors but its config.json's: got also {_some(unexpected)}.")
+    for name, leaf in expected.items():
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != leaf.stored_shape:
+            raise WeightsError(f"{name} must have shape {leaf.stored_shape}: got {tuple(stored.get_shape())}.")
+        if stored.get_dtype() not in _FLOATS:
+            raise WeightsError(f"{name} must be one of {', '.join(sorted(_FLOATS))}: got {stored.get_dtype()}.")
+
+
+def _place(leaf: Leaf, files: Mapping[str, Any], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Reads one parameter, each device's part from the file by itself."""
+    names = leaf.tensor_names()
+
+    def block(index: Index | None) -> np.ndarray:
+        index = tuple(slice(None) for _ in leaf.shape) if index is None else index
+        inner = index if leaf.layers is None else index[1:]
+        chosen = names if leaf.layers is None else names[index[0]]
+        parts: Iterator[np.ndarray] = (
+            leaf.read(lambda at, name=name: files[name].get_slice(name)[at], inner) for name in chosen
+        )
+        if leaf.layers is None:
+            return np.asarray(next(parts), dtype=dtype, order="C")
+        first = next(parts)
+        out = np.empty((len(chosen), *first.shape), dtype)
+        out[0] = first
+        for i, part in enumerate(parts, start=1):
+            out[i] = part
+        return out
+
+    if sharding is None:
+        return jax.device_put(block(None))
+    return jax.make_array_from_callback(leaf.shape, sharding, block, dtype=dtype)
+
+
+def _pick(sharding: ShardingChoice, leaf: Leaf) -> jax.sharding.Sharding | None:
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        return sharding
+    if isinstance(sharding, Mapping):
+        found: Any = sharding
+        for key in leaf.path:
+            if not isinstance(found, Mapping) or key not in found:
+                raise WeightsError(f"sharding must have an entry for {'/'.join(leaf.path)}: it has none.")
+            found = found[key]
+        return found
+    return sharding("/".join(leaf.path))
+
+
+def _value(params: Params, leaf: Leaf) -> jax.Array:
+    found: Any = params
+    for key in leaf.path:
+        if not isinstance(found, Mapping) or key not in found:
+            raise WeightsError(f"params must hold {'/'.join(leaf.path)}: it is missing.")
+        found = found[key]
+    if tuple(found.shape) != leaf.shape:
+        raise WeightsError(f"params {'/'.join(leaf.path)} must have shape {leaf.shape}: got {tuple(found.shape)}.")
+    return found
+
+
+def _check_saved(params: Params, table: list[Leaf]) -> None:
+    known = {leaf.path for leaf in table}
+    odd = [
+        "/".join(path)
+        for path in (tuple(str(key.key) for key in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
+        if path not in known
+    ]
+    if odd:
+        raise WeightsError(f"params must hold nothing but the configuration's parameters: got also {_some(odd)}.")
+
+
+def _on_host(value: jax.Array) -> np.ndarray:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
