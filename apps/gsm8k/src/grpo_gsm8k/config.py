@@ -94,23 +94,26 @@ class Loss(_Section):
     """What is optimised, and in which pieces."""
 
     kind: Literal["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"] = Field(
-        "ppo", description="policy loss; `ppo` is the clipped ratio of PPO and GRPO"
+        default="ppo", description="policy loss; `ppo` is the clipped ratio of PPO and GRPO"
     )
     advantage: Literal["grpo", "dr-grpo", "rloo", "batch-std", "reinforce++", "reinforce++-baseline"] = Field(
-        "grpo", description="advantage estimator; `dr-grpo` does not divide by the group's std"
+        default="grpo", description="advantage estimator; `dr-grpo` does not divide by the group's std"
     )
     aggregation: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "fixed"] = Field(
-        "token-mean",
+        default="token-mean",
         description="mean over all tokens; mean over sequences of token means, or of token sums; or a fixed divisor",
     )
     clip_low: float | None = Field(
-        None, gt=0.0, le=1.0, description="ratios are clipped below 1 - clip_low; null: the range of the kind's paper"
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="ratios are clipped below 1 - clip_low; null: the range of the kind's paper",
     )
     clip_high: float | None = Field(
-        None, gt=0.0, description="ratios are clipped above 1 + clip_high; null: the range of the kind's paper"
+        default=None, gt=0.0, description="ratios are clipped above 1 + clip_high; null: the range of the kind's paper"
     )
     dual_clip: float | None = Field(
-        None, gt=1.0, description="for `ppo`: cap on the ratio where the advantage is negative; null: none"
+        default=None, gt=1.0, description="for `ppo`: cap on the ratio where the advantage is negative; null: none"
     )
     kl_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
     reference: Annotated[str, Field(min_length=1)] = Field(

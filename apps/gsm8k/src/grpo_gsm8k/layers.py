@@ -229,7 +229,7 @@ def _options(field: FieldInfo) -> list[str]:
     return [str(option) for option in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -244,7 +244,8 @@ def _expected(field: FieldInfo) -> str:
     if get_origin(annotation) is tuple:
         return f"a list, each of it {_KINDS[get_args(annotation)[0]]}"
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
-    kind = _KINDS[annotation] if annotation in _KINDS else str(annotation)
+    kinds = [_KINDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,)]
+    kind = " or ".join(sorted(kinds, key="null".__eq__))
     if field.examples:
         kind = f"empty or like {', '.join(map(str, field.examples))}"
     elif any(getattr(m, "min_length", 0) for m in metadata):
