@@ -32,7 +32,6 @@ class Progress:
 
     Args:
         steps: of the whole run.
-        start: steps already done (a resumed run).
         stream: where to write; None: standard output.
         quiet_seconds: without a terminal, at least this long between two steps' lines (the last is always shown).
         enabled: False shows nothing (every process but the first).
@@ -42,12 +41,11 @@ class Progress:
         self,
         steps: int,
         *,
-        start: int = 0,
         stream: TextIO | None = None,
         quiet_seconds: float = 0.0,
         enabled: bool = True,
     ) -> None:
-        self._steps, self._start, self._step = steps, start, start
+        self._steps, self._start, self._step = steps, 0, 0
         self._stream = sys.stdout if stream is None else stream
         self._quiet, self._enabled = quiet_seconds, enabled
         self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
@@ -72,6 +70,11 @@ class Progress:
             self._phase = "done" if error is None else "stopped"
             self._live.stop()
             self._live = None
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: the time left is judged by the steps this process does itself."""
+        self._start = self._step = step
+        self._first = time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

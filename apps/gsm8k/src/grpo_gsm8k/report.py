@@ -20,6 +20,7 @@ from grpo_gsm8k.run_folder import read_lines
 __all__ = ["write_report"]
 
 _EXAMPLES = 3
+_PHASES = ("seconds/rollout", "seconds/reward", "seconds/advantage", "seconds/update", "seconds/evaluation")
 
 
 def write_report(folder: Path) -> Path:
@@ -122,7 +123,8 @@ class _Plan:
 
 def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
     rewards = sorted({name for record in records for name in record if name.startswith("rewards/")})
-    phases = ("rollout", "reward", "update", "evaluation", "checkpoint", "logging")
+    timed = {name for record in records for name in record if name.startswith("seconds/")} - {"seconds/step"}
+    phases = sorted(timed, key=lambda name: (_PHASES.index(name) if name in _PHASES else len(_PHASES), name))
     return [
         _Plan(
             "Accuracy",
@@ -169,7 +171,7 @@ def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
         _Plan(
             "Time of a step",
             "Seconds by phase.",
-            {f"seconds/{phase}": phase for phase in phases},
+            {name: name.removeprefix("seconds/") for name in phases},
             _seconds,
             stack=True,
         ),

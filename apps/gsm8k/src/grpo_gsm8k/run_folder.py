@@ -150,8 +150,7 @@ class RunFolder:
         steps: int,
         seconds: float,
         device: str,
-        before: Accuracy | None = None,
-        after: Accuracy | None = None,
+        accuracy: Mapping[str, Mapping[str, Any]] | None = None,
         **more: Any,
     ) -> dict[str, Any]:
         """Write summary.json: the run is finished.
@@ -160,18 +159,21 @@ class RunFolder:
             steps: done.
             seconds: of all of the run's processes, one after another.
             device: such as "2 x cpu".
-            before: held-out accuracy before the first step.
-            after: held-out accuracy after the last.
+            accuracy: evaluations named `before` and `after`, each with `correct` and `total` and what else it has to
+                say (`flexible` becomes `flexible_before`).
             more: further JSON values.
 
         Returns:
             What was written.
         """
         summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 3), "device": device}
-        for name, accuracy in (("before", before), ("after", after)):
-            summary[f"accuracy_{name}"] = accuracy and round(accuracy.share, 6)
-            summary[f"accuracy_{name}_interval"] = accuracy and [round(bound, 6) for bound in accuracy.interval]
-            summary[f"problems_{name}"] = accuracy and accuracy.total
+        for name in ("before", "after"):
+            record = dict((accuracy or {}).get(name) or {})
+            measured = Accuracy(record.pop("correct"), record.pop("total")) if record else None
+            summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
+            summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
+            summary[f"problems_{name}"] = measured and measured.total
+            summary |= {f"{key}_{name}": value for key, value in record.items()}
         summary |= {**more, "versions": versions()}
         if self._writer:
             with _disk(self.path):
