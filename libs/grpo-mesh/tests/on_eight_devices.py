@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_mesh import (
     MeshError,
     Rules,
     batch_sharding,
+    compile_report,
     digest,
     local_rows,
     make_mesh,
@@ -93,3 +95,20 @@ def test_local_rows_of_an_array_sharded_over_columns_are_refused():
     array = jax.device_put(jnp.zeros((8, 8)), shardings({"w": jnp.zeros((8, 8))}, mesh, RULES)["w"])
     with pytest.raises(MeshError, match="sharded over rows only"):
         to_local(array)
+
+
+def test_a_report_counts_collectives_inside_loops():
+    mesh = make_mesh("1,8,1")
+    layers, width = 5, 64
+    weights = jax.ShapeDtypeStruct(
+        (layers, width, width), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    )
+    x = jax.ShapeDtypeStruct((64, width), jnp.float32, sharding=batch_sharding(mesh))
+
+    def forward(weights, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0]
+
+    report = compile_report(jax.jit(forward, out_shardings=batch_sharding(mesh)).lower(weights, x).compile())
+    assert report.flops == 2 * layers * (64 // 8) * width * width
+    moved = sum(kind.bytes for kind in report.collectives.values())
+    assert 0.5 * 4 * layers * width * width <= moved <= 3 * 4 * layers * width * width

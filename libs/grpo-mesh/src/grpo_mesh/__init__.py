@@ -1,16 +1,22 @@
 """Device meshes, sharding rules, many hosts and what a TPU slice can hold, for JAX trainers."""
 
+from grpo_mesh._chips import CHIPS, Chip, Slice, find_slice, slice_devices
 from grpo_mesh._digest import digest
 from grpo_mesh._errors import DeadlineError, HostsError, MeshError, RenderError
 from grpo_mesh._explain import Explanation, Placement, explain
 from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated
 from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
 from grpo_mesh._pad import pad, unpad
+from grpo_mesh._report import Collectives, CompileReport, compile_report
 from grpo_mesh._rules import Rules, shardings, state_shardings
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "CHIPS",
+    "Chip",
+    "Collectives",
+    "CompileReport",
     "DeadlineError",
     "Explanation",
     "HostsError",
@@ -18,9 +24,12 @@ __all__ = [
     "Placement",
     "RenderError",
     "Rules",
+    "Slice",
     "batch_sharding",
+    "compile_report",
     "digest",
     "explain",
+    "find_slice",
     "local_rows",
     "make_mesh",
     "pad",
@@ -28,6 +37,7 @@ __all__ = [
     "replicated",
     "reshard",
     "shardings",
+    "slice_devices",
     "state_shardings",
     "to_global",
     "to_host",

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from grpo_mesh._rules import Rules, path_name, shardings
+from grpo_mesh._rules import AnyMesh, Rules, path_name, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Explanation:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def explain(tree: Any, mesh: Mesh, rules: Rules) -> Explanation:
+def explain(tree: Any, mesh: AnyMesh, rules: Rules) -> Explanation:
     """Tabulates where every leaf goes and what it costs.
 
     Args:

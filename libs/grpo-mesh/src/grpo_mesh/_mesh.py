@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from grpo_mesh._errors import MeshError
 # From the slowest to the fastest network: the order in which jax lays axes onto the interconnect.
 AXES = ("dp", "fsdp", "tp")
 BATCH_AXES = ("dp", "fsdp")
+Device = Any  # to a type checker jax.Device is a variable, not a type
 
 
 def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, int]:
@@ -59,7 +61,7 @@ def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, 
     return sizes
 
 
-def make_mesh(spec: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "auto", devices: Sequence[Device] | None = None) -> Mesh:
     """Builds the mesh with axes dp, fsdp, tp (all three always present) in the order of the interconnect.
 
     Args:
@@ -123,7 +125,7 @@ def _parse_sizes(spec: str) -> dict[str, int]:
     return sizes
 
 
-def _lay_out(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def _lay_out(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
     try:
         return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
@@ -145,7 +147,7 @@ def _axes_across_slices(spec: str, sizes: dict[str, int], slice_count: int) -> t
     return (*across, 1)
 
 
-def _slice_of(device: jax.Device) -> int:
+def _slice_of(device: Device) -> int:
     # Only TPU slices are joined by a slower network that asks for a hybrid mesh; other platforms may number hosts here.
     return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else 0
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from grpo_mesh._errors import MeshError
-from grpo_mesh._rules import Rules, may_pad, path_name, shard_count
+from grpo_mesh._rules import AnyMesh, Rules, may_pad, path_name, shard_count
 
 
-def pad(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def pad(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
     """Enlarges the dimensions named by `rules.pad` with zeros until they divide over their mesh axes.
 
     Rows added to a vocabulary have logit 0, not -inf: mask them before a softmax.

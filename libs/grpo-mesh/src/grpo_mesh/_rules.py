@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from grpo_mesh._errors import MeshError
 
+AnyMesh = Mesh | AbstractMesh
 Names = str | tuple[str, ...] | None
 
 
@@ -31,7 +32,7 @@ class Rules:
         MeshError: a pattern is no regular expression, or `pad` names no logical axis.
     """
 
-    rules: Sequence[tuple[str, Sequence[Names]]]
+    rules: Sequence[tuple[str, Sequence[Names] | PartitionSpec]]
     axes: Mapping[str, Names] = dataclasses.field(default_factory=dict)
     pad: Sequence[str] = ()
 
@@ -68,7 +69,7 @@ class Rules:
         hint = f" ({near[0]!r} matches a part of it; patterns must match the whole path)" if near else ""
         raise MeshError(f"no rule matches {path!r}{hint}. Add one; ('{path}', ()) replicates it.")
 
-    def resolve(self, path: str, entry: Names, mesh: Mesh) -> tuple[str, ...]:
+    def resolve(self, path: str, entry: Names, mesh: AnyMesh) -> tuple[str, ...]:
         """Returns the mesh axes behind one entry of a rule.
 
         Raises:
@@ -90,7 +91,7 @@ class Rules:
         return tuple(names)
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
     """Gives every leaf its sharding.
 
     Args:
@@ -108,7 +109,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(path_name(path), leaf, mesh, rules), tree)
 
 
-def state_shardings(state: Any, params: Any, mesh: Mesh, rules: Rules) -> Any:
+def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any:
     """Gives optimizer state the shardings of the parameters it belongs to.
 
     A leaf follows the parameter whose path ends its own path (".../mu/layers/q") and whose shape it has. A scalar is
@@ -144,12 +145,12 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def shard_count(mesh: Mesh, names: Sequence[str]) -> int:
+def shard_count(mesh: AnyMesh, names: Sequence[str]) -> int:
     """Returns the number of shards that a dimension over these mesh axes has."""
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _leaf_sharding(path: str, leaf: Any, mesh: Mesh, rules: Rules) -> NamedSharding:
+def _leaf_sharding(path: str, leaf: Any, mesh: AnyMesh, rules: Rules) -> NamedSharding:
     if not hasattr(leaf, "shape"):
         raise MeshError(f"{path!r} must be an array or a ShapeDtypeStruct: got {type(leaf).__name__}.")
     entries = rules.match(path, len(leaf.shape))
@@ -166,7 +167,7 @@ def _leaf_sharding(path: str, leaf: Any, mesh: Mesh, rules: Rules) -> NamedShard
     return NamedSharding(mesh, PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in resolved)))
 
 
-def _indivisible(path: str, shape: Any, dimension: int, entry: Names, names: Any, mesh: Mesh, rules: Rules) -> str:
+def _indivisible(path: str, shape: Any, dimension: int, entry: Names, names: Any, mesh: AnyMesh, rules: Rules) -> str:
     size, shards = shape[dimension], shard_count(mesh, names)
     fitting = max(n for n in range(1, shards + 1) if size % n == 0)
     padded = size + -size % shards

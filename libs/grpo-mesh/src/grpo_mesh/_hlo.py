@@ -1,0 +1,112 @@
+"""Reads the text of a compiled program: computations, their instructions, and the types of what these produce."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,<=]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array type in the text: element bits, dimensions, and whether it lives outside main memory (TPU VMEM)."""
+
+    bits: int
+    shape: tuple[int, ...]
+    on_chip: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return (self.elements * self.bits + 7) // 8
+
+    @property
+    def traffic(self) -> int:
+        return 0 if self.on_chip else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: its name, results, opcode, operand names and the rest of the line."""
+
+    name: str
+    results: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+@dataclasses.dataclass
+class Computation:
+    """A named list of instructions; `root` is the one that gives the result, `parameters` go by number."""
+
+    name: str
+    instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    root: str = ""
+    parameters: dict[int, str] = dataclasses.field(default_factory=dict)
+    users: dict[str, list[Instruction]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+
+    def arrays(self, name: str) -> tuple[Array, ...]:
+        return self.instructions[name].results if name in self.instructions else ()
+
+
+def parse_program(text: str) -> tuple[dict[str, Computation], str]:
+    """Returns the computations by name, and the name of the entry."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = computations[header[2]] = Computation(header[2])
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif matched := _INSTRUCTION.match(line):
+            it = _instruction(matched[2], matched[3])
+            current.instructions[it.name] = it
+            for operand in dict.fromkeys(it.operands):
+                current.users[operand].append(it)
+            if matched[1]:
+                current.root = it.name
+            if it.opcode == "parameter":
+                current.parameters[int(re.match(r"\d+", it.rest)[0])] = it.name  # pyright: ignore[reportOptionalSubscript]
+    return computations, entry
+
+
+def _instruction(name: str, body: str) -> Instruction:
+    end = _closing(body, 0) + 1 if body.startswith("(") else body.index(" ")
+    results = _arrays(body[:end])
+    opcode, _, after = body[end:].strip().partition("(")
+    close = _closing("(" + after, 0) - 1
+    inside, rest = after[:close], after[close + 1 :]
+    if opcode in ("parameter", "constant"):
+        return Instruction(name, results, opcode, (), inside)
+    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"(?:^|, )(?:[^,]*\s)?([A-Za-z_][\w.\-]*)", inside)
+    return Instruction(name, results, opcode, tuple(operands), rest)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    return len(text) - 1
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    found = []
+    for dtype, dimensions, layout in _ARRAY.findall(text):
+        digits = re.search(r"\d+", dtype)
+        bits = 8 if dtype == "pred" else int(digits[0]) if digits else 32
+        shape = tuple(int(size.lstrip("<=")) for size in dimensions.split(",") if size)
+        found.append(Array(bits, shape, re.search(r"S\([1-9]\)", layout) is not None))
+    return tuple(found)

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpo_mesh import compile_report
+
+
+def compiled(function, *shapes, dtype=jnp.float32):
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).compile()
+
+
+def test_one_product():
+    report = compile_report(compiled(jnp.dot, (64, 128), (128, 32)))
+    assert report.flops == 2 * 64 * 128 * 32
+    assert report.arguments == 4 * (64 * 128 + 128 * 32)
+    assert report.outputs == 4 * 64 * 32
+    assert report.traffic == pytest.approx(report.arguments + report.outputs, rel=0.2)
+    assert report.peak >= report.arguments + report.outputs
+    assert report.collectives == {}
+
+
+@pytest.mark.parametrize("layers", [1, 3, 12])
+def test_a_scan_over_layers_is_counted_whole(layers):
+    def loss(weights, x):
+        return (jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0] ** 2).sum()
+
+    report = compile_report(compiled(jax.value_and_grad(loss), (layers, 64, 64), (16, 64)))
+    # One product forward, two backward; the input's gradient is not asked for, so the first layer's may be dropped.
+    one = 2 * 16 * 64 * 64
+    assert (3 * layers - 1) * one <= report.flops <= 3 * layers * one
+    assert report.unknown_loops == 0
+
+
+def test_only_the_slice_of_stacked_weights_is_read():
+    def forward(weights, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0]
+
+    layers, width = 10, 256
+    report = compile_report(compiled(forward, (layers, width, width), (8, width)))
+    weights = 4 * layers * width * width
+    assert weights <= report.traffic < 4 * weights  # reading the whole stack in every layer would be 10 times
+
+
+def test_a_loop_without_a_known_end_is_reported_and_can_be_assumed():
+    def decode(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: jnp.tanh(x @ w), x)
+
+    program = compiled(decode, (8, 64), (64, 64))
+    once, many = compile_report(program), compile_report(program, unknown_trips=50)
+    assert once.unknown_loops == 1
+    assert once.flops == 2 * 8 * 64 * 64
+    assert many.flops == 50 * once.flops
+
+
+def test_the_costlier_branch_counts():
+    def either(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    report = compile_report(compiled(either, (8, 64), (64, 64)))
+    assert report.flops == 2 * 2 * 8 * 64 * 64
