@@ -2,17 +2,23 @@
 
 from grpo_sampler._config import Llama3Scaling, ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
+from grpo_sampler._law import law_arrays, law_log_probabilities
 from grpo_sampler._network import Transformer, abstract, merge, split
+from grpo_sampler._sampler import FinishedSequence, Sampler
 from grpo_sampler._weights import load, save
 
 __all__ = [
+    "FinishedSequence",
     "Llama3Scaling",
     "ModelConfig",
+    "Sampler",
     "SamplerError",
     "Transformer",
     "UnsupportedModelError",
     "WeightsError",
     "abstract",
+    "law_arrays",
+    "law_log_probabilities",
     "load",
     "merge",
     "save",

@@ -1,0 +1,247 @@
+"""The sampling law on the device: exact draws, and what they were worth.
+
+A law maps logits to a distribution in the order of transformers and vLLM: forbidden ids, temperature, top-k, top-p,
+min-p, then renormalisation. Ties at a filter's boundary all stay, so the law depends on the logits alone and not on the
+order of the vocabulary. All values of a law are arrays: changing them compiles nothing.
+
+Draws invert the distribution function on two levels: a block of the vocabulary first, a token of that block second. The
+block masses are the partial sums of the log-probability's own normaliser, so a draw costs one pass over the logits.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from grpo_contracts import SamplingLaw
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from grpo_sampler._errors import SamplerError
+
+STOP_CAPACITY = 16
+_ONE_AS_BITS = 30  # 1.0 is 0x3F800000: every float in [0, 1] is ordered like its low 30 bits
+
+
+class LawArrays(NamedTuple):
+    """A sampling law as arrays: scalars, and stop ids padded with -1 to a fixed length."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    stop_ids: Int[Array, "N"]
+
+
+class Draw(NamedTuple):
+    """A drawn token, its log-probability under the law, and under the plain policy."""
+
+    token_B: Int[Array, "B"]
+    logp_B: Float[Array, "B"]
+    policy_logp_B: Float[Array, "B"]
+
+
+def is_filtered(law: SamplingLaw, min_new_tokens: int = 0) -> bool:
+    """Whether the law cuts tokens off, which needs the program that looks for a threshold."""
+    filters = law.top_k > 0 or law.top_p < 1.0 or law.min_p > 0.0
+    return law.temperature > 0.0 and filters or (min_new_tokens > 0 and len(law.stop_ids) > 0)
+
+
+def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> LawArrays:
+    """The law as arrays for the device.
+
+    Args:
+        law: temperature (0 is greedy), top_k, top_p, min_p (0, 1, 0 switch them off), stop_ids.
+        vocab_size: number of rows of the unembedding.
+        min_new_tokens: tokens before which stop ids are forbidden.
+    Returns:
+        Arrays on the host.
+    Raises:
+        SamplerError: a stop id outside the vocabulary, too many stop ids, or nothing left to sample.
+    """
+    stop = np.unique(np.asarray(law.stop_ids, np.int64))
+    outside = stop[(stop < 0) | (stop >= vocab_size)]
+    if outside.size:
+        raise SamplerError(
+            f"stop_ids must lie in [0, {vocab_size}): got {outside[:4].tolist()}. Take them from the model's tokenizer."
+        )
+    if min_new_tokens > 0 and stop.size >= vocab_size:
+        raise SamplerError(
+            f"min_new_tokens={min_new_tokens} forbids every stop id, and stop_ids hold the whole vocabulary of "
+            f"{vocab_size}: no token is left to sample. Drop stop ids or set min_new_tokens=0."
+        )
+    if stop.size > STOP_CAPACITY:
+        raise SamplerError(f"stop_ids must hold at most {STOP_CAPACITY} different ids: got {stop.size}.")
+    padded = np.full(STOP_CAPACITY, -1, np.int32)
+    padded[: stop.size] = stop
+    return LawArrays(
+        np.float32(law.temperature), np.int32(law.top_k), np.float32(law.top_p), np.float32(law.min_p), padded
+    )  # pyright: ignore[reportReturnType]  # numpy stands for jax arrays until they cross to the device
+
+
+def draw(
+    logits_BV: Float[Array, "B V"],
+    bits_B2: UInt32[Array, "B 2"],
+    law: LawArrays,
+    forbid_stop_B: Bool[Array, "B"] | None = None,
+    *,
+    filtered: bool,
+) -> Draw:
+    """One token a row, exactly from the law, with its two log-probabilities.
+
+    Args:
+        logits_BV: float32 logits.
+        bits_B2: 64 random bits a row: one word picks the block, the other the token in it.
+        law: from `law_arrays`.
+        forbid_stop_B: rows that may not stop yet; read by the filtered program only.
+        filtered: static; False skips top-k, top-p, min-p and forbidden ids (`is_filtered` says which is needed).
+    Returns:
+        Token ids; log-probability under the law (0 when greedy); log-probability at temperature 1 without filters.
+    """
+    mode = jnp.where(law.temperature == 0, 0, jnp.where(law.temperature == 1, 1, 2))
+    if filtered:
+        allowed_BV = _forbid(logits_BV, law, forbid_stop_B)
+        branches = (_greedy, _filtered, _filtered)
+    else:
+        allowed_BV = logits_BV
+        branches = (_greedy, _plain, _tempered)
+    return lax.switch(mode, branches, logits_BV, allowed_BV, bits_B2, law)
+
+
+def law_log_probabilities(
+    logits_BV: Float[Array, "B V"], law: LawArrays, forbid_stop_B: Bool[Array, "B"] | None = None
+) -> Float[Array, "B V"]:
+    """The whole distribution of a law with positive temperature, -inf where a filter cut.
+
+    Args:
+        logits_BV: float32 logits.
+        law: from `law_arrays`.
+        forbid_stop_B: rows that may not stop yet.
+    Returns:
+        Log-probabilities; each row's exponentials sum to 1.
+    """
+    scaled_BV, weight_BV = _kept_weights(_forbid(logits_BV, law, forbid_stop_B), law)
+    total_B1 = weight_BV.sum(-1, keepdims=True)
+    centred_BV = scaled_BV - scaled_BV.max(-1, keepdims=True)
+    return jnp.where(weight_BV > 0, centred_BV - jnp.log(total_B1), -jnp.inf)
+
+
+def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
+    # jnp.argmax over a vocabulary is 10 to 50 times dearer on a CPU than a maximum: find the block by its maximum.
+    blocks_BNC = _blocks(allowed_BV, -jnp.inf)
+    block_B = jnp.argmax(blocks_BNC.max(-1), -1)
+    inside_BC = _pick(blocks_BNC, block_B)
+    token_B = block_B * blocks_BNC.shape[-1] + jnp.argmax(inside_BC, -1)
+    return Draw(token_B.astype(jnp.int32), jnp.zeros(len(token_B)), _policy_logp(logits_BV, token_B))
+
+
+def _plain(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
+    token_B, logp_B = _invert(logits_BV, bits_B2)
+    return Draw(token_B, logp_B, logp_B)
+
+
+def _tempered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
+    token_B, logp_B = _invert(logits_BV / law.temperature, bits_B2)
+    return Draw(token_B, logp_B, _policy_logp(logits_BV, token_B))
+
+
+def _filtered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
+    scaled_BV, weight_BV = _kept_weights(allowed_BV, law)
+    token_B, logp_B = _invert(jnp.where(weight_BV > 0, scaled_BV, -jnp.inf), bits_B2)
+    return Draw(token_B, logp_B, _policy_logp(logits_BV, token_B))
+
+
+def _forbid(logits_BV: Array, law: LawArrays, forbid_stop_B: Array | None) -> Array:
+    if forbid_stop_B is None:
+        return logits_BV
+    vocabulary = logits_BV.shape[-1]
+    # Padding (-1) goes past the end: a negative index would wrap round to the last token.
+    ids_N = jnp.where(law.stop_ids < 0, vocabulary, law.stop_ids)
+    is_stop_V = jnp.zeros(vocabulary, bool).at[ids_N].set(True, mode="drop")
+    return jnp.where(forbid_stop_B[:, None] & is_stop_V, -jnp.inf, logits_BV)
+
+
+def _kept_weights(allowed_BV: Array, law: LawArrays) -> tuple[Array, Array]:
+    """Logits over the temperature, and exp(logit - maximum) with 0 where a filter cuts."""
+    scaled_BV = allowed_BV / law.temperature
+    weight_BV = jnp.exp(scaled_BV - scaled_BV.max(-1, keepdims=True))
+    zero_B = jnp.zeros(len(weight_BV))
+
+    def mass_from(threshold_B: Array, floor_B: Array) -> Array:
+        return jnp.where(weight_BV >= jnp.maximum(threshold_B, floor_B)[:, None], weight_BV, 0).sum(-1)
+
+    def top_k() -> Array:
+        return _largest(lambda t_B: (weight_BV >= t_B[:, None]).sum(-1) >= law.top_k, zero_B)
+
+    def top_p(floor_B: Array) -> Array:
+        wanted_B = law.top_p * mass_from(floor_B, floor_B)
+        return _largest(lambda t_B: mass_from(t_B, floor_B) >= wanted_B, zero_B)
+
+    floor_B = lax.cond(law.top_k > 0, top_k, lambda: zero_B)
+    floor_B = jnp.maximum(floor_B, lax.cond(law.top_p < 1, top_p, lambda floor_B: floor_B, floor_B))
+    floor_B = jnp.maximum(floor_B, law.min_p)  # the largest weight is 1
+    return scaled_BV, jnp.where(weight_BV >= floor_B[:, None], weight_BV, 0)
+
+
+def _largest(holds: Callable[[Array], Array], like_B: Array) -> Array:
+    """The largest float in [0, 1] for which a condition, true at 0 and once false always false, still holds.
+
+    Thirty comparisons settle the thirty bits of the float: no sort of the vocabulary, and on a sharded vocabulary
+    thirty scalars a row are reduced instead of the logits gathered.
+    """
+
+    def step(i: Array, bits_B: Array) -> Array:
+        candidate_B = bits_B | (1 << (_ONE_AS_BITS - 1 - i))
+        return jnp.where(holds(lax.bitcast_convert_type(candidate_B, jnp.float32)), candidate_B, bits_B)
+
+    bits_B = lax.fori_loop(0, _ONE_AS_BITS, step, jnp.zeros_like(like_B, jnp.int32))
+    return lax.bitcast_convert_type(bits_B, jnp.float32)
+
+
+def _invert(scaled_BV: Array, bits_B2: Array) -> tuple[Array, Array]:
+    """Draw from softmax(scaled) by inverting its distribution function; the token and its log-probability."""
+    top_B1 = scaled_BV.max(-1, keepdims=True)
+    blocks_BNC = _blocks(scaled_BV, -jnp.inf)
+    mass_BN = jnp.exp(blocks_BNC - top_B1[..., None]).sum(-1)
+    uniform_B2 = (bits_B2 >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    block_B = _first_past(mass_BN, uniform_B2[:, 0])
+    inside_BC = _pick(blocks_BNC, block_B) - top_B1
+    place_B = _first_past(jnp.exp(inside_BC), uniform_B2[:, 1])
+    token_B = block_B * blocks_BNC.shape[-1] + place_B
+    logp_B = jnp.take_along_axis(inside_BC, place_B[:, None], -1)[:, 0] - jnp.log(mass_BN.sum(-1))
+    return token_B.astype(jnp.int32), logp_B
+
+
+def _first_past(mass_BN: Array, uniform_B: Array) -> Array:
+    """Index drawn in proportion to `mass_BN`; never one of mass zero, however the running sum was rounded."""
+    running_BN = jnp.cumsum(mass_BN, -1)
+    positive_BN = mass_BN > 0
+    past_BN = (running_BN > (uniform_B * running_BN[:, -1])[:, None]) & positive_BN
+    last_B = mass_BN.shape[-1] - 1 - jnp.argmax(positive_BN[:, ::-1], -1)
+    return jnp.where(past_BN.any(-1), jnp.argmax(past_BN, -1), last_B)
+
+
+def _policy_logp(logits_BV: Array, token_B: Array) -> Array:
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(logits_BV, -1)
+
+
+def _blocks(values_BV: Array, fill: float) -> Array:
+    """The vocabulary in blocks of about its square root, padded only where no near divisor exists."""
+    vocabulary = values_BV.shape[-1]
+    size = _block_size(vocabulary)
+    short = -vocabulary % size
+    if short:
+        values_BV = jnp.pad(values_BV, ((0, 0), (0, short)), constant_values=fill)
+    return values_BV.reshape(len(values_BV), -1, size)
+
+
+def _block_size(vocabulary: int) -> int:
+    root = max(1, round(vocabulary**0.5))
+    divisors = [size for size in range(max(1, root // 4), root * 4 + 1) if vocabulary % size == 0]
+    return min(divisors, key=lambda size: abs(size - root)) if divisors else root
+
+
+def _pick(blocks_BNC: Array, block_B: Array) -> Array:
+    return jnp.take_along_axis(blocks_BNC, block_B[:, None, None], 1)[:, 0]

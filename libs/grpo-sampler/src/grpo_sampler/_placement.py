@@ -1,0 +1,90 @@
+"""Where the engine's arrays live: on one device, or on a mesh with rows split over its data axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from grpo_sampler._errors import SamplerError
+
+TENSOR_AXIS = "tp"
+
+
+class Placement:
+    """Rows, units and their caches are split over every axis but `tp`; weights over `tp` alone.
+
+    A shard decodes its rows without talking to others, which is why weights that training splits over `fsdp` are
+    gathered once a call, from device to device, and not in every step.
+    """
+
+    def __init__(self, mesh: Mesh | None, params: Any) -> None:
+        leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "sharding")]
+        self.mesh = mesh
+        if mesh is None:
+            devices = {device for leaf in leaves if leaf.sharding is not None for device in leaf.sharding.device_set}
+            if len(devices) > 1:
+                raise SamplerError(
+                    f"params lie on {len(devices)} devices and the sampler has no mesh. "
+                    "Pass the mesh they are sharded over: Sampler(..., mesh=mesh)."
+                )
+            self.row_axes: tuple[str, ...] = ()
+            self.shards = 1
+            self.replicated: Sharding = SingleDeviceSharding(devices.pop() if devices else jax.devices()[0])
+        else:
+            self.row_axes = tuple(name for name in mesh.axis_names if name != TENSOR_AXIS)
+            self.shards = mesh.size // mesh.shape.get(TENSOR_AXIS, 1)
+            self.replicated = NamedSharding(mesh, PartitionSpec())
+
+    @property
+    def tensor(self) -> int:
+        """Devices that split each product."""
+        return 1 if self.mesh is None else self.mesh.shape.get(TENSOR_AXIS, 1)
+
+    def rows(self, axis: int = 0, heads: int | None = None) -> Sharding:
+        """Sharding of an array whose `axis` counts rows or units, and whose next axis counts `heads`."""
+        if self.mesh is None:
+            return self.replicated
+        split = heads is not None and self.tensor > 1 and heads % self.tensor == 0
+        tail = (TENSOR_AXIS,) if split else ()
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, self.row_axes, *tail))
+
+    def weight(self, leaf: Any, drop: int = 0) -> Sharding:
+        """Sharding of a weight for decoding: what training gave it, kept on the tensor axis only."""
+        if self.mesh is None or not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            return self.replicated
+        kept = [TENSOR_AXIS if TENSOR_AXIS in _names(entry) else None for entry in leaf.sharding.spec]
+        return NamedSharding(self.mesh, PartitionSpec(*kept[drop:]))
+
+    def split(self, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+        """Runs a function of one shard on every shard.
+
+        Args:
+            function: sees its own rows only.
+            in_axes: for each argument the axis that counts rows or units, None for what all shards share.
+            out_axes: the same for the results.
+        Returns:
+            A function of the whole arrays.
+        """
+        if self.mesh is None:
+            return function
+        names = set(self.row_axes) if self.tensor > 1 else set(self.mesh.axis_names)
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=jax.tree.map(self._spec, in_axes, is_leaf=_is_none),
+            out_specs=jax.tree.map(self._spec, out_axes, is_leaf=_is_none),
+            axis_names=names,
+            check_vma=False,
+        )
+
+    def _spec(self, axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, self.row_axes)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None

@@ -1,0 +1,361 @@
+"""The sampler: prompts in, sequences with exact log-probabilities out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
+from jax.sharding import Mesh
+
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._engine import Engine, Plan, Request
+from grpo_sampler._errors import SamplerError
+from grpo_sampler._law import is_filtered, law_arrays
+from grpo_sampler._placement import Placement
+from grpo_sampler._programs import Programs
+from grpo_sampler._slots import Shape, shapes_for
+
+_LEVELS = 4
+
+
+@dataclass(frozen=True)
+class FinishedSequence:
+    """One completion, as soon as it is there.
+
+    Args:
+        group: row of its prompt in the batch.
+        sample: its index in the group.
+        prompt_id: its prompt's id.
+        tokens_T: int32, the completion alone.
+        logp_T: float32, log-probability of each token under the law it was drawn from.
+        policy_logp_T: float32, the same under the plain policy.
+        finish: why it ended.
+    """
+
+    group: int
+    sample: int
+    prompt_id: int
+    tokens_T: np.ndarray
+    logp_T: np.ndarray
+    policy_logp_T: np.ndarray
+    finish: FinishReason
+
+
+class Sampler:
+    """Draws groups of completions from a policy.
+
+    Every prompt is computed once and shared by its group; sequences that end leave, waiting ones enter, and a draining
+    batch shrinks. Shapes come from a small fixed set: per group size one program for each of a few batch sizes.
+
+    What a sequence draws depends on (seed, step, prompt id, sample, position) alone. Among programs of one shape its
+    tokens and log-probabilities are bit for bit the same whatever its slot and neighbours; between shapes (another
+    number of live rows, slots or devices) logits differ by float32 rounding, so log-probabilities agree to about 1e-6
+    and a token differs only where its uniform number falls into that gap.
+
+    Args:
+        config: the model.
+        law: what to draw from, unless a call says otherwise.
+        max_prompt_length: longest prompt, in tokens.
+        max_new_tokens: longest completion, in tokens.
+        slots: sequences that decode at once, over all devices.
+        pad_id: fills the padding of rollouts.
+        min_new_tokens: stop ids are forbidden (and the law renormalised) before that many tokens.
+        prompt_buckets: padded prompt lengths, the last one at least `max_prompt_length`; a batch takes the shortest
+            that holds its longest prompt. None is one bucket.
+        compute_dtype: type of weights, cache and activations while decoding; None is the parameters' own.
+        unroll: write the layers out instead of looping over them: about twice as fast on a CPU, slower to compile.
+            None: on CPU.
+        mesh: devices to use; rows are split over all axes but `tp`. None is the device the parameters are on.
+    Raises:
+        SamplerError: sizes that make no sense, or a law that cannot be met.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        law: SamplingLaw | None = None,
+        *,
+        max_prompt_length: int,
+        max_new_tokens: int,
+        slots: int = 128,
+        pad_id: int = 0,
+        min_new_tokens: int = 0,
+        prompt_buckets: Sequence[int] | None = None,
+        compute_dtype: Any = None,
+        unroll: bool | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        for name, value in (
+            ("max_prompt_length", max_prompt_length),
+            ("max_new_tokens", max_new_tokens),
+            ("slots", slots),
+        ):
+            if value < 1:
+                raise SamplerError(f"{name} must be at least 1: got {value}.")
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise SamplerError(
+                f"min_new_tokens must lie in [0, max_new_tokens={max_new_tokens}]: got {min_new_tokens}. "
+                "A longer minimum than maximum cannot be met."
+            )
+        if max_prompt_length + max_new_tokens > config.max_positions:
+            raise SamplerError(
+                f"max_prompt_length + max_new_tokens must be at most the model's max_positions="
+                f"{config.max_positions}: got {max_prompt_length} + {max_new_tokens}."
+            )
+        buckets = tuple(sorted(prompt_buckets or (max_prompt_length,)))
+        if buckets[0] < 1 or buckets[-1] < max_prompt_length:
+            raise SamplerError(
+                f"prompt_buckets must be positive and reach max_prompt_length={max_prompt_length}: got {buckets}."
+            )
+        self.config = config
+        self.law = SamplingLaw() if law is None else law
+        self.max_prompt_length, self.max_new_tokens, self.min_new_tokens = (
+            max_prompt_length,
+            max_new_tokens,
+            min_new_tokens,
+        )
+        self.slots, self.pad_id, self.mesh = slots, pad_id, mesh
+        self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
+        self._columns = -(-max_new_tokens // 8) * 8
+        self._compute_dtype = compute_dtype
+        self._unroll = jax.default_backend() == "cpu" if unroll is None else unroll
+        self._programs = Programs()
+        law_arrays(self.law, config.vocab_size, min_new_tokens)
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled so far."""
+        return self._programs.count
+
+    def warmup(
+        self,
+        params: Any,
+        *,
+        group_sizes: Sequence[int] = (1,),
+        laws: Sequence[SamplingLaw] | None = None,
+        streaming: bool = True,
+    ) -> None:
+        """Compiles all that later calls can need, and waits for it.
+
+        Args:
+            params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
+            group_sizes: group sizes that calls will use; each has its programs.
+            laws: laws that calls will use; only whether they filter matters. None is the sampler's own.
+            streaming: whether batches may exceed the slots.
+        """
+        futures = []
+        for bucket in self._buckets:
+            engine = self._engine(params, bucket)
+            for group_size in group_sizes:
+                for law in laws or (self.law,):
+                    filtered = is_filtered(law, self.min_new_tokens)
+                    for waiting in (False, True) if streaming else (False,):
+                        shapes = self._shapes(engine, group_size, waiting)
+                        for first in range(len(shapes)):
+                            if shapes[first].share == group_size:
+                                futures += engine.start_compiling(shapes, filtered=filtered, first=first)
+        for future in futures:
+            future.result()
+
+    def generate(
+        self,
+        params: Any,
+        prompts: Prompts,
+        *,
+        group_size: int,
+        seed: int,
+        step: int,
+        policy: PolicyIdentity,
+        law: SamplingLaw | None = None,
+        max_new_tokens_P: np.ndarray | None = None,
+    ) -> Rollout:
+        """Draws `group_size` completions of every prompt.
+
+        Args:
+            params: the policy's parameters, a plain nested dictionary.
+            prompts: right-padded token ids.
+            group_size: samples of one prompt.
+            seed: 0 to 2**64 - 1.
+            step: optimizer step; with the seed, the prompt's id and the sample's index it fixes the random numbers.
+            policy: written into the rollout.
+            law: replaces the sampler's own for this call.
+            max_new_tokens_P: a limit for each prompt, in tokens; None is `max_new_tokens`.
+        Returns:
+            P * group_size rows of `max_prompt_length + max_new_tokens` tokens, groups adjacent.
+        Raises:
+            SamplerError: prompts or limits that do not fit, or a law that cannot be met.
+            ContractError: `prompts` break the contract.
+        """
+        law = self.law if law is None else law
+        request = self._request(prompts, group_size, seed, step, law, max_new_tokens_P)
+        B, T = len(request.length_P) * group_size, self.max_prompt_length + self.max_new_tokens
+        prompt_length_B = np.repeat(request.length_P, group_size)
+        width = request.tokens_PT.shape[1]
+        tokens_BT = np.full((B, T), self.pad_id, np.int32)
+        tokens_BT[:, :width] = np.repeat(request.tokens_PT, group_size, 0)
+        tokens_BT[np.arange(T) >= prompt_length_B[:, None]] = self.pad_id
+        logp_BT, policy_logp_BT = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)
+        length_B = np.zeros(B, np.int32)
+        for chunk in self._chunks(params, request):
+            i, row = np.nonzero(chunk.token_iS >= 0)
+            b = chunk.request_S[row]
+            t = prompt_length_B[b] + chunk.had_S[row] + i
+            tokens_BT[b, t] = chunk.token_iS[i, row]
+            logp_BT[b, t] = chunk.logp_iS[i, row]
+            policy_logp_BT[b, t] = chunk.policy_logp_iS[i, row]
+            length_B[chunk.finished.request_F] = chunk.finished.length_F
+        total_B = prompt_length_B + length_B
+        last_B = tokens_BT[np.arange(B), total_B - 1]
+        place_T = np.arange(T)
+        return Rollout(
+            tokens_BT=tokens_BT,
+            prompt_length_B=prompt_length_B,
+            total_length_B=total_B,
+            loss_mask_BT=(place_T >= prompt_length_B[:, None]) & (place_T < total_B[:, None]),
+            logp_BT=logp_BT,
+            policy_logp_BT=policy_logp_BT,
+            finish_B=np.where(np.isin(last_B, law.stop_ids), FinishReason.STOP, FinishReason.LENGTH).astype(np.int8),
+            prompt_id_B=np.repeat(request.prompt_id_P, group_size),
+            sample_B=np.tile(np.arange(group_size, dtype=np.int32), len(request.length_P)),
+            group_B=np.repeat(np.arange(len(request.length_P), dtype=np.int32), group_size),
+            group_size=group_size,
+            law=law,
+            policy=policy,
+            vocab_size=self.config.vocab_size,
+            pad_id=self.pad_id,
+        )
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Prompts,
+        *,
+        group_size: int,
+        seed: int,
+        step: int,
+        law: SamplingLaw | None = None,
+        max_new_tokens_P: np.ndarray | None = None,
+    ) -> Iterator[FinishedSequence]:
+        """The same draws as `generate`, each sequence as soon as it has ended.
+
+        Args:
+            params: the policy's parameters.
+            prompts: right-padded token ids.
+            group_size: samples of one prompt.
+            seed: see `generate`.
+            step: see `generate`.
+            law: see `generate`.
+            max_new_tokens_P: see `generate`.
+        Yields:
+            Sequences in the order in which they end.
+        Raises:
+            SamplerError: at the call, not at the first element: see `generate`.
+        """
+        law = self.law if law is None else law
+        request = self._request(prompts, group_size, seed, step, law, max_new_tokens_P)
+        return self._finished(params, request)
+
+    def _finished(self, params: Any, request: Request) -> Iterator[FinishedSequence]:
+        B, G = len(request.length_P) * request.group_size, request.group_size
+        token_BT = np.zeros((B, self.max_new_tokens), np.int32)
+        logp_BT, policy_logp_BT = (np.zeros((B, self.max_new_tokens), np.float32) for _ in range(2))
+        for chunk in self._chunks(params, request):
+            i, row = np.nonzero(chunk.token_iS >= 0)
+            b, t = chunk.request_S[row], chunk.had_S[row] + i
+            token_BT[b, t] = chunk.token_iS[i, row]
+            logp_BT[b, t] = chunk.logp_iS[i, row]
+            policy_logp_BT[b, t] = chunk.policy_logp_iS[i, row]
+            for b, n in zip(chunk.finished.request_F.tolist(), chunk.finished.length_F.tolist()):
+                stopped = token_BT[b, n - 1] in request.law.stop_ids
+                yield FinishedSequence(
+                    group=b // G,
+                    sample=b % G,
+                    prompt_id=int(request.prompt_id_P[b // G]),
+                    tokens_T=token_BT[b, :n].copy(),
+                    logp_T=logp_BT[b, :n].copy(),
+                    policy_logp_T=policy_logp_BT[b, :n].copy(),
+                    finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                )
+
+    def _chunks(self, params: Any, request: Request) -> Iterator[Any]:
+        bucket = next(size for size in self._buckets if size >= request.length_P.max())
+        engine = self._engine(params, bucket)
+        need = -(-len(request.length_P) * request.group_size // engine.placement.shards)
+        shapes = self._shapes(engine, request.group_size, streaming=need > self._shard_slots(engine))
+        # A small batch starts in a small shape, but in one that still shares prompts.
+        first = max(
+            i for i, shape in enumerate(shapes) if i == 0 or (need <= shape.rows and shape.share == shapes[0].share)
+        )
+        return engine.run(params, request, shapes, first)
+
+    def _engine(self, params: Any, bucket: int) -> Engine:
+        dtype = self._compute_dtype or params["embed"].dtype
+        plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns)
+        return Engine(plan, Placement(self.mesh, params), self._programs, params)
+
+    def _shard_slots(self, engine: Engine) -> int:
+        return -(-self.slots // engine.placement.shards)
+
+    def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
+        return shapes_for(self._shard_slots(engine), group_size, _LEVELS, streaming=streaming)
+
+    def _request(
+        self,
+        prompts: Prompts,
+        group_size: int,
+        seed: int,
+        step: int,
+        law: SamplingLaw,
+        max_new_tokens_P: np.ndarray | None,
+    ) -> Request:
+        validate(prompts, level="values")
+        length_P = np.asarray(prompts.length_P, np.int32)
+        tokens_PT = np.asarray(prompts.tokens_PT, np.int32)
+        if not len(length_P):
+            raise SamplerError("prompts must hold at least one prompt: got none.")
+        if group_size < 1:
+            raise SamplerError(f"group_size must be at least 1: got {group_size}.")
+        if length_P.max() > self.max_prompt_length:
+            worst = int(length_P.argmax())
+            raise SamplerError(
+                f"prompts must have at most max_prompt_length={self.max_prompt_length} tokens: prompt {worst} has "
+                f"{length_P[worst]}. Drop it, or make the sampler with a larger max_prompt_length."
+            )
+        live_PT = np.arange(tokens_PT.shape[1]) < length_P[:, None]
+        outside = np.argwhere(live_PT & (tokens_PT >= self.config.vocab_size))
+        if outside.size:
+            p, t = outside[0]
+            raise SamplerError(
+                f"token ids must lie in [0, {self.config.vocab_size}), the model's vocabulary: got {tokens_PT[p, t]} "
+                f"at prompt {p}, position {t}. Is the tokenizer this model's?"
+            )
+        if not 0 <= seed < 2**64:
+            raise SamplerError(f"seed must lie in [0, 2**64): got {seed}.")
+        if not 0 <= step < 2**32:
+            raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
+        limit_P = np.full(len(length_P), self.max_new_tokens) if max_new_tokens_P is None else max_new_tokens_P
+        limit_P = np.asarray(limit_P, np.int32)
+        if limit_P.shape != length_P.shape or limit_P.min() < 1 or limit_P.max() > self.max_new_tokens:
+            raise SamplerError(
+                f"max_new_tokens_P must hold {len(length_P)} limits in [1, max_new_tokens={self.max_new_tokens}]: "
+                f"got shape {limit_P.shape} with values {np.unique(limit_P)[:4].tolist()}."
+            )
+        if limit_P.min() < self.min_new_tokens:
+            raise SamplerError(
+                f"max_new_tokens_P must be at least min_new_tokens={self.min_new_tokens}: got {limit_P.min()}."
+            )
+        law_arrays(law, self.config.vocab_size, self.min_new_tokens)
+        return Request(
+            tokens_PT[:, : length_P.max()],
+            length_P,
+            np.asarray(prompts.prompt_id_P, np.int32),
+            limit_P,
+            group_size,
+            law,
+            self.min_new_tokens,
+            seed,
+            step,
+        )

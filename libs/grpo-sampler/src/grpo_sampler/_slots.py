@@ -1,0 +1,215 @@
+"""The host's table of decoding slots: who sits where, who has finished, who comes next. numpy only.
+
+Every array has a leading axis N of shards (groups of devices that decode their own rows). `request` is a row's index
+into the batch of B sequences, -1 where the slot is empty; `unit_prompt` the prompt whose keys and values a unit holds.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_sampler._decode import Rows
+
+
+class Shape(NamedTuple):
+    """One compiled size of a shard: decoding rows, units of shared prompts, rows a unit serves at most."""
+
+    rows: int
+    units: int
+    share: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether row r always sits at place r, so that no gather is needed between rows and units."""
+        return self.rows == self.units * self.share
+
+
+def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool) -> tuple[Shape, ...]:
+    """The sizes a draining batch passes through, largest first.
+
+    While prompts stream, stragglers hold on to their units, so a quarter more of them lets new groups enter. A small
+    batch of rows from many groups keeps one prompt copy a row: never more copies than the full batch had.
+
+    Args:
+        rows: slots of a shard.
+        group_size: samples of one prompt.
+        levels: number of sizes; each is half of the one before.
+        streaming: whether prompts wait for a slot.
+    Returns:
+        Shapes; all but the first are the same whether streaming or not.
+    """
+    full = -(-rows // group_size)
+    spare = full + max(1, full // 4) if group_size > 1 else rows
+    shapes = [Shape(rows, spare if streaming else full, group_size)]
+    for level in range(1, levels):
+        size = -(-rows // 2**level)
+        if size == shapes[-1].rows:
+            break
+        shapes.append(Shape(size, size, 1) if size <= spare else Shape(size, spare, group_size))
+    return tuple(shapes)
+
+
+class Finished(NamedTuple):
+    """Places of sequences that just ended."""
+
+    request_F: np.ndarray
+    length_F: np.ndarray
+
+
+class Fill(NamedTuple):
+    """A prompt to be computed into a unit of a shard."""
+
+    shard: int
+    unit: int
+    prompt: int
+
+
+class Slots:
+    """The table. `waiting` holds requests in order; request b is sample b % group_size of prompt b // group_size."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        shards: int,
+        group_size: int,
+        prompts: np.ndarray,
+        length_P: np.ndarray,
+        prompt_id_P: np.ndarray,
+        limit_P: np.ndarray,
+    ) -> None:
+        self.shape, self.shards, self.group_size = shape, shards, group_size
+        self._prompts, self._length_P, self._prompt_id_P, self._limit_P = prompts, length_P, prompt_id_P, limit_P
+        count = len(length_P) * group_size
+        self.waiting = deque(range(count))
+        self._fair = -(-count // shards)  # rows a shard starts with, so that no device idles
+        N, S, U, _ = (shards, *shape)
+        self.request = np.full((N, S), -1, np.int32)
+        self.token = np.zeros((N, S), np.int32)
+        self.emitted = np.zeros((N, S), np.int32)
+        self.place = np.zeros((N, S), np.int32)
+        self.unit_prompt = np.full((N, U), -1, np.int32)
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which slots hold an unfinished sequence, bool [N, S]."""
+        return self.request >= 0
+
+    def seat(self) -> list[Fill]:
+        """Lets waiting requests into free slots.
+
+        Returns:
+            The prompts that must be computed before the next step.
+        """
+        fills: list[Fill] = []
+        for shard in range(self.shards):
+            if not self.waiting:
+                break
+            fills += self._seat_shard(shard)
+        return fills
+
+    def _seat_shard(self, shard: int) -> list[Fill]:
+        S, U, g = self.shape
+        request, place, prompt_of = self.request[shard], self.place[shard], self.unit_prompt[shard]
+        taken = np.zeros((U, g), bool)
+        taken.reshape(-1)[place[request >= 0]] = True
+        prompt_of[~taken.any(1)] = -1
+        free = deque(np.flatnonzero(request < 0).tolist())
+        fills: list[Fill] = []
+        room = self._fair - (S - len(free))
+        while self.waiting and free and room > 0:
+            b = self.waiting[0]
+            prompt = b // self.group_size
+            open_units = np.flatnonzero((prompt_of == prompt) & ~taken.all(1))
+            if not open_units.size:
+                open_units = np.flatnonzero(prompt_of < 0)
+                if not open_units.size:
+                    break
+                prompt_of[open_units[0]] = prompt
+                fills.append(Fill(shard, int(open_units[0]), prompt))
+            unit = int(open_units[0])
+            seat = unit * g + int(np.argmin(taken[unit]))
+            row = seat if self.shape.aligned else free[0]
+            free.remove(row)
+            taken[unit, seat - unit * g] = True
+            request[row], place[row] = b, seat
+            self.emitted[shard, row] = 0
+            self.token[shard, row] = self._prompts[prompt, self._length_P[prompt] - 1]
+            self.waiting.popleft()
+            room -= 1
+        return fills
+
+    def rows(self) -> Rows:
+        """The table as the device wants it, shards side by side."""
+        N, S, U, g = (self.shards, *self.shape)
+        live = self.live
+        prompt = np.where(live, self.request // self.group_size, 0)
+        row_of = np.zeros((N, U * g), np.int32)
+        shard, row = np.nonzero(live)
+        row_of[shard, self.place[shard, row]] = row
+        shared = np.where(self.unit_prompt >= 0, self._length_P[self.unit_prompt] - 1, 0)
+        fields = (
+            self.token,
+            self._length_P[prompt] - 1 + self.emitted,
+            self.emitted,
+            self._limit_P[prompt],
+            live,
+            self._prompt_id_P[prompt],
+            np.where(live, self.request % self.group_size, 0),
+            self.place,
+        )
+        flat = [field.reshape(-1).astype(bool if field.dtype == bool else np.int32) for field in fields]
+        return Rows(*flat, row_of.reshape(N * U, g), shared.reshape(-1).astype(np.int32))  # pyright: ignore[reportArgumentType]
+
+    def absorb(self, token_iS: np.ndarray, stop_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, Finished]:
+        """Books what a chunk emitted and frees the slots of sequences that ended.
+
+        Args:
+            token_iS: emitted tokens, -1 where none.
+            stop_ids: ids that end a sequence.
+        Returns:
+            (request of each row before the chunk, tokens it had emitted before, sequences that ended in it).
+        """
+        before_S, had_S = self.request.reshape(-1).copy(), self.emitted.reshape(-1).copy()
+        count_S = (token_iS >= 0).sum(0)
+        moved = np.flatnonzero(count_S)
+        token, emitted, request = self.token.reshape(-1), self.emitted.reshape(-1), self.request.reshape(-1)
+        token[moved] = token_iS[count_S[moved] - 1, moved]
+        emitted[moved] += count_S[moved].astype(np.int32)
+        prompt = request[moved] // self.group_size
+        ended = moved[np.isin(token[moved], stop_ids) | (emitted[moved] >= self._limit_P[prompt])]
+        finished = Finished(request[ended].copy(), emitted[ended].copy())
+        request[ended] = -1
+        return before_S, had_S, finished
+
+    def shrink(self, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """Moves to a smaller shape.
+
+        Args:
+            shape: with at least as many rows as any shard has live ones.
+        Returns:
+            (unit_U, row_S): which old unit and row each new one keeps; within its shard.
+        """
+        N = self.shards
+        unit_src, row_src = np.zeros((N, shape.units), np.int32), np.zeros((N, shape.rows), np.int32)
+        old = {name: getattr(self, name) for name in ("request", "token", "emitted", "place", "unit_prompt")}
+        share, self.shape = self.shape.share, shape
+        self.request = np.full((N, shape.rows), -1, np.int32)
+        self.token, self.emitted, self.place = (np.zeros((N, shape.rows), np.int32) for _ in range(3))
+        self.unit_prompt = np.full((N, shape.units), -1, np.int32)
+        for shard in range(N):
+            rows = np.flatnonzero(old["request"][shard] >= 0)
+            if shape.aligned:
+                rows = rows[np.argsort(old["place"][shard, rows], kind="stable")]
+            units_of = old["place"][shard, rows] // share
+            units = units_of if shape.share == 1 else np.unique(units_of)
+            row_src[shard, : len(rows)], unit_src[shard, : len(units)] = rows, units
+            for name in ("request", "token", "emitted"):
+                getattr(self, name)[shard, : len(rows)] = old[name][shard, rows]
+            self.unit_prompt[shard, : len(units)] = old["unit_prompt"][shard, units]
+            self.place[shard, : len(rows)] = (
+                np.arange(len(rows))
+                if shape.share == 1
+                else np.searchsorted(units, units_of) * share + old["place"][shard, rows] % share
+            )
+        return unit_src.reshape(-1), row_src.reshape(-1)
