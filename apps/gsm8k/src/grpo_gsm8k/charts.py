@@ -52,7 +52,8 @@ def lines(
     shown = [_thinned(one.points, positive=log) for one in series]
     everything = [point for points in shown for point in points]
     if not everything:
-        return _frame("", "no positive values")
+        middle = f'<text class="label" x="{_WIDTH / 2}" y="{_HEIGHT / 2}" text-anchor="middle">never above 0</text>'
+        return _frame(middle, "never above 0")
     scale = math.log10 if log else float
     low, high = min(scale(y) for _, y in everything), max(scale(y) for _, y in everything)
     ticks = _log_ticks(low, high) if log else _ticks(0.0 if zero else low, high)

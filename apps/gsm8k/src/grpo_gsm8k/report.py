@@ -122,7 +122,7 @@ class _Plan:
 
 
 def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
-    rewards = sorted({name for record in records for name in record if name.startswith("rewards/")})
+    rewards = sorted({name for record in records for name in record if name.startswith("reward/")})
     timed = {name for record in records for name in record if name.startswith("seconds/")} - {"seconds/step"}
     phases = sorted(timed, key=lambda name: (_PHASES.index(name) if name in _PHASES else len(_PHASES), name))
     return [
@@ -136,7 +136,7 @@ def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
         _Plan(
             "Reward",
             "Weighted sum, and each function's raw value.",
-            {"reward": "reward", **{name: name.removeprefix("rewards/") for name in rewards}},
+            {"reward": "reward", **{name: printable(name.removeprefix("reward/")) for name in rewards}},
         ),
         _Plan("Entropy", "Of the policy's next-token distribution, in nats.", {"entropy": "entropy"}, zero=True),
         _Plan("KL to the reference", "k3 estimate, in nats a token.", {"kl": "kl"}, zero=True),
@@ -147,9 +147,13 @@ def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
             zero=True,
         ),
         _Plan(
-            "Groups without signal, completions cut",
+            "Without signal, cut, unscored",
             "Groups whose rewards are all equal teach nothing; cut completions reached the limit.",
-            {"frac_reward_zero_std": "groups without signal", "completions/clipped_ratio": "completions cut"},
+            {
+                "frac_reward_zero_std": "groups without signal",
+                "completions/clipped_ratio": "completions cut",
+                "unscored": "completions unscored",
+            },
             _percent,
             zero=True,
         ),
@@ -179,8 +183,8 @@ def _plans(records: Sequence[Mapping[str, Any]]) -> list[_Plan]:
             "Throughput",
             "Tokens a second.",
             {
-                "tokens_per_second/rollout": "rollout",
-                "tokens_per_second/update": "update",
+                "rollout/tokens_per_second": "rollout",
+                "update/tokens_per_second": "update",
                 "tokens_per_second": "whole step",
             },
             zero=True,
@@ -248,7 +252,7 @@ def _example(record: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": printable(str(record.get("prompt", ""))),
         "completion": printable(str(record.get("completion", ""))),
         "reward": record.get("reward"),
-        "rewards": {str(name): value for name, value in rewards.items()},
-        "answer": record.get("answer"),
+        "rewards": {printable(str(name)): value for name, value in rewards.items()},
+        "answer": None if record.get("answer") is None else printable(str(record["answer"])),
         "finish": record.get("finish"),
     }

@@ -109,8 +109,12 @@ class RunFolder:
             if self.config.log.tensorboard:
                 from tensorboardX import SummaryWriter
 
-                purge = step + 1 if self.resumed else None
-                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge)
+                # Its file names hold the second only: a run resumed within it would overwrite the first one's events.
+                self._tensorboard = SummaryWriter(
+                    str(self.path / "tensorboard"),
+                    purge_step=step + 1 if self.resumed else None,
+                    filename_suffix=f".{step}.{os.getpid()}",
+                )
         if self.config.log.wandb:
             self._wandb = _wandb(self.path, self.config)
 
@@ -160,7 +164,7 @@ class RunFolder:
             seconds: of all of the run's processes, one after another.
             device: such as "2 x cpu".
             accuracy: evaluations named `before` and `after`, each with `correct` and `total` and what else it has to
-                say (`flexible` becomes `flexible_before`).
+                say (`eval/format` becomes `format_before`).
             more: further JSON values.
 
         Returns:
@@ -170,10 +174,10 @@ class RunFolder:
         for name in ("before", "after"):
             record = dict((accuracy or {}).get(name) or {})
             measured = Accuracy(record.pop("correct"), record.pop("total")) if record else None
+            summary |= {f"{key.removeprefix('eval/')}_{name}": value for key, value in record.items()}
             summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
             summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
             summary[f"problems_{name}"] = measured and measured.total
-            summary |= {f"{key}_{name}": value for key, value in record.items()}
         summary |= {**more, "versions": versions()}
         if self._writer:
             with _disk(self.path):

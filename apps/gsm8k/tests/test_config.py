@@ -1,0 +1,245 @@
+"""Settings: layers, strictness, and messages that name the key."""
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_gsm8k.config import Config, Loss, Rollout
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.layers import changed_keys, dump, flat, load, preset_names
+
+
+def refused(*sets: str, configs: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(configs, sets)
+    return str(caught.value)
+
+
+def written(tmp_path, text: str) -> str:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["laptop", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"])
+def test_presets_are_valid_and_survive_a_round_trip(name, tmp_path):
+    config = load([name])
+    assert load([written(tmp_path, dump(config))]) == config
+
+
+def test_laptop_is_the_default():
+    assert load(["laptop"]) == load() == Config()
+
+
+def test_every_large_preset_names_its_slice_and_the_true_data():
+    for name in set(preset_names()) - {"laptop"}:
+        config = load([name])
+        assert config.slice
+        assert config.data.source == "openai/gsm8k"
+        assert config.model.path.lower() == f"qwen/{name}-instruct"
+        # An update of 1e-6 rounds away in bfloat16 parameters.
+        assert config.model.dtype == "float32"
+        assert config.model.compute_dtype == "bfloat16"
+
+
+def test_later_layers_win(tmp_path):
+    file = written(tmp_path, "steps: 7\nrollout:\n  prompts: 4\n  group_size: 3\n")
+    config = load([file], ["rollout.group_size=5", "rollout.group_size=6"])
+    assert (config.steps, config.rollout.prompts, config.rollout.group_size) == (7, 4, 6)
+    assert changed_keys(load([file]), config) == {"rollout.group_size": (3, 6)}
+
+
+def test_yaml_files_compose(tmp_path):
+    config = load(["qwen2.5-7b", written(tmp_path, "steps: 500\n")])
+    assert (config.steps, config.slice) == (500, "v5e-16")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".001", "0.001"])
+def test_numbers_need_no_dot(text, tmp_path):
+    # YAML 1.1 reads 1e-3 as text.
+    assert load([], [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 1e-3
+    assert load([written(tmp_path, f"optimizer:\n  learning_rate: {text}\n")]).optimizer.learning_rate == 1e-3
+
+
+def test_whole_numbers_are_numbers_but_text_is_not():
+    assert load([], ["loss.kl_coefficient=1", "loss.reference=initial"]).loss.kl_coefficient == 1.0
+    assert "loss.kl_coefficient must be a number >= 0" in refused("loss.kl_coefficient='1'")
+
+
+@pytest.mark.parametrize("value", ["1,-1,1", "8", "dp:1,fsdp:-1", "'1,-1,1'"])
+def test_text_on_the_command_line_needs_no_quotes(value):
+    assert load([], [f"mesh={value}"]).mesh == value.strip("'")
+
+
+def test_a_folder_called_like_a_date_is_text(tmp_path):
+    assert load([], ["run.dir=2026-11-23"]).run.dir == "2026-11-23"
+    assert load([written(tmp_path, "run:\n  dir: 2026-11-23\n")]).run.dir == "2026-11-23"
+
+
+def test_lists():
+    config = load([], ["reward.functions=[my_module:my_reward, answer]", "reward.weights=[1, 0.5]"])
+    assert config.reward.functions == ("my_module:my_reward", "answer")
+    assert config.reward.weights == (1.0, 0.5)
+
+
+def test_one_function_of_ones_own_needs_no_weights():
+    config = load(["laptop"], ["reward.functions=[my_module:my_reward]"])
+    assert config.reward.weights == (1.0,)
+    assert load([], ["reward.functions=[answer, format]"]).reward.weights == (1.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("rollout.group_sise", "rollout.group_size"),
+        ("group_size", "rollout.group_size"),
+        ("sampler.group_size", "rollout.group_size"),
+        ("optimiser.learning_rate", "optimizer.learning_rate"),
+        ("loss.kl_coef", "loss.kl_coefficient"),
+        ("sed", "seed"),
+    ],
+)
+def test_unknown_key(key, nearest, tmp_path):
+    message = refused(f"{key}=1")
+    assert repr(key) in message
+    assert repr(nearest) in message
+    assert "which takes" in message
+    section, _, leaf = key.rpartition(".")
+    text = f"{section}:\n  {leaf}: 1\n" if section else f"{leaf}: 1\n"
+    in_file = refused(configs=(written(tmp_path, text),))
+    assert repr(key) in in_file
+    assert "mine.yaml" in in_file
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("steps=abc", "steps must be a whole number >= 1"),
+        ("steps=0", "steps must be a whole number >= 1"),
+        ("steps=1e3", "steps must be a whole number >= 1"),
+        ("seed=true", "seed must be a whole number >= 0"),
+        ("seed=-1", "seed must be a whole number >= 0"),
+        ("model.remat=yes", "model.remat must be true or false"),
+        ("model.remat=1", "model.remat must be true or false"),
+        ("rollout.top_p=1.5", "rollout.top_p must be a number > 0 and <= 1"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate must be a number > 0"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate must be a number > 0"),
+        ("optimizer.learning_rate=", "got nothing"),
+        ("optimizer.schedule=cosin", "Did you mean cosine?"),
+        ("slice=v7-1", "v5e-16"),
+        ("run.dir=", "run.dir must be non-empty text"),
+        ("reward.functions=answer", "reward.functions must be a list"),
+        ("reward.functions=[1]", "reward.functions must be a list"),
+        ("reward.functions=[]", "reward.functions must be a list"),
+        ("reward.functions=[answr]", "module:function"),
+        ("reward.functions=[answer, answer]", "must not repeat"),
+        ("reward.weights=[1, 2, 3]", "reward.weights must have one number for each of reward.functions"),
+        ("reward.weights=[0, 0]", "reward.weights must not all be 0"),
+        ("eval.problems=0", "eval.problems must be a whole number >= 1"),
+        ("rollout=3", "'rollout' is a section"),
+        ("rollout={prompts: 4, promts: 4}", "'rollout.promts'"),
+        ("rollout", "--set must look like key=value"),
+        ("=3", "--set must look like key=value"),
+        ("loss.epochs=[1", "not valid YAML"),
+        ("loss.epochs=*a", "aliases"),
+        ("steps=!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_wrong_values(assignment, expected):
+    assert expected in refused(assignment)
+
+
+@pytest.mark.parametrize(
+    ("sets", "keys"),
+    [
+        (["loss.kl_coefficient=0.1"], ["loss.kl_coefficient", "loss.reference"]),
+        (["loss.reference=initial"], ["loss.kl_coefficient", "loss.reference"]),
+        (["rollout.group_size=1"], ["rollout.group_size", "loss.advantage"]),
+        (["rollout.temperature=0"], ["rollout.temperature"]),
+        (["rollout.top_k=1"], ["rollout.top_k"]),
+        (["loss.minibatches=3"], ["loss.minibatches", "rollout.prompts"]),
+        (["loss.row_length=10"], ["loss.row_length", "rollout.max_new_tokens"]),
+        (["optimizer.warmup_steps=60", "steps=60"], ["optimizer.warmup_steps", "60 optimizer updates"]),
+        (["cpu_devices=2", "slice=v5e-1"], ["cpu_devices", "slice"]),
+    ],
+)
+def test_contradictions_name_their_keys(sets, keys):
+    message = refused(*sets)
+    for key in keys:
+        assert key in message
+
+
+def test_all_problems_are_said_at_once():
+    message = refused("rollout.temperature=0", "loss.kl_coefficient=0.1")
+    assert "rollout.temperature" in message
+    assert "loss.reference" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 3\nsteps: 4\n", "key 'steps' is given twice (first on line 1)"),
+        ("rollout:\n  prompts: 3\n  prompts: 4\n", "line 3"),
+        ("rollout.prompts: 4\n", "must be written nested, `rollout: {prompts: ...}`"),
+        ("- 3\n", "must hold keys and values"),
+        ("steps: [\n", "not valid YAML"),
+        ("? [a]\n: 3\n", "must be text"),
+        ("1: 3\n", "must be text"),
+        ("steps: &a 3\nseed: *a\n", "aliases"),
+        ("steps: !!python/name:os.system\n", "not valid YAML"),
+        ("steps: 3\n---\nsteps: 4\n", "not valid YAML"),
+        ("rollout: 3\n", "'rollout' is a section"),
+    ],
+)
+def test_bad_yaml(text, expected, tmp_path):
+    assert expected in refused(configs=(written(tmp_path, text),))
+
+
+def test_empty_files_and_sections_change_nothing(tmp_path):
+    assert load([written(tmp_path, "# nothing\n")]) == Config()
+    assert load([written(tmp_path, "rollout:\n  # prompts: 3\n")]) == Config()
+
+
+def test_unreadable_files(tmp_path):
+    assert "Did you mean qwen2.5-7b?" in refused(configs=("qwen2.5-7B",))
+    assert "laptop" in refused(configs=(str(tmp_path),))
+    (tmp_path / "latin.yaml").write_bytes(b"steps: \xff\n")
+    assert "cannot be read" in refused(configs=(str(tmp_path / "latin.yaml"),))
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().steps = 3  # type: ignore[misc]
+
+
+def test_every_key_says_what_it_is():
+    for name in flat(Config()):
+        section, _, leaf = name.rpartition(".")
+        model = type(getattr(Config(), section)) if section else Config
+        assert model.model_fields[leaf].description, name
+
+
+@given(
+    prompts=st.integers(1, 10**6),
+    temperature=st.floats(min_value=1e-6, max_value=10),
+    low=st.floats(min_value=1e-6, max_value=0.99),
+    folder=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20),
+)
+def test_what_is_dumped_reads_back(prompts, temperature, low, folder, tmp_path_factory):
+    config = Config(
+        rollout=Rollout(prompts=prompts, temperature=temperature),
+        loss=Loss(clip_low=low, clip_high=2 * low),
+        run={"dir": folder},  # type: ignore[arg-type]
+    )
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load([str(file)]) == config
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_no_assignment_raises_anything_but_a_config_error(key, value):
+    for name in (key, "steps", "reward.functions", "rollout"):
+        with suppress(ConfigError):
+            load([], [f"{name}={value}"])

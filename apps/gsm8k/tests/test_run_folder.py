@@ -1,0 +1,268 @@
+"""The run folder: each step once, one owner, and settings that cannot change unnoticed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from grpo_gsm8k.accuracy import Accuracy
+from grpo_gsm8k.errors import ConfigError, RunFolderError
+from grpo_gsm8k.layers import load
+from grpo_gsm8k.run_folder import RunFolder, read_lines
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(*sets: str):
+        return load([], [f"run.dir={tmp_path / 'run'}", "log.tensorboard=false", *sets])
+
+    return make
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [record["step"] for record in read_lines(folder.path / "metrics.jsonl")]
+
+
+def test_a_run_leaves_its_settings_metrics_and_summary(config):
+    with RunFolder(config()) as folder:
+        assert not folder.resumed
+        folder.start(0)
+        folder.log(0, {"eval/accuracy": 0.3})
+        numbers = {"reward": np.float32(0.5), "count": np.int64(3), "grad_norm": math.nan, "flag": True}
+        folder.log(1, numbers)  # pyright: ignore[reportArgumentType] - what numpy and jax give in practice
+        folder.completions(1, [{"prompt": "a", "completion": "\ud800é", "reward": 1.0}])
+        folder.summary(
+            steps=60,
+            seconds=1.23456,
+            device="cpu",
+            accuracy={
+                "before": {"correct": 30, "total": 100, "eval/format": 0.4},
+                "after": {"correct": 60, "total": 100},
+            },
+            skipped=0,
+        )
+        assert folder.finished
+    assert load([str(folder.path / "config.yaml")]) == config()
+    first, second = read_lines(folder.path / "metrics.jsonl")
+    assert first.items() >= {"step": 0, "eval/accuracy": 0.3}.items()
+    assert second.items() >= {"step": 1, "reward": 0.5, "count": 3, "grad_norm": None, "flag": 1}.items()
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert summary["accuracy_before"] == 0.3
+    assert summary["accuracy_after_interval"] == [round(b, 6) for b in Accuracy(60, 100).interval]
+    assert summary["format_before"] == 0.4
+    assert summary["seconds"] == 1.235
+    assert {"python", "jax", "jaxlib", "grpo-loss", "numpy"} <= summary["versions"].keys()
+    (record,) = read_lines(folder.path / "completions.jsonl")
+    assert record["completion"].endswith("é")
+
+
+def test_a_resumed_run_has_each_step_once(config):
+    with RunFolder(config()) as folder:
+        folder.start(0)
+        for step in range(8):
+            folder.log(step, {"reward": step / 3})
+            folder.completions(step, [{"completion": str(step)}])
+    before = (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 8, "rew')  # killed in the middle of a line
+    with RunFolder(config()) as folder:
+        assert folder.resumed
+        folder.start(5)
+        assert (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True) == before[:6]
+        folder.log(6, {"reward": 0.0})
+    assert steps(folder) == [0, 1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in read_lines(folder.path / "completions.jsonl")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_starting_from_nothing_starts_afresh(config):
+    for _ in range(2):
+        with RunFolder(config()) as folder:
+            folder.start(0)
+            folder.log(0, {"eval/accuracy": 0.1})
+            folder.log(1, {"reward": 0.1})
+            assert steps(folder) == [0, 1]
+
+
+def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    for first in (0, 2):
+        with RunFolder(config("log.tensorboard=true")) as folder:
+            folder.start(first)
+            for step in range(first + 1, first + 4):
+                folder.log(step, {"reward": step})
+    files = sorted((tmp_path / "run" / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    events = []
+    for file in files:
+        data = file.read_bytes()
+        while data:  # length (8 bytes), its checksum (4), the event, its checksum (4)
+            size = int.from_bytes(data[:8], "little")
+            events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    assert [event.step for event in events if event.summary.value] == [1, 2, 3, 3, 4, 5]
+    # TensorBoard drops what came before a session start at or after its step.
+    assert [event.step for event in events if event.HasField("session_log")] == [3]
+
+
+def test_other_settings_are_refused(config):
+    with RunFolder(config()):
+        pass
+    with pytest.raises(ConfigError, match=r"rollout.prompts: 16 there, 8 now"):
+        RunFolder(config("rollout.prompts=8"))
+    with pytest.raises(ConfigError, match="steps: 60 there, 30 now"):
+        RunFolder(config("steps=30"))
+    for free in ("log.completions=0", "checkpoint.every=7", "cpu_devices=2", "mesh=dp:2", "steps=100"):
+        with RunFolder(config(free, "steps=100")) as folder:
+            assert folder.resumed
+
+
+def test_a_cosine_schedule_fixes_the_number_of_steps(config):
+    with RunFolder(config("optimizer.schedule=cosine")):
+        pass
+    with pytest.raises(ConfigError, match="steps"):
+        RunFolder(config("optimizer.schedule=cosine", "steps=100"))
+
+
+def test_a_longer_run_is_not_finished(config):
+    with RunFolder(config()) as folder:
+        folder.summary(steps=60, seconds=1, device="cpu")
+    with RunFolder(config()) as folder:
+        assert folder.finished
+    with RunFolder(config("steps=61")) as folder:
+        assert not folder.finished
+
+
+def test_a_folder_in_use_is_refused(config, tmp_path):
+    with RunFolder(config()):
+        with pytest.raises(RunFolderError, match=f"process {os.getpid()}"):
+            RunFolder(config())
+        # A process that is not the writer takes no part in this.
+        RunFolder(config(), writer=False, processes=2).close()
+    RunFolder(config()).close()
+
+
+def test_a_killed_process_gives_its_folder_back(config, tmp_path):
+    script = (
+        "import os, sys\nfrom grpo_gsm8k.layers import load\nfrom grpo_gsm8k.run_folder import RunFolder\n"
+        "RunFolder(load([], ['run.dir=' + sys.argv[1], 'log.tensorboard=false']))\nos.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    assert subprocess.run(command, check=False).returncode == -9
+    with RunFolder(config()) as folder:
+        assert folder.resumed
+
+
+def test_processes_that_do_not_write_write_nothing(config):
+    with RunFolder(config(), writer=False, processes=2) as folder:
+        folder.start(0)
+        folder.log(1, {"reward": 1.0})
+        folder.completions(1, [{"completion": "x"}])
+        folder.summary(steps=60, seconds=1, device="cpu")
+    assert not folder.path.exists()
+
+
+def test_auto_resumes_what_is_unfinished(tmp_path):
+    config = load([], ["log.tensorboard=false"])
+    with RunFolder(config, root=tmp_path) as first:
+        first.start(0)
+        # In use: the second run of the same settings gets a folder of its own.
+        with RunFolder(config, root=tmp_path) as second:
+            assert second.path != first.path
+            second.summary(steps=60, seconds=1, device="cpu")
+    with RunFolder(load([], ["log.tensorboard=false", "seed=1"]), root=tmp_path) as other:
+        assert not other.resumed
+    with RunFolder(config, root=tmp_path) as again:
+        assert again.resumed
+        assert again.path == first.path
+    with pytest.raises(ConfigError, match="all 2 processes"):
+        RunFolder(config, root=tmp_path, processes=2)
+
+
+def test_errors_are_kept_with_the_run(config):
+    with pytest.raises(ZeroDivisionError) as caught, RunFolder(config()) as folder:
+        raise ZeroDivisionError("the sum of nothing")
+    assert "the sum of nothing" in (folder.path / "error.txt").read_text()
+    assert str(folder.path / "error.txt") in caught.value.__notes__[0]
+    with RunFolder(config()):
+        assert not (folder.path / "error.txt").exists()
+
+
+def test_unwritable_places_are_named(config, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder(config())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_that_says_so(config):
+    with RunFolder(config()) as folder:
+        folder.start(0)
+        (folder.path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(RunFolderError, match="No space left"):
+            folder.log(1, {"reward": 1.0})
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"reward": 1}', '{"step": null}'])
+def test_damaged_metrics_are_named(config, line):
+    with RunFolder(config()) as folder:
+        (folder.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(RunFolderError, match="line 2"):
+            folder.start(3)
+
+
+def test_damaged_settings_are_named(config):
+    with RunFolder(config()) as folder:
+        pass
+    (folder.path / "config.yaml").write_text("stepps: 3\n")
+    with pytest.raises(RunFolderError, match=r"config\.yaml"):
+        RunFolder(config())
+    (folder.path / "config.yaml").unlink()
+    RunFolder(config()).close()  # and the refused one left no lock behind
+
+
+def test_wandb_is_optional(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with RunFolder(config("log.wandb=true")) as folder, pytest.raises(ConfigError, match=r"grpo-gsm8k\[wandb\]"):
+        folder.start(0)
+
+
+def test_wandb_gets_metrics_and_the_same_run_after_a_resume(config, monkeypatch):
+    started, logged = [], []
+    run = types.SimpleNamespace(
+        log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: logged.append("finished"), summary={}
+    )
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: started.append(options) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for first in (0, 1):
+        with RunFolder(config("log.wandb=true")) as folder:
+            folder.start(first)
+            folder.log(first + 1, {"reward": 1.0, "kl": math.inf})
+            folder.summary(steps=first, seconds=1, device="cpu")
+    assert logged == [(1, {"reward": 1.0}), "finished", (2, {"reward": 1.0}), "finished"]
+    assert started[0]["id"] == started[1]["id"]
+    assert run.summary["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # scipy.stats.binomtest(correct, total).proportion_ci(method="wilson")
+    [
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (30, 100, 0.2189489, 0.3958485),
+        (500, 1000, 0.4690696, 0.5309304),
+    ],
+)
+def test_wilson_intervals(correct, total, low, high):
+    assert Accuracy(correct, total).interval == pytest.approx((low, high), abs=1e-7)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 3), (4, 3), (0, 0)])
+def test_accuracy_of_nothing(correct, total):
+    with pytest.raises(ValueError, match="correct <= total"):
+        Accuracy(correct, total)
