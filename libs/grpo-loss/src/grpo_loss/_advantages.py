@@ -1,14 +1,16 @@
 """Advantages from the rewards of a group of samples of one prompt."""
 
+import functools
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from ._errors import LossError, check_choice, check_shape
-from ._whiten import Moments, moments, whiten
+from ._whiten import Moments, divide_by_deviation, moments, whiten
 
 Scale = Literal["sample", "population", "batch", "none"]
 SCALES = ("sample", "population", "batch", "none")
@@ -50,16 +52,7 @@ def group_advantage(
     check_choice("scale", scale, SCALES, {"std": "Say which: scale='sample' (n - 1) or scale='population' (n)."})
     if batch_moments is not None and scale != "batch":
         raise LossError(f"batch_moments has no effect with scale={scale!r}. Leave it out, or use scale='batch'.")
-    reward_B, scored_B, groups = _prepare(reward_B, scored_B, group_B, group_size)
-    centred_B = groups.centred(reward_B)
-    if scale == "none":
-        return centred_B
-    if scale == "batch":
-        batch = moments(reward_B, scored_B) if batch_moments is None else batch_moments
-        return centred_B / (jnp.sqrt(batch.variance()) + epsilon)
-    square_B = groups.total(jnp.square(centred_B))
-    count_B = groups.count_B - (scale == "sample")
-    return centred_B / (jnp.sqrt(square_B / jnp.maximum(count_B, 1)) + epsilon)
+    return _group_advantage(*_prepare(reward_B, scored_B, group_B, group_size), epsilon, batch_moments, scale=scale)
 
 
 def rloo_advantage(
@@ -82,8 +75,7 @@ def rloo_advantage(
 
     Source: arXiv:2402.14740.
     """
-    reward_B, _, groups = _prepare(reward_B, scored_B, group_B, group_size)
-    return groups.centred(reward_B) * groups.count_B / jnp.maximum(groups.count_B - 1, 1)
+    return _rloo_advantage(*_prepare(reward_B, scored_B, group_B, group_size))
 
 
 def gdpo_advantage(
@@ -164,8 +156,7 @@ def groups_with_signal(
 
     Source: DAPO arXiv:2503.14476 sec. 3.2 (dynamic sampling).
     """
-    reward_B, scored_B, groups = _prepare(reward_B, scored_B, group_B, group_size)
-    return groups.varied(reward_B) & scored_B
+    return _groups_with_signal(*_prepare(reward_B, scored_B, group_B, group_size))
 
 
 def overlong_penalty(length_B: Int[ArrayLike, "B"], *, max_tokens: int, buffer_tokens: int) -> Float[Array, "B"]:
@@ -208,12 +199,49 @@ def clip_advantage(advantage: Float[ArrayLike, "..."], limit: float) -> Float[Ar
     return jnp.clip(_floating(advantage), -limit, limit)
 
 
+# The arithmetic is compiled as a whole: called from a host loop op by op, it would compile dozens of tiny programs.
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _group_advantage(
+    reward_B: Array, scored_B: Array, group_B: Array, epsilon: float, batch_moments: Moments | None, *, scale: Scale
+) -> Array:
+    groups = _Groups.of(group_B, scored_B, reward_B.dtype)
+    centred_B = groups.centred(reward_B)
+    if scale == "none":
+        return centred_B
+    if scale == "batch":
+        batch = moments(reward_B, scored_B) if batch_moments is None else batch_moments
+        return divide_by_deviation(centred_B, batch.variance(), epsilon)
+    square_B = groups.total(jnp.square(centred_B))
+    count_B = groups.count_B - (scale == "sample")
+    return divide_by_deviation(centred_B, square_B / jnp.maximum(count_B, 1), epsilon)
+
+
+@jax.jit
+def _rloo_advantage(reward_B: Array, scored_B: Array, group_B: Array) -> Array:
+    groups = _Groups.of(group_B, scored_B, reward_B.dtype)
+    return groups.centred(reward_B) * groups.count_B / jnp.maximum(groups.count_B - 1, 1)
+
+
+@jax.jit
+def _groups_with_signal(reward_B: Array, scored_B: Array, group_B: Array) -> Array:
+    return _Groups.of(group_B, scored_B, reward_B.dtype).varied(reward_B) & scored_B
+
+
 class _Groups(NamedTuple):
     """Sums over the scored members of each group, given back to every member."""
 
     label_B: Int[Array, "B"]
     scored_B: Bool[Array, "B"]
     count_B: Float[Array, "B"]
+
+    @classmethod
+    def of(cls, group_B: Array, scored_B: Array, dtype: jnp.dtype) -> "_Groups":
+        # Any integers become 0..B-1: B is the static bound on the number of groups.
+        label_B = jnp.unique(group_B, size=group_B.shape[0], return_inverse=True)[1].reshape(group_B.shape)
+        groups = cls(label_B, scored_B, scored_B.astype(dtype))
+        return groups._replace(count_B=groups.total(groups.count_B))
 
     def total(self, value_B: Array) -> Array:
         empty = jnp.zeros(self.label_B.shape, value_B.dtype)
@@ -235,7 +263,8 @@ class _Groups(NamedTuple):
 
 def _prepare(
     reward_B: ArrayLike, scored_B: ArrayLike | None, group_B: ArrayLike | None, group_size: int | None
-) -> tuple[Array, Array, _Groups]:
+) -> tuple[Array, Array, Array]:
+    """Check the arguments of every group function, and fill in what was left out: rewards, scored, group ids."""
     reward_B = _floating(reward_B)
     if reward_B.ndim != 1:
         raise LossError(
@@ -246,18 +275,13 @@ def _prepare(
     if (group_B is None) == (group_size is None):
         raise LossError(f"Give one of group_B and group_size: got group_B={group_B}, group_size={group_size}.")
     if group_B is None:
-        adjacent = int(group_size or 0)
-        if adjacent < 1 or size % adjacent:
+        if group_size is None or group_size < 1 or size % group_size:
             raise LossError(f"group_size must divide the number of sequences, {size}: got {group_size}. Use group_B.")
-        label_B = jnp.arange(size) // adjacent
-    else:
-        check_shape("group_B", np.shape(group_B), (size,))
-        # Any integers: they become 0..B-1, the static bound on the number of groups.
-        label_B = jnp.unique(jnp.asarray(group_B), size=size, return_inverse=True)[1].reshape(size)
-    scored_B = jnp.ones(size, bool) if scored_B is None else jnp.asarray(scored_B)
-    check_shape("scored_B", scored_B.shape, (size,))
-    groups = _Groups(label_B, scored_B, jnp.zeros_like(reward_B))
-    return reward_B, scored_B, groups._replace(count_B=groups.total(jnp.ones_like(reward_B)))
+        group_B = np.arange(size) // group_size
+    scored_B = np.ones(size, bool) if scored_B is None else scored_B
+    check_shape("group_B", np.shape(group_B), (size,))
+    check_shape("scored_B", np.shape(scored_B), (size,))
+    return reward_B, jnp.asarray(scored_B), jnp.asarray(group_B)
 
 
 def _floating(value: ArrayLike) -> Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._aggregate import Aggregation, token_weights
-from ._errors import LossError, check_shape
+from ._errors import LossError, check_shape, check_unused
 from ._importance import Correction, Level, importance_weight
 from ._kl import KlKind, check_loss_kl, kl_estimate
 from ._surrogates import Kind, resolve_clip, resolve_temperatures, surrogate
@@ -35,9 +35,9 @@ def policy_loss(
     entropy_coefficient: float = 0.0,
     sampler_logp_RT: Float[Array, "R T"] | None = None,
     correction: Correction = "none",
-    correction_level: Level = "token",
-    correction_low: float = 0.0,
-    correction_high: float = 2.0,
+    correction_level: Level | None = None,
+    correction_low: float | None = None,
+    correction_high: float | None = None,
 ) -> LossTerms:
     """A policy-gradient loss over padded or packed tokens, as sums that add up over parts of a batch.
 
@@ -77,8 +77,8 @@ def policy_loss(
         entropy_RT: entropy at each token, nats.
         entropy_coefficient: weight of the entropy bonus.
         sampler_logp_RT: as the sampling engine reported them; enough for the metrics, needed for `correction`.
-        correction, correction_level, correction_low, correction_high: see `importance_weight`, which is given
-            old_logp and sampler_logp.
+        correction: bound on p_trainer / p_sampler, see `importance_weight`, which is given old_logp and sampler_logp.
+        correction_level, correction_low, correction_high: its level, low and high; default "token", 0, 2.
 
     Returns:
         LossTerms. Metrics, means over tokens: policy_loss (averaged as the loss is), importance_ratio/mean; for clipped
@@ -99,6 +99,14 @@ def policy_loss(
     _check_needs("kl_coefficient", kl_coefficient, "reference_logp_RT", reference_logp_RT)
     _check_needs("entropy_coefficient", entropy_coefficient, "entropy_RT", entropy_RT)
     _check_needs("correction", 0.0 if correction == "none" else correction, "sampler_logp_RT", sampler_logp_RT)
+    if correction == "none":
+        check_unused(
+            "correction='none'",
+            "the other corrections",
+            correction_level=correction_level,
+            correction_low=correction_low,
+            correction_high=correction_high,
+        )
     if kl_ratio and _is_zero(kl_coefficient):
         raise LossError("kl_ratio=True has no effect with kl_coefficient=0. Set the coefficient or leave kl_ratio out.")
     shape = logp_RT.shape
@@ -170,9 +178,9 @@ def policy_loss(
                 kept(sampler_logp_RT),
                 mask_RT,
                 correction=correction,
-                level=correction_level,
-                low=correction_low,
-                high=correction_high,
+                level=correction_level or "token",
+                low=0.0 if correction_low is None else correction_low,
+                high=2.0 if correction_high is None else correction_high,
                 segment_RT=segment_RT,
             )
             report("sampling_weight/mean", correction_RT)

@@ -91,8 +91,13 @@ def gae(
     _check_factor("discount", discount)
     _check_factor("trace", trace)
     dtype = jnp.result_type(reward_BT, value_BT, jnp.float32)
-    reward_BT, value_BT = jnp.asarray(reward_BT, dtype), jnp.asarray(value_BT, dtype)
+    return _gae(jnp.asarray(reward_BT, dtype), jnp.asarray(value_BT, dtype), mask_BT, discount, trace)
 
+
+@jax.jit
+def _gae(
+    reward_BT: Array, value_BT: Array, mask_BT: Array, discount: float, trace: float
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     def step(carry: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         next_value_B, next_advantage_B = carry
         reward_B, value_B, mask_B = token
@@ -101,7 +106,7 @@ def gae(
         carry = (jnp.where(mask_B, value_B, next_value_B), jnp.where(mask_B, advantage_B, next_advantage_B))
         return carry, jnp.where(mask_B, advantage_B, 0)
 
-    zero_B = jnp.zeros(mask_BT.shape[0], dtype)
+    zero_B = jnp.zeros(mask_BT.shape[0], reward_BT.dtype)
     _, advantage_TB = jax.lax.scan(step, (zero_B, zero_B), (reward_BT.T, value_BT.T, mask_BT.T), reverse=True)
     advantage_BT = advantage_TB.T
     return advantage_BT, jnp.where(mask_BT, advantage_BT + value_BT, 0)

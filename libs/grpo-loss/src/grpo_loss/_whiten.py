@@ -77,4 +77,10 @@ def whiten(
     """
     sums = moments(value, mask) if batch_moments is None else batch_moments
     mean = sums.mean() if centre else 0.0
-    return jnp.where(mask, (jnp.asarray(value) - mean) / (jnp.sqrt(sums.variance()) + epsilon), 0)
+    return jnp.where(mask, divide_by_deviation(jnp.asarray(value) - mean, sums.variance(), epsilon), 0)
+
+
+def divide_by_deviation(value: Array, variance: Array, epsilon: float) -> Array:
+    """value / (sqrt(variance) + epsilon), and 0 rather than NaN for 0 / 0."""
+    divisor = jnp.sqrt(variance) + epsilon
+    return value / jnp.where(divisor == 0, 1, divisor)

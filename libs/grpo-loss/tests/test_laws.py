@@ -1,0 +1,154 @@
+"""The library satisfies the laws, and says what is wrong when asked for something that would do nothing."""
+
+import grpo_loss_laws as laws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grpo_loss_plain import packed, padded, random_sequences
+
+import grpo_loss
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(
+    "case", laws.CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in case.items()) or "default"
+)
+def test_policy_loss_equals_the_loops(case):
+    laws.check_policy_loss(grpo_loss, case)
+
+
+@pytest.mark.parametrize("check", laws.CHECKS, ids=lambda check: check.__name__)
+def test_law(check):
+    check(grpo_loss)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"])
+def test_float32_and_any_split_agree_to_1e_6(kind):
+    sequences = random_sequences(np.random.default_rng(1), 12, 12)
+    arguments = {"kind": kind, "kl_coefficient": 0.1, "dtype": np.float32}
+    whole, whole_gradient, _ = laws.evaluate(grpo_loss, sequences, padded, **arguments)
+    for rows in (1, 3, 4):
+        parts = [
+            laws.evaluate(grpo_loss, sequences[i : i + rows], packed, width=96, **arguments) for i in range(0, 12, rows)
+        ]
+        numerator = sum(float(part[0].numerator) for part in parts)
+        denominator = sum(float(part[0].denominator) for part in parts)
+        gradient = np.concatenate([g for part in parts for g in part[1]])
+        expected = np.concatenate(whole_gradient)
+        assert numerator / denominator == pytest.approx(float(whole.loss()), rel=1e-6)
+        assert np.abs(gradient - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+def test_accepts_bfloat16_and_computes_in_float32():
+    logp = jnp.full((2, 3), -1.0, jnp.bfloat16)
+    terms = grpo_loss.policy_loss(logp, old_logp_RT=None, advantage_RT=jnp.ones((2, 1)), mask_RT=jnp.ones((2, 3), bool))
+    assert terms.numerator.dtype == jnp.float32
+
+
+def test_a_batch_without_tokens_has_loss_and_metrics_zero():
+    terms = grpo_loss.policy_loss(
+        jnp.full((2, 3), jnp.nan),
+        old_logp_RT=None,
+        advantage_RT=jnp.full((2, 1), jnp.nan),
+        mask_RT=jnp.zeros((2, 3), bool),
+    )
+    assert float(terms.loss()) == 0
+    assert all(float(value) == 0 for value in terms.means().values())
+
+
+def test_terms_add_over_a_mapped_axis():
+    sequences = random_sequences(np.random.default_rng(2), 4, 6)
+    arrays, mask, _, _ = padded(sequences, 6)
+
+    def terms(logp, old, advantage, mask):
+        return grpo_loss.policy_loss(logp, old_logp_RT=old, advantage_RT=advantage, mask_RT=mask)
+
+    columns = [arrays["logp"], arrays["old"], arrays["advantage"], mask]
+    whole = terms(*map(jnp.asarray, columns))
+    shards = [jnp.asarray(column).reshape(2, 2, 6) for column in columns]
+    mapped = jax.vmap(lambda *shard: terms(*shard).over("rows"), axis_name="rows")(*shards)
+    laws.close(mapped.numerator, np.full(2, whole.numerator))
+    for name, value in whole.means().items():
+        laws.close(mapped.means()[name], np.full(2, value))
+
+
+def test_moments_add_over_a_mapped_axis():
+    values = np.arange(6.0).reshape(2, 3)
+    sums = jax.vmap(lambda v: grpo_loss.moments(v, jnp.ones(3, bool), axis_name="hosts"), axis_name="hosts")(values)
+    laws.close(sums.total, [15, 15])
+
+
+def test_group_advantages_compile():
+    fixed = jax.jit(lambda r, g: grpo_loss.group_advantage(r, group_B=g))
+    laws.close(
+        fixed(np.array([1.0, 2, 3, 5]), np.array([9, 2, 9, 2])), np.array([-1, -1, 1, 1]) / np.sqrt(2), rtol=1e-5
+    )
+
+
+BASE = {
+    "old_logp_RT": jnp.zeros((2, 3)),
+    "advantage_RT": jnp.ones((2, 1)),
+    "mask_RT": jnp.ones((2, 3), bool),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "gsp"}, "Did you mean kind='gspo'"),
+        ({"kind": "dapo"}, "clip_high=0.28"),
+        ({"aggregation": "token_mean"}, "Did you mean aggregation='token-mean'"),
+        ({"aggregation": "fixed"}, "horizon"),
+        ({"horizon": 5}, "horizon"),
+        ({"aggregation": "fixed", "horizon": 0}, "positive"),
+        ({"kl_coefficient": 0.1}, "needs reference_logp_RT"),
+        ({"kl_coefficient": -0.1, "reference_logp_RT": jnp.zeros((2, 3))}, "negative"),
+        ({"kl": "k1", "reference_logp_RT": jnp.zeros((2, 3))}, "does not see the reference"),
+        ({"kl": "k4"}, "k3"),
+        ({"kl_ratio": True}, "kl_ratio"),
+        ({"entropy_coefficient": 0.1}, "needs entropy_RT"),
+        ({"correction": "mask"}, "needs sampler_logp_RT"),
+        ({"correction": "mask", "sampler_logp_RT": jnp.zeros((2, 3)), "correction_low": 1.5}, "low <= 1 <= high"),
+        ({"correction_high": 3.0}, "correction_high has no effect"),
+        ({"dual_clip": 0.5}, "greater than 1"),
+        ({"kind": "gspo", "dual_clip": 3.0}, "no effect"),
+        ({"kind": "reinforce", "clip_low": 0.2, "clip_high": 0.2}, "no effect"),
+        ({"clip_low": 0.2}, "both"),
+        ({"clip_low": 1.2, "clip_high": 0.2}, "clip_low"),
+        ({"sapo_temperatures": (1.0, 1.0)}, "no effect"),
+        ({"kind": "sapo", "sapo_temperatures": (0.0, 1.0)}, "positive"),
+        ({"mask_RT": jnp.ones((3, 2), bool)}, "mask_RT must have shape"),
+        ({"advantage_RT": jnp.ones(2)}, "advantage_B"),
+        ({"segment_RT": jnp.ones((2, 3), int)}, "advantage_RT"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_refuses_what_would_do_nothing_or_does_not_fit(arguments, message):
+    with pytest.raises(grpo_loss.LossError, match=message):
+        grpo_loss.policy_loss(jnp.zeros((2, 3)), **BASE | arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: grpo_loss.group_advantage(np.ones((2, 2)), group_size=2), "Flatten groups"),
+        (lambda: grpo_loss.group_advantage(np.ones(4)), "one of group_B"),
+        (lambda: grpo_loss.group_advantage(np.ones(4), group_size=3), "divide"),
+        (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scale="std"), "sample"),
+        (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scored_B=np.ones(3, bool)), "scored_B"),
+        (lambda: grpo_loss.overlong_penalty(np.ones(4, int), max_tokens=10, buffer_tokens=0), "buffer"),
+        (lambda: grpo_loss.clip_advantage(np.ones(4), 0.0), "positive"),
+        (lambda: grpo_loss.token_reward(np.ones(2), np.ones((2, 3), bool), kl_coefficient=0.1), "go together"),
+        (lambda: grpo_loss.gae(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool), discount=1.5), "discount"),
+        (lambda: grpo_loss.top_entropy_mask(np.ones((2, 3)), np.ones((2, 3), bool), fraction=0.0), "fraction"),
+    ],
+)
+def test_advantages_refuse(call, message):
+    with pytest.raises(grpo_loss.LossError, match=message):
+        call()
