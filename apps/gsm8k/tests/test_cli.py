@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -58,12 +57,13 @@ def test_print_config_is_light_and_quick():
     )
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.stderr == ""
         assert done.stdout == dump(load([], ["steps=7"]))
-    # The best of three: the machine that runs the tests may be busy with others.
+    # Processor time, and the best of three: the machine that runs the tests may be busy with others.
     assert min(seconds) < 0.5, seconds
 
 
