@@ -1,9 +1,12 @@
 """Device meshes, sharding rules, many hosts and what a TPU slice can hold, for JAX trainers."""
 
+from grpo_mesh._agree import check_agreement
 from grpo_mesh._chips import CHIPS, Chip, Slice, find_slice, slice_devices
+from grpo_mesh._deadline import arrive, deadline
 from grpo_mesh._digest import digest
 from grpo_mesh._errors import DeadlineError, HostsError, MeshError, RenderError
 from grpo_mesh._explain import Explanation, Placement, explain
+from grpo_mesh._hosts import Job, initialize, leave
 from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated
 from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
 from grpo_mesh._pad import pad, unpad
@@ -20,16 +23,22 @@ __all__ = [
     "DeadlineError",
     "Explanation",
     "HostsError",
+    "Job",
     "MeshError",
     "Placement",
     "RenderError",
     "Rules",
     "Slice",
+    "arrive",
     "batch_sharding",
+    "check_agreement",
     "compile_report",
+    "deadline",
     "digest",
     "explain",
     "find_slice",
+    "initialize",
+    "leave",
     "local_rows",
     "make_mesh",
     "pad",
