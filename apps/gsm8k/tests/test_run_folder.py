@@ -13,7 +13,8 @@ import pytest
 from grpo_gsm8k.accuracy import Accuracy
 from grpo_gsm8k.errors import ConfigError, RunFolderError
 from grpo_gsm8k.layers import load
-from grpo_gsm8k.run_folder import RunFolder, read_lines
+from grpo_gsm8k.run_files import read_lines
+from grpo_gsm8k.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -212,6 +213,14 @@ def test_damaged_metrics_are_named(config, line):
         (folder.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         with pytest.raises(RunFolderError, match="line 2"):
             folder.start(3)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_damaged_summary_is_named(config, text):
+    with RunFolder(config()) as folder:
+        (folder.path / "summary.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
+            _ = folder.finished
 
 
 def test_damaged_settings_are_named(config):

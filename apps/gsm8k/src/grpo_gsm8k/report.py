@@ -15,7 +15,7 @@ from grpo_gsm8k.config import Config
 from grpo_gsm8k.layers import flat, load
 from grpo_gsm8k.printable import printable
 from grpo_gsm8k.progress import duration
-from grpo_gsm8k.run_folder import read_lines
+from grpo_gsm8k.run_files import read_lines, read_summary
 
 __all__ = ["write_report"]
 
@@ -37,8 +37,7 @@ def write_report(folder: Path) -> Path:
     """
     config = load([str(folder / "config.yaml")])
     records = read_lines(folder / "metrics.jsonl")
-    summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    summary = read_summary(folder)
     rows = [
         (name, Accuracy(round(summary[f"accuracy_{name}"] * summary[f"problems_{name}"]), summary[f"problems_{name}"]))
         for name in ("before", "after")
@@ -230,6 +229,8 @@ def _settings(config: Config) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     for key, value in flat(config).items():
         section, _, leaf = key.rpartition(".")
         text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if value is None or isinstance(value, bool):
+            text = json.dumps(value)  # as people write it in YAML
         sections.setdefault(section or "run", []).append((leaf, printable(text), value != defaults[key]))
     return list(sections.items())
 

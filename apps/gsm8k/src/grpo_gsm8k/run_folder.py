@@ -8,12 +8,10 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -24,8 +22,9 @@ from grpo_gsm8k.accuracy import Accuracy
 from grpo_gsm8k.config import Config
 from grpo_gsm8k.errors import ConfigError, RunFolderError
 from grpo_gsm8k.layers import changed_keys, dump, load
+from grpo_gsm8k.run_files import cut_back, lock, read_summary, replace, writing
 
-__all__ = ["RunFolder", "read_lines", "versions"]
+__all__ = ["RunFolder", "versions"]
 
 # Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.")
@@ -66,14 +65,14 @@ class RunFolder:
         self.resumed = (self.path / "config.yaml").is_file()
         if not writer:
             return
-        with _disk(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path)
         try:
             if self.resumed:
                 _refuse_other(self.path, config)
-            with _disk(self.path):
-                _replace(self.path / "config.yaml", dump(config))
+            with writing(self.path):
+                replace(self.path / "config.yaml", dump(config))
                 (self.path / "error.txt").unlink(missing_ok=True)
         except BaseException:
             self.close()
@@ -87,8 +86,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether a summary says that the run reached its last step."""
-        file = self.path / "summary.json"
-        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["steps"] >= self.config.steps
+        return read_summary(self.path).get("steps", 0) >= self.config.steps
 
     def start(self, step: int) -> None:
         """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
@@ -102,9 +100,9 @@ class RunFolder:
         """
         if not self._writer:
             return
-        with _disk(self.path):
+        with writing(self.path):
             for name in ("metrics.jsonl", "completions.jsonl"):
-                _cut_back(self.path / name, step)
+                cut_back(self.path / name, step)
             (self.path / "summary.json").unlink(missing_ok=True)
             if self.config.log.tensorboard:
                 from tensorboardX import SummaryWriter
@@ -131,7 +129,7 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": step, "time": round(time.time(), 3), **numbers}])
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
-            with _disk(self.path):
+            with writing(self.path):
                 for name, value in finite.items():
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()
@@ -180,8 +178,8 @@ class RunFolder:
             summary[f"problems_{name}"] = measured and measured.total
         summary |= {**more, "versions": versions()}
         if self._writer:
-            with _disk(self.path):
-                _replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            with writing(self.path):
+                replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(summary)
         return summary
@@ -216,7 +214,7 @@ class RunFolder:
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        with _disk(self.path):
+        with writing(self.path):
             descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 left = memoryview(text.encode("utf-8", "backslashreplace"))
@@ -224,31 +222,6 @@ class RunFolder:
                     left = left[os.write(descriptor, left) :]
             finally:
                 os.close(descriptor)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file of a run; a last line cut short by a kill is left out.
-
-    Args:
-        file: metrics.jsonl or completions.jsonl; may be missing.
-
-    Returns:
-        One dictionary a line.
-
-    Raises:
-        RunFolderError: a line before the last is not a record.
-    """
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{file} line {number} is not a record of this run: {error}") from error
-    return records
 
 
 def versions() -> dict[str, str]:
@@ -286,7 +259,7 @@ def _auto(config: Config, root: Path) -> Path:
             continue
         try:
             _refuse_other(path, config)
-            os.close(_lock(path))
+            os.close(lock(path))
         except (ConfigError, RunFolderError):
             continue
         return path
@@ -294,55 +267,6 @@ def _auto(config: Config, root: Path) -> Path:
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings}"
     taken = sum(1 for _ in root.glob(f"{stem}*"))
     return root / (f"{stem}-{taken}" if taken else stem)
-
-
-def _lock(path: Path) -> int:
-    """Hold `path/lock` until the descriptor is closed or the process dies; return the descriptor."""
-    file = path / "lock"
-    with _disk(path):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if sys.platform != "win32" else ""
-        os.close(descriptor)
-        raise RunFolderError(
-            f"{path} is in use by a live process ({holder or 'unknown'}): wait for it, or name another run.dir"
-        ) from error
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
-
-
-def _cut_back(file: Path, step: int) -> None:
-    if file.is_file():
-        kept = [record for record in read_lines(file) if record["step"] <= step] if step else []
-        _replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    part.replace(file)
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"run folder {path} cannot be written: {error}. The last checkpoint is intact; free space or name another "
-            "run.dir, and the same command resumes"
-        ) from error
 
 
 def _number(value: Any) -> int | float | None:
