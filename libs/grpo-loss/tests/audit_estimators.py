@@ -18,7 +18,8 @@ VOCABULARY, LONGEST, STOP, GROUP = 4, 3, 3, 2
 
 
 def _enumerate():
-    sequences, frontier = [], [()]
+    sequences: list[tuple[int, ...]] = []
+    frontier: list[tuple[int, ...]] = [()]
     while frontier:
         prefix = frontier.pop(0)
         for token in range(VOCABULARY):

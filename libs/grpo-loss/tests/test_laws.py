@@ -140,7 +140,7 @@ def test_refuses_what_would_do_nothing_or_does_not_fit(arguments, message):
         (lambda: grpo_loss.group_advantage(np.ones((2, 2)), group_size=2), "Flatten groups"),
         (lambda: grpo_loss.group_advantage(np.ones(4)), "one of group_B"),
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=3), "divide"),
-        (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scale="std"), "sample"),
+        (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scale="std"), "sample"),  # pyright: ignore[reportArgumentType]
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scored_B=np.ones(3, bool)), "scored_B"),
         (lambda: grpo_loss.overlong_penalty(np.ones(4, int), max_tokens=10, buffer_tokens=0), "buffer"),
         (lambda: grpo_loss.clip_advantage(np.ones(4), 0.0), "positive"),
