@@ -1,6 +1,7 @@
 """What a GRPO batch is: typed stages, validation and a file format. numpy only."""
 
 from ._adapters import from_trl, from_verl
+from ._completions import from_completions
 from ._errors import ContractError, GrpoError
 from ._file import load, save
 from ._protocols import AdvantageEstimator, PolicyUpdate, RewardFunction, RolloutBackend
@@ -22,6 +23,7 @@ __all__ = [
     "SamplingLaw",
     "Scored",
     "TrainBatch",
+    "from_completions",
     "from_trl",
     "from_verl",
     "load",

@@ -23,8 +23,8 @@ _INT32_END = 2**31
 class Rule(NamedTuple):
     """One rule on the values of one field.
 
-    `field` may be a path (`law.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them, True
-    where the rule holds; or a pair of that and the values that were wanted.
+    `field` may be a path (`law.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them,
+    True where the rule holds; or a pair of that and the values that were wanted.
     """
 
     stage: type[Stage]
