@@ -50,6 +50,16 @@ def test_time_left_counts_only_steps_of_this_process():
     assert stream.getvalue().rstrip().endswith("left 0 s")
 
 
+def test_time_left_forgets_the_step_that_compiled(monkeypatch):
+    clock = iter([0.0, 0.0, 100.0, 102.0, 104.0])
+    monkeypatch.setattr("grpo_gsm8k.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with Progress(13, stream=stream) as progress:
+        for step in (1, 2, 3):
+            progress.step(step, {})
+    assert [line.split("left ")[1] for line in stream.getvalue().splitlines()] == ["20:00", "22 s", "20 s"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_panel_in_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -45,17 +46,19 @@ class Progress:
         quiet_seconds: float = 0.0,
         enabled: bool = True,
     ) -> None:
-        self._steps, self._start, self._step = steps, 0, 0
+        self._steps, self._step = steps, 0
         self._stream = sys.stdout if stream is None else stream
         self._quiet, self._enabled = quiet_seconds, enabled
         self._console = Console(file=self._stream, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
         self._latest: dict[str, float] = {}
         self._phase = "starting"
-        self._first = self._last_line = -math.inf
+        self._begun = self._ended = time.monotonic()
+        self._last_line = -math.inf
+        self._recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
 
     def __enter__(self) -> Self:
-        self._first = time.monotonic()
+        self._begun = self._ended = time.monotonic()
         if self._enabled and self._console.is_terminal:
             self._live = Live(
                 console=self._console, get_renderable=self._render, refresh_per_second=4, redirect_stderr=True
@@ -73,8 +76,9 @@ class Progress:
 
     def resume(self, step: int) -> None:
         """Go on after `step`: the time left is judged by the steps this process does itself."""
-        self._start = self._step = step
-        self._first = time.monotonic()
+        self._step = step
+        self._ended = time.monotonic()
+        self._recent.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,8 +97,10 @@ class Progress:
             metrics: names as in metrics.jsonl; those not shown are ignored.
         """
         self._step = step
-        self._latest |= {name: float(metrics[name]) for name in _SHOWN if name in metrics}
         now = time.monotonic()
+        self._recent.append(now - self._ended)
+        self._ended = now
+        self._latest |= {name: float(metrics[name]) for name in _SHOWN if name in metrics}
         if self._live is None and (step >= self._steps or now - self._last_line >= self._quiet):
             self._last_line = now
             shown = [f"{label} {text}" for label, text in self._values()]
@@ -118,17 +124,18 @@ class Progress:
         ]
 
     def _left(self) -> str:
-        done = self._step - self._start
-        if done <= 0:
+        if not self._recent:
             return "?"
-        return duration((time.monotonic() - self._first) / done * (self._steps - self._step))
+        # The first step compiles, and perhaps follows an evaluation: once there are others, they say more.
+        usual = list(self._recent)[1:] if 1 < len(self._recent) < 20 else self._recent
+        return duration(sum(usual) / len(usual) * (self._steps - self._step))
 
     def _render(self) -> Group:
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(f"step {self._step}/{self._steps}", style="bold"),
             ProgressBar(total=self._steps, completed=self._step, width=32),
-            Text(f"{duration(time.monotonic() - self._first)} gone, {self._left()} left"),
+            Text(f"{duration(time.monotonic() - self._begun)} gone, {self._left()} left"),
             Text(self._phase, style="cyan"),
         )
         numbers = Table.grid(padding=(0, 3))
