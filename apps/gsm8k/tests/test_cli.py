@@ -18,10 +18,9 @@ from grpo_gsm8k.layers import dump, load
 @pytest.fixture
 def quiet_environment(monkeypatch):
     """before_jax() writes to the environment, or to a jax that other tests use: give it neither."""
-    for name in ("XLA_FLAGS", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "jax", raising=False)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    heard = ("JAX_", "XLA_", "GLIBC_TUNABLES")
+    monkeypatch.setattr(os, "environ", {name: v for name, v in os.environ.items() if not name.startswith(heard)})
 
 
 @pytest.fixture
@@ -158,7 +157,8 @@ def test_cpu_devices_reach_xla(quiet_environment, tmp_path):
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=3"
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
-    assert [line.split()[0] for line in lines] == ["devices", "cache"]
+    assert lines[0] == "environment  XLA_FLAGS=--xla_dump_to=x"
+    assert [line.split()[0] for line in lines[1:]] == ["devices", "cache"]
 
 
 def test_contradicting_xla_flags_are_refused(quiet_environment):

@@ -15,6 +15,8 @@ __all__ = ["before_jax", "with_huge_pages"]
 
 _DEVICES = "--xla_force_host_platform_device_count"
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Variables that jax and its compilers listen to; whoever set them should read so in the run's output.
+_HEARD = ("JAX_", "XLA_", "LIBTPU_", "TF_XLA_")
 
 
 def before_jax(config: Config) -> list[str]:
@@ -31,7 +33,8 @@ def before_jax(config: Config) -> list[str]:
     """
     from grpo_gsm8k.errors import ConfigError
 
-    lines = []
+    given_by_user = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_HEARD)]
+    lines = [f"environment  {setting}" for setting in given_by_user]
     if config.cpu_devices:
         flags = os.environ.get("XLA_FLAGS", "")
         given = re.search(rf"{_DEVICES}=(\d+)", flags)
