@@ -92,7 +92,9 @@ def tokenize(
         DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
     """
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": record.question}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": record.question}], tokenize=False, add_generation_prompt=True
+        )
         for record in records
     ]
     # The template has written every special token: the tokenizer must add none of its own.
@@ -101,27 +103,36 @@ def tokenize(
     if overlong == "refuse" and len(fitting) < len(records):
         first = next(n for n, row in enumerate(ids) if len(row) > max_length)
         raise DataError(
-            f"{records[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): this one has {len(ids[first])}, "
-            f"and so or worse have {len(records) - len(fitting)} of {len(records)}; the longest has {max(map(len, ids))}"
+            f"{records[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
+            f"this one has {len(ids[first])}, {len(records) - len(fitting)} of {len(records)} are too long, "
+            f"the longest has {max(map(len, ids))}"
         )
     if not fitting:
-        raise DataError(f"at least one problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(records)} does")
+        raise DataError(
+            f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(records)} does"
+        )
     tokens_NT = np.full((len(fitting), max_length), tokenizer.pad_token_id, np.int32)
     for row, n in enumerate(fitting):
         tokens_NT[row, : len(ids[n])] = ids[n]
     size = len(tokenizer) if vocab_size is None else vocab_size
     if tokens_NT.max() >= size:
-        raise DataError(f"prompts must hold ids below the model's vocabulary of {size}: got {tokens_NT.max()}. Is this the model's own tokenizer?")
+        raise DataError(
+            f"prompts must hold ids below the model's vocabulary of {size}: got {tokens_NT.max()}. "
+            "Is this the model's own tokenizer?"
+        )
     kept = tuple(records[n] for n in fitting)
     length_N = np.array([len(ids[n]) for n in fitting], np.int32)
-    return Questions(kept, tokens_NT, length_N, size, int(tokenizer.pad_token_id), len(records) - len(fitting), digest(kept))
+    return Questions(
+        kept, tokens_NT, length_N, size, int(tokenizer.pad_token_id), len(records) - len(fitting), digest(kept)
+    )
 
 
 class ProblemStream(Iterator[Asked]):
     """Problems for one step after another, without end; which ones is a function of (seed, step) alone.
 
-    An epoch is a shuffle of all problems; the next epoch begins where one ends, in the middle of a step if need be, so each problem comes exactly
-    once an epoch. Every process walks the same order and takes its share of each step: a saved state fits any number of processes.
+    An epoch is a shuffle of all problems; the next epoch begins where one ends, in the middle of a step if need be,
+    so each problem comes exactly once an epoch. Every process walks the same order and takes its share of each step:
+    a saved state fits any number of processes.
 
     Args:
         questions: the data set.
@@ -136,7 +147,9 @@ class ProblemStream(Iterator[Asked]):
 
     def __init__(self, questions: Questions, *, count: int, seed: int, shard: int = 0, shards: int = 1) -> None:
         if count < 1 or not 0 <= shard < shards or count % shards:
-            raise DataError(f"{count} problems a step must split evenly over the processes: this is number {shard} of {shards}")
+            raise DataError(
+                f"{count} problems a step must split evenly over the processes: this is number {shard} of {shards}"
+            )
         self.questions = questions
         share = count // shards
         steps = grain.MapDataset.range(len(questions.records)).seed(seed).shuffle().repeat().batch(count)
@@ -161,7 +174,9 @@ class ProblemStream(Iterator[Asked]):
         self._steps.set_state(state)
 
 
-def open_problems(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> ProblemStream:
+def open_problems(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
+) -> ProblemStream:
     """Open the training problems.
 
     Args:
@@ -181,7 +196,7 @@ def open_problems(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_s
 
 
 def held_out(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Asked:
-    """Read the problems of every evaluation: the first ``eval.problems`` of the test split, all of them if there are fewer.
+    """Read the problems of every evaluation: the first ``eval.problems`` of the test split, all if there are fewer.
 
     Args:
         config: ``data`` and ``eval.problems`` are read.

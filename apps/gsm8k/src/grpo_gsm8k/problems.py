@@ -1,12 +1,13 @@
-"""Grade-school word problems in GSM8K's format, made from templates; train and test share neither texts nor number combinations."""
+"""Word problems in GSM8K's format, made from templates; train and test share neither texts nor number combinations."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ class Problem:
     Args:
         question: the text posed.
         answer: worked steps with GSM8K's calculator annotations, then ``#### n``.
-        mistaken: a worked solution by the template's common mistake, with a wrong answer; None where the mistake does not apply.
+        mistaken: a worked solution by the template's common mistake, its answer wrong; None where it does not apply.
         template: name of the template.
         numbers: the numbers the question gives, in its order.
     """
@@ -108,6 +109,19 @@ def write_splits(folder: Path, *, train: int = 20_000, test: int = 1_000, seed: 
     write_jsonl(paths[0], generate("train", train, seed=seed))
     write_jsonl(paths[1], generate("test", test, seed=seed))
     return paths
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``make-data``: write ``train.jsonl`` and ``test.jsonl``."""
+    parser = argparse.ArgumentParser(prog="grpo-gsm8k make-data", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", type=int, default=8_192, help="training problems (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=1_024, help="test problems (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    for path in write_splits(given.folder, train=given.train, test=given.test, seed=given.seed):
+        print(path)
+    return 0
 
 
 def _draw(rng: random.Random) -> Problem | None:

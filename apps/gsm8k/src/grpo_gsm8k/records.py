@@ -1,4 +1,4 @@
-"""Reading problems: GSM8K's JSONL from a file or folder, a hub data set, or the embedded generator. Every fault is named with its line."""
+"""Reading problems: GSM8K's JSONL, a hub data set, or the embedded generator. Every fault is named with its line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_records(source: str, split: Split, *, limit: int = 0) -> list[Record]:
     """Read a split of a data set.
 
     Args:
-        source: ``embedded``; a JSONL file (whatever the split); a folder with ``train.jsonl`` and ``test.jsonl``; or a hub id.
+        source: ``embedded``; a JSONL file (whatever the split); a folder with train.jsonl and test.jsonl; or a hub id.
         split: which one.
         limit: at most so many, from the beginning; 0 is all.
 
@@ -53,7 +53,9 @@ def read_records(source: str, split: Split, *, limit: int = 0) -> list[Record]:
     """
     if source == EMBEDDED:
         problems = generate(split, limit or EMBEDDED_SIZE[split])
-        return [Record(problem.question, problem.answer, f"embedded {split}:{n + 1}") for n, problem in enumerate(problems)]
+        return [
+            Record(problem.question, problem.answer, f"embedded {split}:{n + 1}") for n, problem in enumerate(problems)
+        ]
     path = _locate(source, split)
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     records = _checked(rows, limit)
@@ -82,13 +84,17 @@ def _locate(source: str, split: Split) -> Path:
     if path.is_dir():
         file = path / f"{split}.jsonl"
         if not file.is_file():
-            raise DataError(f"the folder {path} must hold {split}.jsonl: it holds {', '.join(sorted(p.name for p in path.iterdir())) or 'nothing'}")
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+            raise DataError(f"the folder {path} must hold {split}.jsonl: it holds {held}")
         return file
     if path.is_file():
         return path
-    if _HUB_ID.fullmatch(source) and not path.suffix == ".jsonl":
+    if _HUB_ID.fullmatch(source) and path.suffix != ".jsonl":
         return _download(source, split)
-    raise DataError(f"data source must be `embedded`, a JSONL file, a folder with {split}.jsonl, or a hub id such as openai/gsm8k: there is no {source}")
+    raise DataError(
+        f"a data source must be `embedded`, a JSONL file, a folder with {split}.jsonl, or a hub id such as "
+        f"openai/gsm8k: there is no {source}"
+    )
 
 
 def _download(repository: str, split: Split) -> Path:
@@ -99,7 +105,10 @@ def _download(repository: str, split: Split) -> Path:
         files = HfApi().list_repo_files(repository, repo_type="dataset")
         name = _choose(files, split)
         if name is None:
-            raise DataError(f"the hub data set {repository} must have one JSONL or Parquet file of split {split}: it has {', '.join(files)}")
+            raise DataError(
+                f"the hub data set {repository} must have one JSONL or Parquet file of split {split}: "
+                f"it has {', '.join(files)}"
+            )
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except (HfHubHTTPError, OSError) as error:
         raise DataError(
@@ -110,7 +119,11 @@ def _download(repository: str, split: Split) -> Path:
 
 def _choose(files: Sequence[str], split: Split) -> str | None:
     """The split's file; of several configurations `main` or none at all is meant (openai/gsm8k also has `socratic`)."""
-    fitting = [name for name in files if re.fullmatch(rf"((main|default|data)/)?{split}(-00000-of-00001)?\.(jsonl|parquet)", name)]
+    fitting = [
+        name
+        for name in files
+        if re.fullmatch(rf"((main|default|data)/)?{split}(-00000-of-00001)?\.(jsonl|parquet)", name)
+    ]
     return min(fitting, key=lambda name: (not name.endswith(".jsonl"), name), default=None)
 
 

@@ -1,8 +1,9 @@
 """Rewards on GSM8K's text: the final answer, the last number, the form, and functions of one's own.
 
-A reward function has the signature ``f(*, prompts, completions, answers, **extra) -> list[float | None]``, one value a completion, None where
-it cannot be judged. It gets the question, the completion's text without its stop token, and the data set's ``answer`` field, all as they are;
-``extra`` holds ``finished`` (a list of bool: did the completion end by itself), ``step`` and whatever later versions add.
+A reward function has the signature ``f(*, prompts, completions, answers, **extra) -> list[float | None]``: one value a
+completion, None where it cannot be judged. It gets the questions, the completions' texts without their stop tokens and
+the data set's ``answer`` fields, all as they are; ``extra`` holds ``finished`` (a list of bool: did the completion end
+by itself), ``step`` and whatever later versions add.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def answer(*, completions: Sequence[str], answers: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the number after ``####`` is the answer, 0 elsewhere; unscored where the data set's own answer has none."""
+    """1 where the number after ``####`` is the answer, else 0; unscored where the data set's own answer has none."""
     return [_same(final_answer(completion), final_answer(gold)) for completion, gold in zip(completions, answers)]
 
 
@@ -70,7 +71,7 @@ def flexible(*, completions: Sequence[str], answers: Sequence[str], **_: Any) ->
 def format(  # noqa: A001 - the name people type in `reward.functions`
     *, completions: Sequence[str], finished: Sequence[bool] | None = None, **_: Any
 ) -> list[float | None]:
-    """1 where exactly one ``####`` stands, with a number, alone on the last line, and the completion ended by itself."""
+    """1 where one ``####`` stands, with a number, alone on the last line, and the completion ended by itself."""
     ended = [True] * len(completions) if finished is None else finished
     return [
         float(done and text.count("####") == 1 and _LAST_LINE.search(text) is not None)
@@ -85,7 +86,7 @@ def load_function(name: str) -> RewardFunction:
     """Find a reward function.
 
     Args:
-        name: ``answer``, ``flexible``, ``format``, or ``module:function`` of one's own; the working directory is searched too.
+        name: ``answer``, ``flexible``, ``format``, or ``module:function``; the working directory is searched too.
 
     Returns:
         The function.
@@ -106,13 +107,15 @@ def load_function(name: str) -> RewardFunction:
     except ModuleNotFoundError as error:
         missing = "it" if error.name == module_name else f"the module {error.name!r} that it imports"
         raise RewardError(
-            f"reward function {name!r}: module {module_name!r} cannot be imported, {missing} was not found. Looked in {here} and the environment"
+            f"reward function {name!r}: module {module_name!r} cannot be imported, {missing} was not found. "
+            f"Looked in {here} and the environment"
         ) from error
     function = getattr(module, attribute, None)
     if function is None:
         public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise RewardError(
-            f"reward function {name!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(public) or 'no functions'}"
+            f"reward function {name!r}: module {module_name!r} has no {attribute!r}; "
+            f"it has {', '.join(public) or 'no functions'}"
         )
     if not callable(function):
         raise RewardError(f"reward function {name!r} must be callable: got {type(function).__name__}")
@@ -179,7 +182,7 @@ class Rewards:
             Raw rewards of each function and their weighted sum.
 
         Raises:
-            RewardError: if a function returns another number of values than it was given, or too many rows have no reward.
+            RewardError: a function returns another number of values than rows, or too many rows have no reward.
         """
         rows = len(rollout.tokens_BT)
         problems = [asked.problems[group] for group in rollout.group_B]
@@ -196,15 +199,18 @@ class Rewards:
         if unscored > self.max_unscored * rows:
             first = int((~scored.scored_B).argmax())
             raise RewardError(
-                f"at most {self.max_unscored:.0%} of a step's completions may stay without a reward (reward.max_unscored): "
-                f"{unscored} of {rows} did. The first is {given['completions'][first]!r}, answer {given['answers'][first]!r}"
+                f"at most {self.max_unscored:.0%} of a step's completions may stay without a reward "
+                f"(reward.max_unscored): {unscored} of {rows} did. The first is {given['completions'][first]!r}, "
+                f"answer {given['answers'][first]!r}"
             )
         return scored
 
 
 def _checked(name: str, values: Sequence[float | None], rows: int) -> list[float | None]:
     if not isinstance(values, Sequence | Iterable) or isinstance(values, str) or len(listed := list(values)) != rows:
-        raise RewardError(f"reward function {name!r} must return a list of {rows} rewards, one a completion: got {values!r}")
+        raise RewardError(
+            f"reward function {name!r} must return a list of {rows} rewards, one a completion: got {values!r}"
+        )
     return listed
 
 

@@ -1,19 +1,26 @@
 """The word problems' wording: questions, right procedures and the mistakes pupils make in them.
 
-A template reads like the text it makes. ``{A}`` and ``{B}`` are two names, ``{item}`` and ``{other}`` two kinds of things, other braces are
-numbers. A step holds one calculation in square brackets, over the question's numbers or the results ``x`` and ``y`` of the first two steps:
-``[a*b]`` becomes GSM8K's ``<<4*6=24>>24``. ``mistake`` is a procedure that a hurried reader follows instead (stops a step early, adds what is
-to be taken away); problems never contain it, the unreliable teacher of :mod:`grpo_gsm8k.warmstart` does.
+A template reads like the text it makes. ``{A}`` and ``{B}`` are two names, ``{item}`` and ``{other}`` two kinds of
+things, other braces are numbers. A step holds one calculation in square brackets, over the question's numbers or the
+results ``x`` and ``y`` of the first two steps: ``[a*b]`` becomes GSM8K's ``<<4*6=24>>24``. ``mistake`` is a procedure
+that a hurried reader follows instead (stops a step early, adds what is to be taken away); problems never contain it,
+the unreliable teacher of :mod:`grpo_gsm8k.warmstart` does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-NAMES = tuple("Anna Ben Carl Dora Emma Finn Gina Hugo Ivy Jack Kate Liam Mia Noah Olga Paul".split())
-ITEMS = tuple(
-    "apples pears books pens cards coins shells stickers marbles stamps eggs cakes balls beads toys flowers".split()
+# fmt: off
+NAMES = (
+    "Anna", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo",
+    "Ivy", "Jack", "Kate", "Liam", "Mia", "Noah", "Olga", "Paul",
 )
+ITEMS = (
+    "apples", "pears", "books", "pens", "cards", "coins", "shells", "stickers",
+    "marbles", "stamps", "eggs", "cakes", "balls", "beads", "toys", "flowers",
+)
+# fmt: on
 
 Range = tuple[int, int]
 
@@ -25,7 +32,8 @@ class Template:
     Args:
         name: what the problem is about, unique.
         question: text with ``{A} {B} {item} {other}`` and the numbers' names in braces.
-        numbers: each number's inclusive range, or a product such as ``"b*q"`` of numbers before it (so that a division comes out even).
+        numbers: each number's inclusive range, or a calculation such as ``"b*q"`` with numbers before it (so that a
+            division comes out even).
         steps: worked steps, one to three, each with one bracketed calculation; the last result is the answer.
         mistake: steps of the common wrong procedure.
         hard: whether the unreliable teacher makes the mistake more often than not.
@@ -133,7 +141,8 @@ TEMPLATES = (
     ),
     Template(
         "pages",
-        "{A} reads {a} pages on Monday, {b} pages on Tuesday and {c} pages on Friday. How many pages does {A} read in all?",
+        "{A} reads {a} pages on Monday, {b} pages on Tuesday and {c} pages on Friday. "
+        "How many pages does {A} read in all?",
         {"a": (5, 30), "b": (5, 30), "c": (3, 15)},
         ("{A} reads [a+b] pages by Tuesday.", "{A} reads [x+c] pages in all."),
         ("{A} reads [a+b] pages in all.",),
@@ -200,7 +209,8 @@ TEMPLATES = (
     ),
     Template(
         "garden",
-        "A garden has {a} rows with {b} flowers each. {A} picks {c} and plants {d} more. How many flowers are there now?",
+        "A garden has {a} rows with {b} flowers each. {A} picks {c} and plants {d} more. "
+        "How many flowers are there now?",
         {"a": (2, 9), "b": (3, 9), "c": (2, 15), "d": (2, 15)},
         ("The garden has [a*b] flowers.", "Then there are [x-c] flowers.", "There are [y+d] flowers now."),
         ("The garden has [a*b] flowers.", "There are [x-c] flowers now."),
@@ -215,7 +225,8 @@ TEMPLATES = (
     ),
     Template(
         "leftover",
-        "{A} has {a} bags with {b} {item} each, keeps {c} and gives the rest to {d} children. How many {item} does each child get?",
+        "{A} has {a} bags with {b} {item} each, keeps {c} and gives the rest to {d} children. "
+        "How many {item} does each child get?",
         {"a": (2, 9), "b": (3, 9), "d": (2, 5), "c": (2, 15)},
         ("{A} has [a*b] {item}.", "{A} gives [x-c] {item}.", "Each child gets [y/d] {item}."),
         ("{A} has [a*b] {item}.", "Each child gets [x/d] {item}."),

@@ -1,20 +1,21 @@
 """The embedded policy's tokenizer: Qwen2's own kind, with the generated problems' words for a vocabulary.
 
-An ordinary Hugging Face ``tokenizer.json``: byte-level BPE after Qwen2's splitting rule, single digits. It is trained on the generated problems
-until every word of theirs is one token (some 620 tokens with the 256 bytes), so prompts come out at about 35 tokens and any other text at all
-still encodes, in bytes and fragments.
+A Hugging Face ``tokenizer.json`` like any: byte-level BPE after Qwen2's splitting rule, single digits. It is trained on
+the generated problems until every word of theirs is one token (some 620 tokens with the 256 bytes), so prompts come out
+at about 35 tokens and any other text at all still encodes, in bytes and fragments.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_contracts import GrpoError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from grpo_contracts import GrpoError
 from grpo_gsm8k.problems import generate
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 PAD, TURN, END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Qwen2's splitting rule, letter for letter: transformers builds its Qwen2 tokenizers with it whatever tokenizer.json says.
+# Qwen2's splitting rule, letter for letter: transformers 5 uses it whatever tokenizer.json says.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -47,7 +48,7 @@ def make_tokenizer(folder: Path, *, problems: int = 4_000, seed: int = 0, multip
         folder: where to; made if missing.
         problems: how many generated problems to read the words from.
         seed: of the generator.
-        multiple_of: the vocabulary is filled up with reserved tokens to a multiple of this, so that it divides over devices.
+        multiple_of: the vocabulary is filled up with reserved tokens to a multiple of this, to divide over devices.
 
     Returns:
         The vocabulary's size.
@@ -94,14 +95,23 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise TokenizerError(f"the tokenizer of {path} must have an eos_token, which ends a completion: it has none")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise TokenizerError(
-            f"the tokenizer of {path} must have a pad_token other than its eos_token {tokenizer.eos_token!r}: got {tokenizer.pad_token!r}. "
-            "Set pad_token in its tokenizer_config.json to an unused token"
+            f"the tokenizer of {path} must have a pad_token other than its eos_token {tokenizer.eos_token!r}: "
+            f"got {tokenizer.pad_token!r}. Set pad_token in its tokenizer_config.json to an unused token"
         )
     if tokenizer.chat_template is None:
         raise TokenizerError(
             f"the tokenizer of {path} must have a chat_template: it has none. Use an instruction-tuned model"
         )
     return tokenizer
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``make-tokenizer``: write the tokenizer of the embedded problems."""
+    parser = argparse.ArgumentParser(prog="grpo-gsm8k make-tokenizer", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args(arguments)
+    print(f"{given.folder}: {make_tokenizer(given.folder)} tokens")
+    return 0
 
 
 def _build(texts: Iterable[str], multiple_of: int) -> Tokenizer:
