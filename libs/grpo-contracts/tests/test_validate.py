@@ -87,7 +87,7 @@ CORRUPTIONS: list[tuple[str, Any, str, str, tuple[int, ...] | None]] = [
     (ROLLOUT + "policy_logp_BT", lambda x: put(x, (0, 2), np.inf), "policy_logp_BT", "finite", (0, 2)),
     (ROLLOUT + "policy_logp_BT", lambda x: x + 1.7, "policy_logp_BT", "nonpositive", (0, 0)),
     (ROLLOUT + "policy_logp_BT", lambda x: put(x, (2, 5), -1), "policy_logp_BT", "outside", (2, 5)),
-    (ROLLOUT + "policy_logp_BT", lambda x: x / np.float32(0.7), "policy_logp_BT", "plain_law", (0, 2)),
+    (ROLLOUT + "policy_logp_BT", lambda x: x * np.float32(0.7), "policy_logp_BT", "plain_law", (0, 2)),
     (ROLLOUT + "finish_B", lambda x: put(x, 2, 5), "finish_B", "known", (2,)),
     (ROLLOUT + "finish_B", lambda x: 1 - x, "finish_B", "last_token", (0,)),
     (ROLLOUT + "prompt_id_B", lambda x: put(x, 1, 41), "prompt_id_B", "same_prompt", (1,)),

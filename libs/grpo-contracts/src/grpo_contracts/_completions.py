@@ -93,32 +93,33 @@ def from_completions(
 
 def _pad_ragged(ragged: Any, name: str, rows: int, dtype: type, width: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Ragged rows as an array padded on the right with zeros, and the mask of what is no padding."""
-    sized = is_array(ragged) and ragged.ndim > 0 if not isinstance(ragged, Sequence) else not isinstance(ragged, str)
-    if not sized or len(ragged) != rows:
-        came = f"{len(ragged)} rows" if sized else describe(ragged)
-        raise broken("argument", name, "rows", f"a sequence of {rows} rows", came)
     if width is not None and (type(width) is not int or width < 1):
         raise broken("argument", "max_new_tokens", "range", "an int >= 1", describe(width))
-    kinds = "iu" if dtype is np.int32 else "iuf"
-    arrays = [read(row, "argument", name) for row in ragged]
-    for b, array in enumerate(arrays):
-        if array.ndim != 1 or not len(array) or array.dtype.kind not in kinds:
-            expected = "at least one token id" if dtype is np.int32 else "at least one number"
-            raise broken("argument", name, "row", expected, f"{array.dtype}{list(array.shape)}", index=(b,))
-        if dtype is np.int32 and not ((array >= 0) & (array < 2**31)).all():
-            raise broken(
-                "argument", name, "range", "token ids in [0, 2**31)", f"{array.min()}..{array.max()}", index=(b,)
-            )
-        if width is not None and len(array) > width:
-            raise broken("argument", name, "length", f"at most {width} tokens long", len(array), index=(b,))
-    padded = np.zeros(
-        (rows, max(map(len, arrays)) if width is None else width), np.float64 if kinds == "iuf" else dtype
-    )
+    listed = isinstance(ragged, list | tuple) or (is_array(ragged) and ragged.ndim > 0)
+    if not listed or len(ragged) != rows:
+        came = f"{len(ragged)} rows" if listed else describe(ragged)
+        raise broken("argument", name, "rows", f"a list of {rows} rows", came)
+    arrays = [_read_row(row, name, b, dtype, width) for b, row in enumerate(ragged)]
+    padded = np.zeros((rows, max(map(len, arrays)) if width is None else width), dtype)
     mask = np.zeros(padded.shape, bool)
     for b, array in enumerate(arrays):
         padded[b, : len(array)] = array
         mask[b, : len(array)] = True
     return padded, mask
+
+
+def _read_row(row: Any, name: str, b: int, dtype: type, width: int | None) -> np.ndarray:
+    array = read(row, "argument", name)
+    whole = dtype is np.int32
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in ("iu" if whole else "iuf"):
+        expected = "at least one token id" if whole else "at least one number"
+        raise broken("argument", name, "row", expected, f"{array.dtype}{list(array.shape)}", index=(b,))
+    if whole and not ((array >= 0) & (array < 2**31)).all():
+        came = f"{array.min()}..{array.max()}"
+        raise broken("argument", name, "range", "token ids in [0, 2**31)", came, index=(b,))
+    if width is not None and len(array) > width:
+        raise broken("argument", name, "length", f"at most {width} tokens long", len(array), index=(b,))
+    return array
 
 
 def _live_first(mask: np.ndarray, name: str, field: str) -> tuple[np.ndarray, np.ndarray]:

@@ -131,11 +131,12 @@ _logp_rules(Rollout, "policy_logp_BT", lambda r: r)
     Rollout,
     "policy_logp_BT",
     "plain_law",
-    "logp_BT where the law is plain (temperature 1, no filter)",
+    "at most logp_BT where the law is plain (temperature 1, no filter)",
     "Say the law that was really used.",
 )
 def _(r: Any) -> Any:
-    return (not r.law.plain) | (np.abs(r.policy_logp_BT - r.logp_BT) <= SAME_LOGP), r.logp_BT
+    # Not equal: a minimum length forbids stop ids for a while, which leaves more probability to the other tokens.
+    return (not r.law.plain) | (r.policy_logp_BT <= r.logp_BT + SAME_LOGP), r.logp_BT
 
 
 @_rule(Rollout, "law.stop_ids", "vocabulary", "in [0, vocab_size)")
