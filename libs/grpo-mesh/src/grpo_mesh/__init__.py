@@ -10,6 +10,7 @@ from grpo_mesh._hosts import Job, initialize, leave
 from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated
 from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
 from grpo_mesh._pad import pad, unpad
+from grpo_mesh._render import Launch, render_gcloud, render_jobset, render_slurm
 from grpo_mesh._report import Collectives, CompileReport, compile_report
 from grpo_mesh._rules import Rules, shardings, state_shardings
 
@@ -24,6 +25,7 @@ __all__ = [
     "Explanation",
     "HostsError",
     "Job",
+    "Launch",
     "MeshError",
     "Placement",
     "RenderError",
@@ -43,6 +45,9 @@ __all__ = [
     "make_mesh",
     "pad",
     "parse_mesh",
+    "render_gcloud",
+    "render_jobset",
+    "render_slurm",
     "replicated",
     "reshard",
     "shardings",
