@@ -13,7 +13,8 @@ from ._errors import LossError
 from ._importance import importance_weight
 from ._kl import kl_estimate
 from ._layout import MicroBatch, PackedBatch, pack_tokens, unpack_tokens
-from ._pack import PackShape, pack, pad, split_minibatches
+from ._pack import pack, pad, split_minibatches
+from ._plan import PackShape
 from ._policy_loss import policy_loss
 from ._returns import (
     gae,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_loss._errors import LossError, check_shape
 
 # Logits held at once, in elements; three buffers of this size are alive in the backward pass.
-_CHUNK_ELEMENTS = 2**26
+_CHUNK_ELEMENTS = 2**27
 
 
 class _Tokens(NamedTuple):
@@ -50,7 +50,7 @@ def token_logp(
         target_RT: Token whose log-probability is wanted at each position.
         temperature: Divides the logits before the softmax; positive. May be traced.
         mask_RT: Positions to compute; the others give 0, take no time and get no gradient. All if None.
-        chunk: Tokens whose logits exist at once, on each shard; chosen to hold some 256 MiB if None.
+        chunk: Tokens whose logits exist at once, on each shard; chosen to hold some 512 MiB at most if None.
         shards: Equal blocks of rows that lie on different devices: the product of the mesh's data axes. Each is
             chunked by itself, so that nothing moves between devices inside the loop.
 
@@ -85,6 +85,8 @@ def token_logp(
     order_SN, chunks = None, padded // chunk
     target_SN = blocks(target_RT)
     if mask_RT is not None:
+        # Padding may hold anything, and 0 times a NaN in a half-dead chunk would reach the unembedding's gradient.
+        hidden_RTD = jnp.where(mask_RT[..., None], hidden_RTD, 0)
         live_SN = blocks(mask_RT)
         order_SN = jnp.argsort(~live_SN, axis=1, stable=True)
         chunks = -(-live_SN.sum(axis=1).max() // chunk)
@@ -99,8 +101,8 @@ def token_logp(
 
 
 def _default_chunk(vocabulary: int) -> int:
-    """A power of two between 128 and 4,096 whose logits stay near the budget."""
-    return min(4096, max(128, 1 << (max(1, _CHUNK_ELEMENTS // vocabulary).bit_length() - 1)))
+    """A power of two between 128 and 1,024 whose logits stay near the budget."""
+    return min(1024, max(128, 1 << (max(1, _CHUNK_ELEMENTS // vocabulary).bit_length() - 1)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
