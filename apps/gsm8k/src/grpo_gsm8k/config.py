@@ -4,6 +4,7 @@ The defaults are the laptop's. `grpo_gsm8k.layers` reads YAML and `--set` on top
 flax, transformers or numpy: `--print-config` answers at once.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -255,7 +256,7 @@ class Config(_Section):
             raise ValueError("\n".join(contradictions))
         return self
 
-    def _contradictions(self):
+    def _contradictions(self) -> Iterator[str]:
         rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
         if loss.kl_coefficient > 0 and loss.reference == "none":
             yield (
