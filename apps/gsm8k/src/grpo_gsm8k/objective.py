@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from grpo_gsm8k.config import Config
 from grpo_loss import (
     LossTerms,
     MicroBatch,
-    clip_advantage,
-    constant,
-    group_advantage,
     policy_loss,
-    reinforce_plus_plus_advantage,
-    reinforce_plus_plus_baseline_advantage,
-    rloo_advantage,
     token_logp,
-    warmup_cosine,
 )
 from grpo_sampler import merge
 
@@ -40,22 +30,22 @@ def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any
         `(params, micro) -> (logp_RT, entropy_RT)` in nats.
     """
 
-    def forward(params: Any, micro: MicroBatch) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    def forward(params: Any, micro: Any) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
         model = merge(graphdef, params)
         hidden_RTD = model.with_prompts(
-            jnp.asarray(micro.prompt_tokens_PT),
-            jnp.asarray(micro.prompt_length_P),
-            jnp.asarray(micro.tokens_RT),
-            jnp.asarray(micro.positions_RT),
-            jnp.asarray(micro.segment_RT),
-            jnp.asarray(micro.prompt_R),
+            micro.prompt_tokens_PT,
+            micro.prompt_length_P,
+            micro.tokens_RT,
+            micro.positions_RT,
+            micro.segment_RT,
+            micro.prompt_R,
         )
         return token_logp(
             hidden_RTD,
             model.unembedding,
-            jnp.asarray(micro.target_RT),
+            micro.target_RT,
             temperature=config.rollout.temperature,
-            mask_RT=jnp.asarray(micro.mask_RT),
+            mask_RT=micro.mask_RT,
             shards=shards,
         )
 
@@ -74,7 +64,7 @@ def make_loss(config: Config) -> Callable[[Array, Array, MicroBatch], LossTerms]
     """
     settings = config.loss
 
-    def loss(logp_RT: Array, entropy_RT: Array, micro: MicroBatch) -> LossTerms:
+    def loss(logp_RT: Array, entropy_RT: Array, micro: Any) -> LossTerms:
         return policy_loss(
             logp_RT,
             old_logp_RT=micro.data.get("old_logp"),  # None: one update a rollout, so the old policy is this one

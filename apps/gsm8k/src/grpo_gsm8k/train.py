@@ -1,0 +1,136 @@
+"""GRPO, top to bottom: prompts, rollout, rewards, advantages, update, metrics, checkpoint, evaluation."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from grpo_contracts import PolicyIdentity, TrainBatch, validate
+from grpo_gsm8k.assemble import Assembly, assemble
+from grpo_gsm8k.checkpoint import Checkpoints
+from grpo_gsm8k.config import Config
+from grpo_gsm8k.evaluate import evaluate
+from grpo_gsm8k.learn import advantages, learn
+from grpo_gsm8k.measure import Clock, sample_records, step_metrics
+from grpo_gsm8k.preemption import EXIT_PREEMPTED, preemption
+from grpo_gsm8k.progress import Progress
+from grpo_gsm8k.report import write_report
+from grpo_gsm8k.run_folder import RunFolder
+from grpo_mesh import digest
+
+
+def train(config: Config, *, dry_run: bool = False) -> int:
+    """Train a policy with GRPO; started again with the same config, go on where the last run stopped.
+
+    Args:
+        config: the resolved settings.
+        dry_run: validate and build everything, then stop before the first rollout.
+
+    Returns:
+        Exit code: 0 when the last step is done, `EXIT_PREEMPTED` when a signal stopped the run after a saved step.
+    """
+    started = time.monotonic()
+    run = assemble(config)
+    leader = jax.process_index() == 0
+    for line in run.description if leader else ():
+        print(line, flush=True)
+    if dry_run:
+        print("dry run: everything is valid and built; nothing was sampled")
+        return 0
+    with RunFolder(config, writer=leader, processes=jax.process_count()) as folder:
+        if folder.finished:
+            print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
+            return 0
+        checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+        with preemption() as stop, Progress(config.steps, enabled=leader) as progress:
+            code = _run(run, folder, checkpoints, stop, progress, started)
+        checkpoints.close()
+        if leader and code == 0:
+            print(f"report: {write_report(folder.path)}")
+    return code
+
+
+def _run(
+    run: Assembly, folder: RunFolder, checkpoints: Checkpoints, stop: Any, progress: Progress, started: float
+) -> int:
+    config, state, problems = run.config, run.state, run.problems
+    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0}
+    if restored := checkpoints.restore(state, run.identity):
+        state, notes = restored.state, restored.notes
+        problems.set_state(notes["problems"])
+        checkpoints.forget_after(restored.step)
+        progress.note(f"going on after step {restored.step} of {folder.path}")
+    first = restored.step if restored else 0
+    folder.start(first)
+    progress.resume(first)
+    seconds_before = notes["seconds"]
+
+    if config.eval.before and "before" not in notes["accuracy"]:
+        with progress.phase("evaluation"):
+            result = evaluate(run, state.params)
+        notes["accuracy"]["before"] = result.record()
+        folder.log(0, result.metrics())
+        progress.note(f"before: {result}")
+
+    for step in range(first, config.steps):
+        clock = Clock(progress)
+        with clock.phase("rollout"):
+            asked = next(problems)
+            policy = PolicyIdentity(step, digest(state.params))
+            rollout = run.sampler.generate(
+                state.params,
+                asked.prompts,
+                group_size=config.rollout.group_size,
+                seed=config.seed,
+                step=step,
+                policy=policy,
+            )
+        with clock.phase("reward"):
+            scored = run.rewards.score(rollout, asked)
+        with clock.phase("advantage"):
+            batch = TrainBatch(scored, advantages(scored, config))
+            validate(batch, level="values")
+        with clock.phase("update"):
+            state, learned = learn(run, state, batch, step)
+
+        done = step + 1
+        last = done == config.steps
+        metrics = step_metrics(batch, learned, clock) | {"learning_rate": run.learning_rate(state.step)}
+        if _due(done, config.eval.every) or (last and config.eval.after):
+            with clock.phase("evaluation"):
+                result = evaluate(run, state.params)
+            notes["accuracy"]["after" if last else "latest"] = result.record()
+            metrics |= result.metrics()
+            progress.note(f"step {done}: {result}")
+        folder.log(done, metrics)
+        folder.completions(done, sample_records(run, scored, asked, count=config.log.completions))
+        progress.step(done, metrics)
+
+        stopping = stop.requested() and not last
+        if config.checkpoint.every and (last or stopping or _due(done, config.checkpoint.every)):
+            notes |= {"problems": problems.get_state(), "seconds": seconds_before + time.monotonic() - started}
+            with progress.phase("checkpoint"):
+                checkpoints.save(done, state, notes, accuracy=metrics.get("eval/accuracy"))
+        if stopping:
+            checkpoints.wait()
+            progress.note(f"asked to stop: step {done} is done and saved; the same command goes on from here")
+            return EXIT_PREEMPTED
+
+    checkpoints.wait()
+    seconds = seconds_before + time.monotonic() - started
+    folder.summary(
+        steps=config.steps,
+        seconds=seconds,
+        device=run.device,
+        accuracy=notes["accuracy"],
+        skipped_updates=int(state.skipped),
+        compiled_programs=run.sampler.compile_count,
+    )
+    progress.note(run.verdict(notes["accuracy"], seconds))
+    return 0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
