@@ -142,7 +142,7 @@ def test_a_process_that_stays_away_is_named():
 @pytest.mark.slow
 def test_a_phase_that_hangs_ends_with_its_own_code():
     done = launch("stall")
-    assert done.returncode == 75
+    assert done.returncode == 124
     assert "phase 'update' must end within 2 s; not finished: rank 1." in done.stdout
 
 
@@ -163,7 +163,7 @@ def test_without_a_launcher_the_others_end_by_themselves(mode):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"GRPO_COORDINATOR": f"127.0.0.1:{port}", "GRPO_PROCESS_COUNT": "2"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     children = [
         subprocess.Popen(
             [sys.executable, str(JOB), mode],

@@ -12,7 +12,7 @@ from grpo_mesh import _runtime
 from grpo_mesh._errors import DeadlineError
 from grpo_mesh._hosts import leave
 
-DEADLINE_EXIT = 75
+DEADLINE_EXIT = 124  # as timeout(1)
 _visits: collections.Counter[str] = collections.Counter()
 
 
@@ -35,7 +35,7 @@ def deadline(phase: str, seconds: float) -> Iterator[None]:
     """Runs a collective phase under a clock: `with deadline("update", 300): ...`.
 
     All processes meet at its start. A device that waits for a collective cannot be interrupted from Python; if the body
-    takes longer than `seconds`, this process therefore prints which ranks have not finished and exits with code 75.
+    takes longer than `seconds`, this process therefore prints which ranks have not finished and exits with code 124.
     Make sure that results are ready before the end (`jax.block_until_ready`), or the clock sees only the dispatch.
 
     Args:

@@ -2,7 +2,7 @@
 
 Every process gets GRPO_COORDINATOR (host:port), GRPO_PROCESS_COUNT and GRPO_PROCESS_ID, which
 `grpo_mesh.initialize()` reads as an explicit job. With `--devices-per-process` they run on that many CPU devices each
-(JAX_PLATFORMS=cpu, JAX_NUM_CPU_DEVICES). Output is prefixed with the rank. When one process fails, the others are
+(JAX_PLATFORMS=cpu, and XLA_FLAGS=--xla_force_host_platform_device_count). Output is prefixed with the rank. When one process fails, the others are
 stopped and its code is returned.
 """
 
@@ -23,6 +23,7 @@ from typing import IO
 from grpo_mesh._hosts import COORDINATOR, PROCESS_COUNT, PROCESS_ID
 
 GRACE = 5.0  # seconds between asking a process to stop and killing it
+_FORCED = "--xla_force_host_platform_device_count"
 
 
 def launch(
@@ -47,10 +48,8 @@ def launch(
     """
     inherited = dict(os.environ if environment is None else environment)
     if devices_per_process is not None:
-        inherited |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices_per_process)}
-        # The older way to force CPU devices must not contradict the newer one.
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", inherited.get("XLA_FLAGS", ""))
-        inherited["XLA_FLAGS"] = flags.strip()
+        flags = re.sub(rf"{_FORCED}=\d+", "", inherited.get("XLA_FLAGS", "")).split()
+        inherited |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*flags, f"{_FORCED}={devices_per_process}"])}
     shared = {COORDINATOR: f"127.0.0.1:{_free_port()}", PROCESS_COUNT: str(processes), "PYTHONUNBUFFERED": "1"}
     children: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
