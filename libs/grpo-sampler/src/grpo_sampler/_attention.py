@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Finite: a padding row, which may see nothing, gets a uniform softmax instead of NaN.
+# Finite: a row that may see nothing gets a uniform softmax instead of NaN.
 _MASKED = -1e30
 
 Part = tuple[Float[Array, "B S K E"], Float[Array, "B S K E"], Bool[Array, "#B T S"]]
@@ -52,7 +52,9 @@ def attend(q_BTHE: Float[Array, "B T H E"], parts: Sequence[Part]) -> Float[Arra
 
 
 def causal_mask(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Which earlier tokens of its own segment a token sees.
+    """Which earlier tokens of its own segment a token sees, itself included.
+
+    Padding counts as a segment of its own: nothing sees it, and its rows still have a softmax.
 
     Args:
         segment_BT: segment of each token within its row; 0 is padding.
@@ -61,5 +63,4 @@ def causal_mask(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
         mask[b, t, s]: token t may see token s.
     """
     T = segment_BT.shape[1]
-    same = segment_BT[:, :, None] == segment_BT[:, None, :]
-    return same & (segment_BT > 0)[:, None, :] & jnp.tri(T, dtype=bool)
+    return (segment_BT[:, :, None] == segment_BT[:, None, :]) & jnp.tri(T, dtype=bool)

@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_sampler._attention import attend, causal_mask
+from grpo_sampler._attention import causal_mask
 from grpo_sampler._config import ModelConfig
+from grpo_sampler._kernels import Attention, masked_attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
 from grpo_sampler._rope import rope_tables
 
@@ -50,7 +52,12 @@ class Transformer(nnx.Module):
         rngs: keys of the initial weights (normal, standard deviation 0.02; norms 1, biases 0).
         param_dtype: type the parameters are kept in.
         compute_dtype: type of activations and products' inputs; None is `param_dtype`. Sums are float32 in any case.
+        attention: `auto`, `xla`, `cudnn` (GPU) or `splash` (TPU); the attribute holds what `auto` came to.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        mesh: devices the model will run on; only splash attention on several devices needs it.
+
+    Raises:
+        SamplerError: an attention that cannot run this configuration.
     """
 
     def __init__(
@@ -62,12 +69,14 @@ class Transformer(nnx.Module):
         compute_dtype: Any = None,
         attention: str = "auto",
         remat: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         dtype = jnp.dtype(param_dtype)
         self.config = config
         self.compute_dtype = dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-        self.attention = attention
+        self.attention: Attention = resolve_attention(attention, config, self.compute_dtype, mesh)
         self.remat = remat
+        self.mesh = mesh
         self.embed = nnx.Param(_initial("embed", (config.vocab_size, config.width), rngs, dtype))
         if not config.tied:
             self.unembed = nnx.Param(_initial("unembed", (config.vocab_size, config.width), rngs, dtype))
@@ -95,11 +104,10 @@ class Transformer(nnx.Module):
         if segment_BT is None:
             segment_BT = jnp.ones_like(tokens_BT)
         cos, sin = rope_tables(positions_BT, self.config)
-        mask = causal_mask(segment_BT)
 
         def block(x: Array, layer: Layer) -> tuple[Array, None]:
             q, k, v = qkv(layer, x, cos, sin, self.config)
-            x = attention_out(layer, x, attend(q, [(k, v, mask)]))
+            x = attention_out(layer, x, self_attention(self.attention, q, k, v, segment_BT, self.mesh))
             return mlp(layer, x, self.config), None
 
         x, _ = self._scan(block, self._embedded(tokens_BT))
@@ -132,7 +140,7 @@ class Transformer(nnx.Module):
         place_T = jnp.arange(Tp, dtype=jnp.int32)
         live_PT = place_T < prompt_length_P[:, None]
         prompt_cos, prompt_sin = rope_tables(place_T[None], config)
-        prompt_mask = causal_mask(live_PT.astype(jnp.int32))
+        prompt_segment = live_PT.astype(jnp.int32)
         row_cos, row_sin = rope_tables(positions_RT, config)
         row_mask = causal_mask(segment_RT)
         # Every query of a row sees the same live part of its prompt.
@@ -141,9 +149,11 @@ class Transformer(nnx.Module):
         def block(streams: tuple[Array, Array], layer: Layer) -> tuple[tuple[Array, Array], None]:
             prompts, rows = streams
             q, k, v = qkv(layer, prompts, prompt_cos, prompt_sin, config)
-            prompts = attention_out(layer, prompts, attend(q, [(k, v, prompt_mask)]))
+            attended = self_attention(self.attention, q, k, v, prompt_segment, self.mesh)
+            prompts = attention_out(layer, prompts, attended)
             row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
-            attended = attend(row_q, [(k[prompt_R], v[prompt_R], cross_mask), (row_k, row_v, row_mask)])
+            parts = [(k[prompt_R], v[prompt_R], cross_mask), (row_k, row_v, row_mask)]
+            attended = masked_attention(self.attention, row_q, parts)
             rows = attention_out(layer, rows, attended)
             return (mlp(layer, prompts, config), mlp(layer, rows, config)), None
 

@@ -1,0 +1,181 @@
+"""Which attention runs: plain XLA, cuDNN's fused kernel on GPUs, splash attention on TPUs."""
+
+import math
+from typing import Literal, cast, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_sampler._attention import Part, attend, causal_mask
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._errors import SamplerError
+
+Attention = Literal["xla", "cudnn", "splash"]
+# Splash works on tiles of 128 lanes; 512 is its authors' tile for queries and keys alike.
+_LANES, _TILE = 128, 512
+_SPLASH_BLOCKS = (
+    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv"),
+    *("block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+)
+_CUDNN_HEAD_SIZE = 128
+_BATCH_AXES, _HEAD_AXIS = ("dp", "fsdp"), "tp"
+
+
+def resolve_attention(choice: str, config: ModelConfig, compute_dtype: jnp.dtype, mesh: Mesh | None) -> Attention:
+    """Settles `auto`, and refuses what the kernel asked for cannot do.
+
+    Args:
+        choice: `auto`, `xla`, `cudnn` or `splash`. `auto` is splash on TPUs, cudnn on GPUs where type and head size
+            allow it, xla elsewhere.
+        config: the model.
+        compute_dtype: type of queries, keys and values.
+        mesh: the devices it will run on; None is jax's default device.
+
+    Returns:
+        What will run.
+
+    Raises:
+        SamplerError: no such choice, or cudnn with a type or head size it has no kernel for.
+    """
+    allowed = get_args(Attention)
+    if choice not in ("auto", *allowed):
+        raise SamplerError(f"attention must be one of auto, {', '.join(allowed)}: got {choice!r}.")
+    half = compute_dtype in (jnp.bfloat16, jnp.float16)
+    fits_cudnn = half and config.head_size % 8 == 0 and config.head_size <= _CUDNN_HEAD_SIZE
+    if choice == "auto":
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        if platform == "tpu" and (mesh is not None or jax.device_count() == 1):
+            # Without a mesh the kernel cannot be spread: XLA does not partition it by itself.
+            return "splash"
+        return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "xla"
+    if choice == "cudnn" and not fits_cudnn:
+        raise SamplerError(
+            "attention 'cudnn' must have compute_dtype bfloat16 or float16 and a head size that is a multiple of 8 up "
+            f"to {_CUDNN_HEAD_SIZE}: got {compute_dtype.name} and {config.head_size}. Choose 'xla'."
+        )
+    return cast(Attention, choice)
+
+
+def self_attention(
+    choice: Attention,
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    segment_BT: Int[Array, "B T"],
+    mesh: Mesh | None = None,
+) -> Float[Array, "B T H E"]:
+    """Causal attention within segments, by the chosen kernel.
+
+    Args:
+        choice: from `resolve_attention`.
+        q_BTHE: queries, unscaled.
+        k_BTKE: keys.
+        v_BTKE: values.
+        segment_BT: segment of each token; 0 is padding.
+        mesh: axes dp and fsdp share out the rows, tp the heads; needed by splash on more than one device.
+
+    Returns:
+        Mixed values, in q's type.
+    """
+    if choice == "splash":
+        return splash_attention(q_BTHE, k_BTKE, v_BTKE, segment_BT, mesh)
+    return masked_attention(choice, q_BTHE, [(k_BTKE, v_BTKE, causal_mask(segment_BT))])
+
+
+def masked_attention(choice: Attention, q_BTHE: Float[Array, "B T H E"], parts: list[Part]) -> Array:
+    """Attention over several key/value parts under masks; splash has no such masks and leaves it to XLA.
+
+    Args:
+        choice: from `resolve_attention`.
+        q_BTHE: queries, unscaled.
+        parts: as for `attend`.
+
+    Returns:
+        Mixed values, in q's type.
+    """
+    if choice != "cudnn":
+        return attend(q_BTHE, parts)
+    B, T = q_BTHE.shape[:2]
+    k, v = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
+    mask = jnp.concatenate([jnp.broadcast_to(part[2], (B, T, part[2].shape[-1])) for part in parts], axis=-1)
+    return _cudnn(q_BTHE, k, v, mask)
+
+
+def splash_attention(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    segment_BT: Int[Array, "B T"],
+    mesh: Mesh | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T H E"]:
+    """Splash attention: blockwise on TPU, logits never in memory, the causal upper half never computed.
+
+    Args:
+        q_BTHE: queries, unscaled.
+        k_BTKE: keys.
+        v_BTKE: values.
+        segment_BT: segment of each token; 0 is padding.
+        mesh: see `self_attention`; an axis that does not divide its dimension is left out.
+        interpret: run the kernel's definition without a TPU, for tests.
+
+    Returns:
+        Mixed values, in q's type.
+
+    Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
+    """
+    # Here, not above: Pallas takes a second to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+    B, T, _, E = q_BTHE.shape
+    tile = min(_TILE, math.ceil(T / _LANES) * _LANES)
+    extra = -T % tile
+
+    def local(q: Array, k: Array, v: Array, segment: Array) -> Array:
+        length, heads = q.shape[1], q.shape[2]
+        kernel = splash_kernel.make_splash_mha(
+            splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=splash_kernel.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, tile)),
+            interpret=interpret,
+        )
+
+        def row(q: Array, k: Array, v: Array, segment: Array) -> Array:
+            return cast(Array, kernel(q, k, v, segment_ids=splash_kernel.SegmentIds(segment, segment)))
+
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(jax.vmap(row)(q, k, v, segment), 1, 2)
+
+    scaled = (q_BTHE.astype(jnp.float32) / math.sqrt(E)).astype(q_BTHE.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (scaled, k_BTKE, v_BTKE))
+    segment = jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, extra)))
+    if mesh is not None:
+        rows = _dividing(mesh, _BATCH_AXES, B)
+        heads = _dividing(mesh, (_HEAD_AXIS,), k_BTKE.shape[2])
+        spec = PartitionSpec(rows, None, heads, None)
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows, None)), out_specs=spec, check_vma=False
+        )
+    return local(q, k, v, segment)[:, :T]
+
+
+def _cudnn(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
+    """cuDNN's backward pass takes even lengths only, so odd ones get a key and a query that nothing sees."""
+    T = q.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
+    k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, q.shape[1] - T), (0, k.shape[1] - mask.shape[2])))
+    # The added query row sees the first key: a row that sees nothing has no softmax.
+    mask = mask.at[:, T:, 0].set(True)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")[:, :T]
+
+
+def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh has, if together they divide the dimension."""
+    present = tuple(axis for axis in axes if axis in mesh.shape)
+    return present if present and size % math.prod(mesh.shape[axis] for axis in present) == 0 else None
