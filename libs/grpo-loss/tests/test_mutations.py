@@ -81,7 +81,7 @@ MUTATIONS = [
         "weight also on the KL term",
         "_policy_loss.py",
         "    if entropy_RT is not None:\n        report",
-        "    if weight_RT is not None:\n        loss_RT *= kept(weight_RT)\n    if entropy_RT is not None:\n        report",
+        "    loss_RT *= 1 if weight_RT is None else kept(weight_RT)\n    if entropy_RT is not None:\n        report",
         {"weighted": True, "kl_coefficient": 0.3, "entropy_coefficient": 0.2},
     ),
     (
