@@ -15,10 +15,6 @@ from grpo_sampler._errors import SamplerError
 Attention = Literal["xla", "cudnn", "splash"]
 # Splash works on tiles of 128 lanes; 512 is its authors' tile for queries and keys alike.
 _LANES, _TILE = 128, 512
-_SPLASH_BLOCKS = (
-    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv"),
-    *("block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
-)
 _CUDNN_HEAD_SIZE = 128
 _BATCH_AXES, _HEAD_AXIS = ("dp", "fsdp"), "tp"
 
@@ -141,7 +137,7 @@ def splash_attention(
             splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
             head_shards=1,
             q_seq_shards=1,
-            block_sizes=splash_kernel.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, tile)),
+            block_sizes=splash_kernel.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile),
             interpret=interpret,
         )
 

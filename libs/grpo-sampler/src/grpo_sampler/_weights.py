@@ -201,10 +201,9 @@ def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, fol
     if config.tied and "lm_head.weight" in unexpected:
         unexpected.remove("lm_head.weight")
         head, embed = (files[name].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        rows = range(0, config.vocab_size, _COMPARED_ROWS)
-        if head.get_shape() != embed.get_shape() or any(
-            not np.array_equal(head[at : at + _COMPARED_ROWS], embed[at : at + _COMPARED_ROWS]) for at in rows
-        ):
+        size = embed.get_shape()[0]
+        blocks = [slice(at, min(at + _COMPARED_ROWS, size)) for at in range(0, size, _COMPARED_ROWS)]
+        if head.get_shape() != embed.get_shape() or any(not np.array_equal(head[at], embed[at]) for at in blocks):
             raise WeightsError(
                 f"{folder} ties its embeddings but holds another lm_head.weight. "
                 'Set "tie_word_embeddings": false in config.json to use it.'

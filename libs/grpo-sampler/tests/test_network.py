@@ -1,0 +1,202 @@
+"""The network against kept logits of transformers, and against itself in every way it can be run."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from grpo_sampler import ModelConfig, SamplerError, Transformer, abstract, load, merge, split
+from grpo_sampler._kernels import resolve_attention, self_attention, splash_attention
+from grpo_sampler._layout import leaves
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "parity.npz")
+CASES = list(dict.fromkeys(name.split("/")[0] for name in REFERENCE.files))
+TINY = ModelConfig("qwen3", 61, 32, 48, 3, 4, 2, 8, qk_norm=True, tied=True)
+F32_BOUND = 1e-4
+
+
+def write_checkpoint(case: str, folder: Path) -> ModelConfig:
+    """The checkpoint that oracles/make_reference.py computed the kept logits from."""
+    content = json.loads(str(REFERENCE[f"{case}/config"]))
+    config = ModelConfig.from_hf(content)
+    random = np.random.RandomState(CASES.index(case))
+    shapes = {name: leaf.stored_shape for leaf in leaves(config) for name in leaf.tensor_names()}
+    tensors = {}
+    for name in sorted(shapes):
+        value = random.standard_normal(shapes[name])
+        value = 1 + 0.2 * value if "norm" in name else value * (0.5 if name.endswith("bias") else 0.15)
+        tensors[name] = value.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(content))
+    return config
+
+
+def reference_inputs(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.RandomState(7)
+    lengths = np.asarray([40, 17, 1, 29])
+    tokens_BT = random.randint(0, vocab_size, (4, 40))
+    return np.where(np.arange(40) < lengths[:, None], tokens_BT, 0).astype(np.int32), lengths
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case, tmp_path):
+    write_checkpoint(case, tmp_path)
+    config, params = load(tmp_path, dtype=jnp.float32)
+    model = merge(abstract(config)[0], params)
+    tokens_BT, lengths = reference_inputs(config.vocab_size)
+    live = np.arange(tokens_BT.shape[1]) < lengths[:, None]
+    logits = np.asarray(model(tokens_BT, None, live.astype(np.int32)) @ model.unembedding.T) * live[..., None]
+    last = logits[np.arange(4), lengths - 1]
+    assert np.abs(last - REFERENCE[f"{case}/last_logits"]).max() <= F32_BOUND
+    normaliser = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    assert np.abs(normaliser - REFERENCE[f"{case}/logsumexp"]).max() <= F32_BOUND
+
+
+def packed(seed: int = 0):
+    """Two prompts, three rows of packed completions, and every sequence whole."""
+    random = np.random.default_rng(seed)
+    length_P = np.asarray([7, 4], np.int32)
+    prompt_PT = np.where(np.arange(9) < length_P[:, None], random.integers(0, 61, (2, 9)), 0).astype(np.int32)
+    segment_RT = np.asarray([[1] * 5 + [2] * 6 + [0], [1] * 12, [1] * 2 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
+    prompt_R = np.asarray([1, 0, 1], np.int32)
+    tokens_RT = random.integers(0, 61, segment_RT.shape).astype(np.int32)
+    positions_RT = np.zeros_like(tokens_RT)
+    whole = []
+    for r, row in enumerate(segment_RT):
+        p = prompt_R[r]
+        for segment in range(1, row.max() + 1):
+            at = np.nonzero(row == segment)[0]
+            positions_RT[r, at] = length_P[p] + np.arange(len(at))
+            whole.append((r, at, np.concatenate([prompt_PT[p, : length_P[p]], tokens_RT[r, at]])[None]))
+    return (prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_R), whole
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    graphdef, params = split(Transformer(TINY, rngs=nnx.Rngs(0)))
+    # Weights large enough that attention is far from uniform.
+    return graphdef, jax.tree.map(lambda x: x * 5 if x.ndim > 2 else x, params)
+
+
+def relative(a, b):
+    """The largest relative difference of two trees' leaves, in the Euclidean norm."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.linalg.norm(x - y) / np.linalg.norm(y)) for x, y in pairs)
+
+
+def target(shape):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((*shape, TINY.width)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """Hidden states of every segment, and gradients, from whole sequences in one right-padded batch."""
+    graphdef, params = tiny
+    batch, whole = packed()
+    longest = max(tokens.shape[1] for _, _, tokens in whole)
+    rows = np.concatenate([np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for _, _, tokens in whole])
+    live = np.arange(longest) < np.asarray([[tokens.shape[1]] for _, _, tokens in whole])
+    target_RTD = target(batch[2].shape)
+
+    def loss(params):
+        hidden = merge(graphdef, params)(rows, None, live.astype(np.int32))
+        parts = [hidden[i, tokens.shape[1] - len(at) : tokens.shape[1]] for i, (_, at, tokens) in enumerate(whole)]
+        return sum(jnp.sum(part * target_RTD[r, at]) for (r, at, _), part in zip(whole, parts)), parts
+
+    (_, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return [(r, at, part) for (r, at, _), part in zip(whole, parts)], gradients
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, remat):
+    parts, expected = plain
+    graphdef, _ = abstract(TINY, remat=remat)
+    batch, _ = packed()
+
+    def loss(params):
+        hidden = merge(graphdef, params).with_prompts(*batch)
+        return jnp.sum(hidden * target(batch[2].shape) * (batch[4] > 0)[..., None]), hidden
+
+    (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny[1])
+    for r, at, part in parts:
+        np.testing.assert_allclose(hidden[r, at], part, atol=5e-6)
+    assert relative(gradients, expected) <= 1e-6
+
+
+def test_what_stands_in_padding_changes_nothing(tiny):
+    graphdef, params = tiny
+    batch, _ = packed()
+    prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_R = batch
+    other = (
+        np.where(np.arange(9) < length_P[:, None], prompt_PT, 5), length_P,
+        np.where(segment_RT > 0, tokens_RT, 9), np.where(segment_RT > 0, positions_RT, 77), segment_RT, prompt_R,
+    )  # fmt: skip
+    run = jax.jit(lambda params, *batch: merge(graphdef, params).with_prompts(*batch))
+    first, second = run(params, *batch), run(params, *other)
+    assert np.array_equal(first[segment_RT > 0], second[segment_RT > 0])
+    assert np.isfinite(first).all()
+
+
+def test_packed_rows_are_their_segments(tiny):
+    graphdef, params = tiny
+    model = jax.jit(lambda *inputs: merge(graphdef, params)(*inputs))
+    tokens = np.random.default_rng(3).integers(0, 61, (1, 14)).astype(np.int32)
+    segment = np.asarray([[1] * 6 + [2] * 5 + [0] * 3], np.int32)
+    positions = np.asarray([[*range(6), *range(5), 0, 0, 0]], np.int32)
+    hidden = model(tokens, positions, segment)
+    np.testing.assert_allclose(hidden[:, :6], model(tokens[:, :6]), atol=2e-6)
+    np.testing.assert_allclose(hidden[:, 6:11], model(tokens[:, 6:11]), atol=2e-6)
+
+
+def test_bf16_computes_in_bf16_with_float32_sums(tiny):
+    _, params = tiny
+    tokens = np.random.default_rng(3).integers(0, 61, (2, 14)).astype(np.int32)
+    exact = merge(abstract(TINY)[0], params)(tokens)
+    low = merge(abstract(TINY, compute_dtype=jnp.bfloat16)[0], params)(tokens)
+    assert low.dtype == jnp.bfloat16
+    assert 1e-4 < float(jnp.sqrt(jnp.mean(jnp.square(low - exact)))) < 0.05
+
+
+def test_split_and_merge_keep_names_and_identity(tiny):
+    graphdef, params = tiny
+    assert set(params) == {"embed", "final_norm", "layers"}
+    assert set(params["layers"]) == {
+        "attn_norm", "mlp_norm", "q", "k", "v", "o", "q_norm", "k_norm", "gate", "up", "down",
+    }  # fmt: skip
+    assert params["layers"]["q"].shape == (3, 32, 4, 8)
+    again, shapes = abstract(TINY)
+    assert again == graphdef
+    assert hash(again) == hash(graphdef)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert merge(graphdef, params).unembedding is params["embed"]
+
+
+def test_untied_models_have_their_own_unembedding():
+    _, params = abstract(ModelConfig("llama", 61, 32, 48, 2, 4, 4, 8))
+    assert params["unembed"].shape == (61, 32)
+
+
+def test_auto_attention_is_readable_and_refusals_are_named():
+    assert Transformer(TINY, rngs=nnx.Rngs(0)).attention == "xla"
+    assert resolve_attention("cudnn", TINY, jnp.dtype(jnp.bfloat16), None) == "cudnn"
+    with pytest.raises(SamplerError, match=r"compute_dtype bfloat16 or float16 .*float32"):
+        resolve_attention("cudnn", TINY, jnp.dtype(jnp.float32), None)
+    with pytest.raises(SamplerError, match=r"one of auto, xla, cudnn, splash: got 'flash'"):
+        resolve_attention("flash", TINY, jnp.dtype(jnp.float32), None)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
+def test_splash_computes_the_same_attention(heads):
+    random = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(random.standard_normal((2, 130, n, 64)), jnp.float32) for n in (heads[0], heads[1], heads[1])
+    )
+    at = np.arange(130)
+    segment = jnp.asarray(np.stack([np.where(at < 50, 1, np.where(at < 120, 2, 0)), np.ones(130)]), jnp.int32)
+    expected = self_attention("xla", q, k, v, segment)
+    np.testing.assert_allclose(splash_attention(q, k, v, segment, interpret=True), expected, atol=3e-6)
