@@ -82,11 +82,20 @@ def test_a_batch_survives_the_way_to_the_devices_and_back(spec):
     assert local_rows(sharding, 16).tolist() == list(range(16))
 
 
+def test_any_dimension_may_be_sharded_when_every_process_has_all():
+    mesh = make_mesh("2,4,1")
+    batch = {"tokens": np.arange(48).reshape(2, 8, 3), "count": np.int32(3)}
+    placed = to_global(batch, NamedSharding(mesh, PartitionSpec(None, ("dp", "fsdp"))))
+    assert placed["tokens"].addressable_shards[0].data.shape == (2, 1, 3)
+    assert placed["count"].is_fully_replicated
+    np.testing.assert_array_equal(to_host(placed)["tokens"], batch["tokens"])
+
+
 def test_rows_that_do_not_divide_are_refused():
     sharding = batch_sharding(make_mesh("2,4,1"))
-    with pytest.raises(MeshError, match=r"rows must divide over dp·fsdp = 8: got 12. Use 8 or 16 rows"):
+    with pytest.raises(MeshError, match=r"dimension 0 of \(12, 2\) must divide over dp·fsdp = 8: got 12. Use 8 or 16"):
         to_global(np.zeros((12, 2)), sharding)
-    with pytest.raises(MeshError, match="tokens must have this process' 16 rows or all 16: got 8"):
+    with pytest.raises(MeshError, match=r"tokens must have this process' 16 of 16 rows: got shape \(8, 2\)"):
         to_global({"tokens": np.zeros((8, 2))}, sharding, rows=16)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from grpo_mesh._errors import MeshError
 from grpo_mesh._mesh import replicated
 
-_LANE_SEEDS = (0x9E3779B9, 0x7F4A7C15)
+_LANES = 2
 
 
 def digest(tree: Any) -> str:
@@ -41,7 +41,7 @@ def digest(tree: Any) -> str:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise MeshError(f"digest: leaf {path!r} must be an array: got {type(leaf).__name__}.")
         leaves.append(leaf)
-    sums = np.asarray(_hash_leaves(leaves)) if leaves else np.zeros((0, len(_LANE_SEEDS)), np.uint32)
+    sums = np.asarray(_hash_leaves(leaves)) if leaves else np.zeros((0, _LANES), np.uint32)
     summary = hashlib.sha256()
     for path, leaf, lanes in zip(paths, leaves, sums):
         summary.update(f"{path}\0{leaf.shape}\0{leaf.dtype}\0{' '.join(map(str, lanes))}\n".encode())
@@ -60,18 +60,25 @@ def _hash_program(out_sharding: NamedSharding | None) -> Callable[[list[Any]], j
 
 
 def _hash_array(x: jax.Array) -> jax.Array:
+    """Two sums over the elements of a mix of bits and position, uint32 [2]."""
     bits = _bits(x)
-    # Mixing one coordinate at a time needs no linear index, which would overflow 32 bits on large leaves.
-    position = jnp.zeros((1,) * bits.ndim, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        shape = (1,) * axis + (size,) + (1,) * (bits.ndim - axis - 1)
-        coordinate = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        position = _mix(position * jnp.uint32(31) + coordinate + jnp.uint32(axis + 1))
-    lanes = [
-        jnp.sum(_mix(bits * jnp.uint32(seed | 1) + _mix(position ^ jnp.uint32(seed))), dtype=jnp.uint32)
-        for seed in _LANE_SEEDS
-    ]
-    return jnp.stack(lanes)
+    # A coordinate times a number of its axis, instead of a linear index, which overflows 32 bits on large leaves. Odd
+    # multipliers at random: that two elements change places unnoticed takes a coincidence of 1 in 2^64.
+    multipliers = np.random.default_rng(0x6D657368).integers(2**32, size=(_LANES, bits.ndim + 1), dtype=np.uint32) | 1
+    lanes = []
+    for lane in multipliers:
+        keys = bits * lane[0]
+        for axis, size in enumerate(bits.shape):
+            shape = (1,) * axis + (size,) + (1,) * (bits.ndim - axis - 1)
+            keys += (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) + 1) * lane[axis + 1]
+        lanes.append(_mix(keys))
+    # One reduction of both lanes reads the array once; on a CPU it is also vectorised, which two jnp.sum are not.
+    zeros = (jnp.uint32(0),) * _LANES
+    return jnp.stack(jax.lax.reduce(tuple(lanes), zeros, _add, tuple(range(bits.ndim))))
+
+
+def _add(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(a + b for a, b in zip(left, right))
 
 
 def _bits(x: jax.Array) -> jax.Array:

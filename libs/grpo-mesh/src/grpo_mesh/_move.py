@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_mesh._errors import MeshError
+from grpo_mesh._rules import path_name, shard_count
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
@@ -28,8 +29,7 @@ def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
     Raises:
         MeshError: the rows do not divide over the devices.
     """
-    _check_rows(sharding, rows)
-    row_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    row_sharding = _fitted("the batch", sharding, (rows,))
     wanted = np.zeros(rows, bool)
     for (where,) in row_sharding.addressable_devices_indices_map((rows,)).values():  # pyright: ignore[reportGeneralTypeIssues]
         wanted[where] = True
@@ -37,33 +37,34 @@ def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
 
 
 def to_global(tree: Any, sharding: NamedSharding, rows: int | None = None) -> Any:
-    """Turns host-local batches into global arrays.
+    """Turns host arrays into global arrays.
 
     Args:
-        tree: pytree of host arrays with rows first. Each process passes either its `local_rows`, in that order, or
-            the whole global batch (the same on every process).
+        tree: pytree of host arrays. Without `rows` each process passes the whole arrays, the same everywhere; with
+            `rows`, rows come first and each passes only its `local_rows`, in that order.
         sharding: sharding of the global arrays; its spec is cut to the rank of each leaf.
-        rows: rows of the global batch; default: those of the leaves, i.e. every process passes the whole batch.
+        rows: rows of the global batch, if the leaves hold only those of this process.
 
     Returns:
         The pytree with global `jax.Array` leaves.
 
     Raises:
-        MeshError: a leaf has neither this process' rows nor all rows.
+        MeshError: a dimension does not divide over its mesh axes, or a leaf has other rows than this process'.
     """
 
     def place(path: Any, leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        total = leaf.shape[0] if rows is None else rows
-        mine = local_rows(sharding, total).size
-        if leaf.shape[0] not in (mine, total):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf, name = np.asarray(leaf), path_name(path) or "the array"
+        if rows is None:
+            fitted = _fitted(name, sharding, leaf.shape)
+            return jax.make_array_from_callback(leaf.shape, fitted, lambda where: leaf[where])
+        mine = local_rows(sharding, rows).size
+        if leaf.ndim == 0 or leaf.shape[0] != mine:
             raise MeshError(
-                f"{name or 'the batch'} must have this process' {mine} rows or all {total}: got {leaf.shape[0]}. "
-                "`local_rows(sharding, rows)` lists this process' rows."
+                f"{name} must have this process' {mine} of {rows} rows: got shape {leaf.shape}. "
+                "`local_rows(sharding, rows)` lists them."
             )
-        fitted = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: leaf.ndim]))
-        return jax.make_array_from_process_local_data(fitted, leaf, (total, *leaf.shape[1:]))
+        shape = (rows, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(_fitted(name, sharding, shape), leaf, shape)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -105,7 +106,7 @@ def to_local(tree: Any) -> Any:
         blocks: dict[int, np.ndarray] = {}
         for shard in leaf.addressable_shards:
             if shard.data.shape[1:] != leaf.shape[1:]:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                name = path_name(path)
                 raise MeshError(
                     f"{name or 'the array'} must be sharded over rows only: got {leaf.sharding}. Use `to_host`."
                 )
@@ -131,12 +132,15 @@ def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
     return jax.device_put(tree, shardings, donate=donate)
 
 
-def _check_rows(sharding: NamedSharding, rows: int) -> None:
-    axes = sharding.spec[0] if len(sharding.spec) else None
-    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    shards = int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
-    if rows % shards:
-        raise MeshError(
-            f"rows must divide over {'·'.join(names)} = {shards}: got {rows}. "
-            f"Use {max(rows - rows % shards, shards)} or {rows + -rows % shards} rows."
-        )
+def _fitted(name: str, sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Cuts a sharding to an array's rank, and checks that it divides."""
+    spec = sharding.spec[: len(shape)]
+    for dimension, entry in enumerate(spec):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        shards, size = shard_count(sharding.mesh, axes), shape[dimension]
+        if size % shards:
+            raise MeshError(
+                f"{name}: dimension {dimension} of {shape} must divide over {'·'.join(axes)} = {shards}: got {size}. "
+                f"Use {max(size - size % shards, shards)} or {size + -size % shards}."
+            )
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -2,8 +2,8 @@
 
 Every process gets GRPO_COORDINATOR (host:port), GRPO_PROCESS_COUNT and GRPO_PROCESS_ID, which
 `grpo_mesh.initialize()` reads as an explicit job. With `--devices-per-process` they run on that many CPU devices each
-(JAX_PLATFORMS=cpu, and XLA_FLAGS=--xla_force_host_platform_device_count). Output is prefixed with the rank. When one process fails, the others are
-stopped and its code is returned.
+(JAX_PLATFORMS=cpu and --xla_force_host_platform_device_count in XLA_FLAGS). Output is prefixed with the rank. When one
+process fails, the others are stopped and its code is returned.
 """
 
 from __future__ import annotations
