@@ -203,7 +203,8 @@ def assemble(config: Config) -> Assembly:
         description=(
             f"policy   {config.model.path}: {model.family}, {_count(shapes):,} parameters, {dtype.name}, "
             f"attention {config.model.attention}",
-            f"problems {config.data.source}: {len(problems.questions.records):,} to train on, {len(questions.problems):,} held out",
+            f"problems {config.data.source}: {len(problems.questions.records):,} to train on, "
+            f"{len(questions.problems):,} held out",
             f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh "
             + " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items()),
             f"steps    {config.steps}, each {config.rollout.prompts} prompts x {config.rollout.group_size} samples",

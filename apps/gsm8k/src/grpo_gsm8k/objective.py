@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_gsm8k.config import Config
@@ -72,8 +71,9 @@ def make_loss(config: Config) -> Callable[[Array, Array, MicroBatch], LossTerms]
             mask_RT=micro.mask_RT,
             segment_RT=micro.segment_RT,
             kind=settings.kind,
-            clip_low=settings.clip_low if settings.kind != "reinforce" and settings.kind != "sapo" else None,
-            clip_high=settings.clip_high if settings.kind != "reinforce" and settings.kind != "sapo" else None,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            dual_clip=settings.dual_clip,
             aggregation=settings.aggregation,
             horizon=config.rollout.max_new_tokens if settings.aggregation == "fixed" else None,
             reference_logp_RT=micro.data.get("reference_logp"),

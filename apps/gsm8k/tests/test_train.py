@@ -1,0 +1,187 @@
+"""The whole loop on a toy policy: it runs, measures, goes on where it stopped, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_gsm8k.assemble import assemble
+from grpo_gsm8k.checkpoint import Checkpoints, ResumeRefused
+from grpo_gsm8k.config import Config
+from grpo_gsm8k.errors import ConfigError
+from grpo_gsm8k.layers import load
+from grpo_gsm8k.train import train
+from grpo_mesh import digest
+
+
+def digits(*, completions: list[str], **_: Any) -> list[float | None]:
+    """A reward that a random policy already gets now and then: the share of digits."""
+    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
+
+
+def settings(policy: Path, folder: Path, *more: str) -> Config:
+    return load(
+        [],
+        [
+            f"model.path={policy}",
+            f"run.dir={folder}",
+            "steps=4",
+            "data.train_size=40",
+            "rollout.prompts=4",
+            "rollout.group_size=4",
+            "rollout.max_new_tokens=16",
+            "loss.rows=4",
+            "eval.problems=8",
+            "eval.every=2",
+            "checkpoint.every=2",
+            "log.tensorboard=false",
+            "mesh=dp:-1",
+            f"reward.functions=[{__name__}:digits]",
+            *more,
+        ],
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock wrote."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "time" and not k.startswith("seconds") and "per_second" not in k}
+        for line in lines
+    ]
+
+
+def last_state_digest(config: Config, folder: Path) -> str:
+    run = assemble(config)
+    restored = Checkpoints(folder / "checkpoints", keep=9).restore(run.state, run.identity)
+    assert restored is not None
+    return digest(restored.state)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert train(settings(toy_policy, folder)) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    assert {"config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "report.html", "checkpoints"} <= {
+        path.name for path in uninterrupted.iterdir()
+    }
+    lines = metrics(uninterrupted)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    for line in lines[1:]:
+        assert line["grad_norm"] > 0
+        assert line["finite"] == 1
+        assert line["importance_ratio/max"] == 1  # one update a rollout: the policy that drew is the one that learns
+        assert line["sampling_logp_difference/max"] < 1e-5
+    assert "eval/accuracy" in lines[2]
+    assert "eval/accuracy" not in lines[3]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["problems_before"] == summary["problems_after"] == 8
+    assert summary["accuracy_before_interval"][0] <= summary["accuracy_before"]
+
+
+def test_the_reward_goes_up(uninterrupted: Path) -> None:
+    rewards = [line["reward"] for line in metrics(uninterrupted)[1:]]
+    assert len(set(rewards)) > 1
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "torn"
+    config = settings(toy_policy, folder)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(run: Any, state: Any, batch: Any, step: int) -> Any:
+        if step == 2:
+            raise Killed
+        return learn(run, state, batch, step)
+
+    from grpo_gsm8k import train as module
+    from grpo_gsm8k.learn import learn
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "learn", dies)
+        with pytest.raises(Killed):
+            train(config)
+    assert [line["step"] for line in metrics(folder)] == [0, 1, 2]
+    assert train(config) == 0
+    assert metrics(folder) == metrics(uninterrupted)
+    assert last_state_digest(config, folder) == last_state_digest(settings(toy_policy, uninterrupted), uninterrupted)
+
+
+def test_another_policy_may_not_go_on_from_a_checkpoint(toy_policy: Path, uninterrupted: Path) -> None:
+    run = assemble(settings(toy_policy, uninterrupted))
+    other = {**run.identity, "parameters": "0" * 64}
+    with pytest.raises(ResumeRefused, match="parameters"):
+        Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, other)
+
+
+def test_a_damaged_checkpoint_is_stepped_over(
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted / "checkpoints", copy)
+    newest = max(copy.iterdir(), key=lambda path: int(path.name.removeprefix("step_")) if path.is_dir() else -1)
+    largest = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    run = assemble(settings(toy_policy, uninterrupted))
+    restored = Checkpoints(copy, keep=9).restore(run.state, run.identity)
+    assert restored is not None
+    assert restored.step == 2
+    assert newest.name in caplog.text
+
+
+def test_kl_and_several_updates_a_rollout(toy_policy: Path, tmp_path: Path) -> None:
+    config = settings(
+        toy_policy,
+        tmp_path / "kl",
+        "steps=2",
+        "loss.kl_coefficient=0.1",
+        "loss.reference=initial",
+        "loss.epochs=2",
+        "loss.minibatches=2",
+        "eval.before=false",
+        "eval.every=0",
+        "optimizer.learning_rate=1e-2",
+    )
+    assert train(config) == 0
+    first, second = metrics(tmp_path / "kl")
+    assert first["kl"] > 0  # the second of four updates has moved
+    assert second["kl"] > first["kl"]
+    assert first["importance_ratio/max"] > 1
+
+
+def test_dry_run_samples_nothing(toy_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(settings(toy_policy, tmp_path / "dry"), dry_run=True) == 0
+    assert "dry run" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
+
+
+def test_rows_that_do_not_divide_over_devices_are_refused(toy_policy: Path, tmp_path: Path) -> None:
+    config = settings(toy_policy, tmp_path / "rows")
+    run = assemble(config)
+    assert run.mesh.size >= 1
+    if run.mesh.size > 1:
+        with pytest.raises(ConfigError, match=r"loss\.rows"):
+            assemble(settings(toy_policy, tmp_path / "rows", f"loss.rows={run.mesh.size + 1}"))
+
+
+def test_the_data_order_does_not_depend_on_interruptions(toy_policy: Path, tmp_path: Path) -> None:
+    run = assemble(settings(toy_policy, tmp_path / "order"))
+    stream = run.problems
+    seen = [next(stream).prompts.prompt_id_P for _ in range(10)]
+    assert sorted(np.concatenate(seen)) == list(range(40))
