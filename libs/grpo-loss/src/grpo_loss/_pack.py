@@ -112,7 +112,7 @@ def pad(
         tokens_RT=laid_out(tokens_BT[live], pad_id),
         target_RT=laid_out(tokens_BT.reshape(-1)[source_RT], pad_id),
         positions_RT=laid_out(target_in_row - 1, 0),
-        segment_RT=laid_out(np.int32(1), 0),
+        segment_RT=laid_out(np.ones_like(source_RT), 0),
         prompt_R=np.tile(np.arange(rows, dtype=np.int32), (micro_batches, 1)),
         source_RT=laid_out(np.where(counts_RT, source_RT, -1), -1),
         sequence_RT=laid_out(live[:, None], -1),

@@ -5,7 +5,6 @@ the entropy); backward computes a chunk's logits once more and turns them into t
 Tokens that do not count are moved behind those that do, and chunks without a live token are never computed.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -105,8 +104,7 @@ def _default_chunk(vocabulary: int) -> int:
     return min(1024, max(128, 1 << (max(1, _CHUNK_ELEMENTS // vocabulary).bit_length() - 1)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) -> tuple[Array, Array]:
+def _outputs(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) -> tuple[Array, Array]:
     return _forward(chunk, hidden_SND, unembed_VD, tokens)[0]
 
 
@@ -167,6 +165,7 @@ def _backward(chunk: int, saved: tuple, cotangents: tuple[Array, Array]) -> tupl
     return _move(d_hidden_SND, back), d_unembed_SVD.sum(axis=0).astype(unembed_VD.dtype), None
 
 
+_chunked = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _chunked.defvjp(_forward, _backward)
 
 

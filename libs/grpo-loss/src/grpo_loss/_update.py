@@ -136,14 +136,14 @@ def make_update(
         gradient, terms = accumulate(forward, loss, state.params, batch, param_shardings=param_shardings)
         scale = 1 / jnp.where(terms.denominator > 0, terms.denominator, 1)
         gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         if max_grad_norm is not None:
             clip = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny))
             gradient = jax.tree.map(lambda g: g * clip.astype(g.dtype), gradient)
         before = jax.tree.map(_wide, state.params) if state.master is None else state.master
         change, opt_state = optimizer.update(gradient, state.opt_state, before)
         after = optax.apply_updates(before, change)
-        update_norm = optax.global_norm(change)
+        update_norm = optax.tree.norm(change)
         finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         apply = finite & (terms.denominator > 0)
 

@@ -1,0 +1,144 @@
+"""One optimizer step: what it applies, what it refuses, and what it reports."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from grpo_loss_ragged import ragged, toy_forward, toy_loss, toy_params, tree_difference, with_targets
+
+from grpo_loss import LossError, PackShape, constant, init_state, make_score, make_update, unpack_tokens, warmup_cosine
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12)
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
+    return with_targets(data.pack(shape), data, np.float32)
+
+
+OPTIMIZER = optax.adamw(0.01)
+UPDATE = make_update(toy_forward, toy_loss, OPTIMIZER, max_grad_norm=0.05)
+
+
+def fresh(dtype=jnp.float32, optimizer=OPTIMIZER, **arguments):
+    return init_state(toy_params(dtype), optimizer, **arguments)
+
+
+def copied(tree):
+    return jax.tree.map(np.asarray, jax.tree.map(jnp.copy, tree))
+
+
+def test_one_step_is_that_of_the_whole_batch_at_once(data, batch):
+    whole = with_targets(data.pad(20), data, np.float32)
+    micro = jax.tree.map(lambda x: jnp.asarray(x[0]), whole.micro)
+
+    def mean_loss(params):
+        terms = toy_loss(*toy_forward(params, micro), micro)
+        return terms.numerator / terms.denominator, terms.means()
+
+    params = toy_params(jnp.float32)
+    (loss, means), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.05), OPTIMIZER)
+    change, _ = optimizer.update(gradient, optimizer.init(params), params)
+    expected = optax.apply_updates(params, change)
+    state, metrics = UPDATE(fresh(), batch)
+    assert tree_difference(state.params, expected) < 1e-5
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(change), rtol=1e-4)
+    for name, value in means.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+    assert (int(state.step), int(state.skipped), float(metrics["finite"])) == (1, 0, 1.0)
+
+
+@pytest.mark.parametrize("poison", ["advantage", "parameter", "nothing counts"])
+def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
+    state, _ = UPDATE(fresh(), batch)
+    if poison == "parameter":
+        state.params["mix"] = state.params["mix"].at[0, 0].set(jnp.nan)
+    before = copied((state.params, state.opt_state))
+    broken = batch
+    if poison == "advantage":
+        broken = batch.with_data(advantage=np.where(batch.micro.sequence_RT == 3, np.inf, 1).astype(np.float32))
+    if poison == "nothing counts":
+        broken = jax.tree.map(lambda x: np.zeros_like(x) if x.dtype == bool else x, batch)
+    state, metrics = UPDATE(state, broken)
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+    assert float(metrics["finite"]) == (poison == "nothing counts")
+    assert float(metrics["update_norm"]) == 0
+
+
+def test_one_program_serves_every_fill_and_donates_its_state(data):
+    shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
+    traced = []
+
+    def forward(params, micro):
+        traced.append(micro)
+        return toy_forward(params, micro)
+
+    update = make_update(forward, toy_loss, OPTIMIZER)
+    state, counts, traces = fresh(), [], []
+    for groups in (5, 2, 0):
+        part = with_targets(data.pack(shape, keep_B=data.group_B < groups), data, np.float32)
+        counts.append(int(part.count))
+        previous = state
+        state, _ = update(state, part)
+        traces.append(len(traced))
+        assert previous.params["embed"].is_deleted()
+    assert counts[0] > counts[1] > counts[2] == 0
+    assert traces[0] == traces[2]
+
+
+def test_low_precision_parameters_move_by_less_than_their_own_rounding(batch):
+    optimizer = optax.adamw(1e-4, weight_decay=0.0)
+    update = make_update(toy_forward, toy_loss, optimizer)
+    state = fresh(jnp.bfloat16, optimizer)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {jnp.dtype(jnp.float32)}
+    before = copied(state.master)
+    for _ in range(3):
+        state, _ = update(state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    moved = jax.tree.map(lambda new, old: np.abs(np.asarray(new) - old).max(), state.master, before)
+    assert all(2e-4 < value < 4e-4 for value in jax.tree.leaves(moved))
+    jax.tree.map(
+        lambda low, wide: np.testing.assert_array_equal(low, wide.astype(jnp.bfloat16)), state.params, state.master
+    )
+
+
+def test_scores_are_those_of_the_forward_and_find_their_way_back(data, batch):
+    params = toy_params(jnp.float32)
+    logp_MRT, entropy_MRT = make_score(toy_forward)(params, batch)
+    shape = data.tokens_BT.shape
+    plain = with_targets(data.pad(20), data, np.float32)
+    expected = toy_forward(params, jax.tree.map(lambda x: jnp.asarray(x[0]), plain.micro))
+    for values, wanted in zip((logp_MRT, entropy_MRT), expected, strict=True):
+        np.testing.assert_allclose(
+            unpack_tokens(values, batch.micro.source_RT, shape),
+            unpack_tokens(wanted, plain.micro.source_RT[0], shape),
+            atol=1e-5,
+        )
+
+
+def test_schedules_count_applied_steps():
+    def rates(schedule, *steps):
+        return np.array([np.asarray(schedule(step)) for step in steps])
+
+    cosine = warmup_cosine(1.0, warmup_steps=4, steps=12, end=0.1)
+    np.testing.assert_allclose(rates(cosine, 0, 2, 4, 8, 12, 99), [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
+    cold = warmup_cosine(1.0, warmup_steps=0, steps=2)
+    np.testing.assert_allclose(rates(cold, 0, 1, 2), [1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(rates(constant(0.3, warmup_steps=2), 0, 1, 2, 9), [0, 0.15, 0.3, 0.3], atol=1e-6)
+    np.testing.assert_allclose(rates(constant(0.3), 0, 7), [0.3, 0.3])
+    with pytest.raises(LossError, match="warmup_steps < steps"):
+        warmup_cosine(1.0, warmup_steps=3, steps=3)
+
+
+def test_a_limit_that_stops_everything_is_refused():
+    with pytest.raises(LossError, match="Use None for no limit"):
+        make_update(toy_forward, toy_loss, OPTIMIZER, max_grad_norm=0.0)
