@@ -204,7 +204,7 @@ def clip_advantage(advantage: Float[ArrayLike, "..."], limit: float) -> Float[Ar
 
 @functools.partial(jax.jit, static_argnames="scale")
 def _group_advantage(
-    reward_B: Array, scored_B: Array, group_B: Array, epsilon: float, batch_moments: Moments | None, *, scale: Scale
+    reward_B: Array, scored_B: Array, group_B: Array, epsilon: ArrayLike, batch_moments: Moments | None, *, scale: Scale
 ) -> Array:
     groups = _Groups.of(group_B, scored_B, reward_B.dtype)
     centred_B = groups.centred(reward_B)

@@ -96,7 +96,7 @@ def gae(
 
 @jax.jit
 def _gae(
-    reward_BT: Array, value_BT: Array, mask_BT: Array, discount: float, trace: float
+    reward_BT: Array, value_BT: Array, mask_BT: Array, discount: ArrayLike, trace: ArrayLike
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     def step(carry: tuple[Array, Array], token: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         next_value_B, next_advantage_B = carry

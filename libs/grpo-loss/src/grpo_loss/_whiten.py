@@ -80,7 +80,7 @@ def whiten(
     return jnp.where(mask, divide_by_deviation(jnp.asarray(value) - mean, sums.variance(), epsilon), 0)
 
 
-def divide_by_deviation(value: Array, variance: Array, epsilon: float) -> Array:
+def divide_by_deviation(value: Array, variance: Array, epsilon: ArrayLike) -> Array:
     """value / (sqrt(variance) + epsilon), and 0 rather than NaN for 0 / 0."""
     divisor = jnp.sqrt(variance) + epsilon
     return value / jnp.where(divisor == 0, 1, divisor)

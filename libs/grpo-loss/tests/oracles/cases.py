@@ -1,4 +1,4 @@
-"""The random batch that every implementation is given, and how results are stored beside the arguments that match them."""
+"""The random batch that every implementation is given, and results stored beside the arguments that match them."""
 
 import json
 from pathlib import Path
