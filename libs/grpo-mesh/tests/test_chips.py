@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 
 import jax
@@ -88,3 +89,20 @@ def test_a_scan_over_layers_is_counted_whole_on_tpu():
     gathered = layers * 2 * width * hidden * 2
     moved = sum(kind.bytes for kind in report.collectives.values())
     assert 0.5 * gathered <= moved <= 2 * gathered
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_kernel_that_declares_no_cost_is_listed():
+    splash = importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention")
+    heads, tokens, size = 2, 512, 128
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([splash.CausalMask((tokens, tokens))] * heads))
+    mesh = make_mesh("auto", slice_devices("v5e-1"))
+    x = jax.ShapeDtypeStruct((heads, tokens, size), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def repeated(q, k, v):
+        return jax.lax.scan(lambda q, _: (kernel(q, k, v), None), q, length=5)[0]
+
+    report = compile_report(jax.jit(repeated).trace(x, x, x).lower(lowering_platforms=("tpu",)).compile())
+    assert list(report.kernels.values()) == [5]
+    assert report.peak >= 3 * x.size * 2

@@ -61,24 +61,36 @@ class Computation:
 def parse_program(text: str) -> tuple[dict[str, Computation], str]:
     """Returns the computations by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, pending = "", None, None
     for line in text.splitlines():
         if current is None:
             if header := _HEADER.match(line):
                 current = computations[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+            continue
+        matched = _INSTRUCTION.match(line)
+        if pending and (matched or line == "}"):
+            _add(current, *pending)
+            pending = None
+        if matched:
+            pending = (matched[2], matched[3], matched[1] is not None)
+        elif line == "}":
             current = None
-        elif matched := _INSTRUCTION.match(line):
-            it = _instruction(matched[2], matched[3])
-            current.instructions[it.name] = it
-            for operand in dict.fromkeys(it.operands):
-                current.users[operand].append(it)
-            if matched[1]:
-                current.root = it.name
-            if it.opcode == "parameter":
-                current.parameters[int(re.match(r"\d+", it.rest)[0])] = it.name  # pyright: ignore[reportOptionalSubscript]
+        elif pending:
+            # A kernel's metadata holds line breaks.
+            pending = (pending[0], f"{pending[1]}\n{line}", pending[2])
     return computations, entry
+
+
+def _add(computation: Computation, name: str, body: str, root: bool) -> None:
+    it = _instruction(name, body)
+    computation.instructions[name] = it
+    for operand in dict.fromkeys(it.operands):
+        computation.users[operand].append(it)
+    if root:
+        computation.root = name
+    if it.opcode == "parameter" and (number := re.match(r"\d+", it.rest)):
+        computation.parameters[int(number[0])] = name
 
 
 def _instruction(name: str, body: str) -> Instruction:

@@ -32,6 +32,7 @@ class CompileReport:
         flops: multiplications and additions of matrix products, loops multiplied out.
         traffic: bytes read from and written to main memory, loops multiplied out (an estimate from the text).
         collectives: by kind ("all-gather", ...).
+        kernels: calls of Mosaic kernels that declare no cost, by name, loops multiplied out; `flops` lacks theirs.
         unknown_loops: loops whose trip count the compiler could not tell.
     """
 
@@ -43,6 +44,7 @@ class CompileReport:
     flops: float
     traffic: float
     collectives: dict[str, Collectives]
+    kernels: dict[str, float]
     unknown_loops: int
 
     @property
@@ -77,5 +79,6 @@ def compile_report(compiled: Compiled, *, unknown_trips: float = 1) -> CompileRe
         flops=tally.flops,
         traffic=tally.traffic,
         collectives={kind: Collectives(*figures) for kind, figures in sorted(tally.collectives.items())},
+        kernels=dict(sorted(tally.kernels.items())),
         unknown_loops=tally.unknown_loops,
     )

@@ -20,6 +20,7 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_KERNEL, _BITCAST = 'custom_call_target="tpu_custom_call"', 'custom_call_target="ConcatBitcast"'
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "opt-barrier", "iota",
@@ -33,12 +34,15 @@ class Tally:
     flops: float = 0
     traffic: float = 0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
 
     def add(self, other: Tally, times: float = 1) -> None:
         self.flops += times * other.flops
         self.traffic += times * other.traffic
         self.unknown_loops += other.unknown_loops
+        for name, count in other.kernels.items():
+            self.kernels[name] = self.kernels.get(name, 0) + times * count
         for kind, (count, size) in other.collectives.items():
             mine = self.collectives.setdefault(kind, [0, 0])
             mine[0] += times * count
@@ -92,7 +96,9 @@ class Program:
                 total.add(self._tally(name, fused))
         elif opcode in COLLECTIVES:
             self._add_collective(owner, it, opcode, total, channels)
-        elif not it.opcode.endswith(("-done", "-update")) and it.opcode not in _FREE:
+        elif not it.opcode.endswith(("-done", "-update")) and it.opcode not in _FREE and _BITCAST not in it.rest:
+            if _KERNEL in it.rest and not _ESTIMATE.search(it.rest):
+                total.add(Tally(kernels={re.sub(r"\.\d+$", "", it.name): 1}))
             total.flops += _flops(owner, it)
             total.traffic += 0 if fused else _traffic(owner, it)
 
@@ -218,8 +224,11 @@ def _traffic(owner: Computation, it: Instruction) -> float:
         return 2 * written if it.opcode != "broadcast" else written
     if it.opcode == "dynamic-update-slice":
         return 2 * sum(array.traffic for array in owner.arrays(it.operands[1]))
-    if it.opcode == "copy-start":  # its results are the copy, the original and a semaphore
-        written = it.results[0].traffic
+    if it.opcode.endswith("-start"):
+        # Its results are the copy or slice, the original, and a semaphore.
+        moved = min((array.bytes for array in it.results if array.shape), default=0)
+        stays = any(array.on_chip for array in it.results)
+        return moved if stays else 2 * moved
     return written + sum(array.traffic for name in it.operands for array in owner.arrays(name))
 
 
