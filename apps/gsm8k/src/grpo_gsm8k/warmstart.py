@@ -1,17 +1,9 @@
-"""The embedded policy, from scratch: a small Qwen2 model whose unreliable teacher left it something to learn.
-
-Reinforcement learning sharpens what a policy can do now and then. So the teacher here works every problem with right
-arithmetic, but on the templates marked ``hard`` it follows the common mistake (stops a step early, adds what is to be
-taken away) more often than the right procedure, and now and then it forgets the ``####`` line. A policy trained on that
-makes the mistake when decoded greedily and finds the right way in some of its samples: what rewards can teach in a few
-dozen steps, without a single worked solution.
-"""
+"""The embedded policy, from scratch: a small Qwen2 model, taught as `grpo_gsm8k.lessons` says, then saved."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -24,11 +16,12 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 
 from grpo_contracts import PolicyIdentity, SamplingLaw
 from grpo_gsm8k import reward
 from grpo_gsm8k.data import tokenize
-from grpo_gsm8k.problems import Problem, stream
+from grpo_gsm8k.lessons import Lessons, Teacher, lessons
 from grpo_gsm8k.records import read_records
 from grpo_gsm8k.reward import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer, make_tokenizer
@@ -38,34 +31,25 @@ from grpo_sampler import ModelConfig, Sampler, Transformer, merge, save, split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBLEM_SEED = 1  # other problems than those of the data set `embedded`, which reinforcement learning sees
 MAX_PROMPT, MAX_NEW = 48, 64  # tokens that hold every generated problem and solution
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the embedded policy is made.
+    """How the embedded policy is trained.
 
     Args:
-        seed: of the weights, the problems' order and the teacher's mistakes.
+        seed: of the weights.
         steps: optimizer updates.
-        rows: packed rows of one update.
-        row_length: tokens of a row.
-        learning_rate: peak, after a short warm-up; falls to a twentieth along a cosine.
-        hard_mistakes: share of the hard templates' problems that the teacher gets wrong.
-        easy_mistakes: the same for the other templates.
-        form_slips: share of solutions whose ``####`` line is missing or reworded.
+        learning_rate: of Muon on the blocks' matrices, after a short warm-up; falls in a line over the second half.
+        adam_rate: the same of Adam on the embedding, norms and biases.
         width, mlp_width, layers, query_heads, kv_heads, head_size: the model.
     """
 
     seed: int = 0
-    steps: int = 1_000
-    rows: int = 16
-    row_length: int = 160
-    learning_rate: float = 3e-3
-    hard_mistakes: float = 0.6
-    easy_mistakes: float = 0.2
-    form_slips: float = 0.04
+    steps: int = 600
+    learning_rate: float = 2e-2
+    adam_rate: float = 3e-3
     width: int = 128
     mlp_width: int = 512
     layers: int = 4
@@ -92,25 +76,6 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Worked solutions packed into rows.
-
-    Args:
-        tokens_RT: inputs.
-        target_RT: the token after each.
-        positions_RT: position within its own solution.
-        segment_RT: number of its solution within the row, from 1; 0 is padding.
-        learn_RT: whether the target belongs to a completion (its end token included), which alone is learned.
-    """
-
-    tokens_RT: np.ndarray
-    target_RT: np.ndarray
-    positions_RT: np.ndarray
-    segment_RT: np.ndarray
-    learn_RT: np.ndarray
-
-
-@dataclass(frozen=True)
 class Figures:
     """What a policy can do on held-out problems.
 
@@ -132,69 +97,21 @@ class Figures:
         return ", ".join(f"{field.name.replace('_', ' ')} {getattr(self, field.name):.1%}" for field in fields(self))
 
 
-def teach(problem: Problem, recipe: Recipe, rng: random.Random) -> str:
-    """Write a solution as the unreliable teacher does.
-
-    Args:
-        problem: what to solve.
-        recipe: how unreliable the teacher is.
-        rng: decides whether it errs here.
-
-    Returns:
-        The text to learn.
-    """
-    errs = rng.random() < (recipe.hard_mistakes if problem.template.hard else recipe.easy_mistakes)
-    text = problem.mistaken if errs and problem.mistaken is not None else problem.answer
-    if rng.random() >= recipe.form_slips:
-        return text
-    steps, _, final = text.rpartition("\n#### ")
-    return f"{steps}\nThere are {final} in all." if rng.random() < 0.5 else steps
-
-
-def lessons(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, block: int = 2_048) -> Iterator[Lessons]:
-    """Make batches of packed solutions without end, no problem twice.
-
-    Args:
-        tokenizer: the policy's.
-        recipe: rows, their length, and the teacher.
-        block: problems that are tokenized and packed together.
-
-    Returns:
-        An iterator over batches of ``recipe.rows`` rows.
-    """
-    rng = random.Random(recipe.seed)
-    problems = stream("train", seed=PROBLEM_SEED + recipe.seed)
-    rows: list[list[tuple[list[int], int]]] = []
-    while True:
-        chosen = list(islice(problems, block))
-        asked = [[{"role": "user", "content": problem.question}] for problem in chosen]
-        prompts = _ids(tokenizer, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-        solutions = _ids(tokenizer, [teach(problem, recipe, rng) + tokenizer.eos_token for problem in chosen])
-        rows += _fill_rows(
-            [(prompt + solution, len(prompt)) for prompt, solution in zip(prompts, solutions)], recipe.row_length
-        )
-        while len(rows) >= recipe.rows:
-            yield _lay_out(rows[: recipe.rows], recipe.row_length)
-            del rows[: recipe.rows]
-
-
-def train(config: ModelConfig, batches: Iterator[Lessons], recipe: Recipe, *, every: int = 100) -> Any:
+def train(config: ModelConfig, batches: Iterator[Lessons], recipe: Recipe, *, every: int = 50) -> Any:
     """Train a model from random weights to write the solutions.
 
     Args:
         config: the model.
         batches: of packed solutions.
-        recipe: steps and learning rate.
+        recipe: steps and learning rates.
         every: steps between printed lines.
 
     Returns:
         The parameters.
     """
     graphdef, params = split(Transformer(config, rngs=nnx.Rngs(recipe.seed)))
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, min(50, recipe.steps), recipe.steps, recipe.learning_rate / 20
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1))
+    params = _rescaled(params, config)
+    optimizer = _optimizer(recipe, params)
 
     def loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         model = merge(graphdef, params)
@@ -267,17 +184,18 @@ def main(arguments: Sequence[str]) -> int:
         default=Path(__file__).parent / "policy",
         help="folder to write (default: the embedded policy itself)",
     )
-    for field in fields(Recipe):
+    for field in {field.name: field for field in (*fields(Recipe), *fields(Teacher))}.values():
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     given = vars(parser.parse_args(arguments))
     folder = given.pop("out")
-    recipe = Recipe(**given)
+    recipe = Recipe(**{field.name: given[field.name] for field in fields(Recipe)})
+    teacher = Teacher(**{field.name: given[field.name] for field in fields(Teacher)})
 
     started = time.monotonic()
     vocab_size = make_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
     config = recipe.model(vocab_size, tokenizer.eos_token_id)
-    params = train(config, lessons(tokenizer, recipe), recipe)
+    params = train(config, lessons(tokenizer, teacher), recipe)
     save(folder, config, params)
     generation = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -292,39 +210,38 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Any) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]  # pyright: ignore[reportReturnType]
+def _rescaled(params: Any, config: ModelConfig) -> Any:
+    """Initial matrices with the inverse root of their fan-in for a spread: 0.02 suits models ten times as wide."""
+    residual = (2 * config.layers) ** -0.5  # two additions a block to the residual stream
+    spread = dict.fromkeys(("q", "k", "v", "gate", "up"), config.width**-0.5)
+    spread["o"] = residual * (config.query_heads * config.head_size) ** -0.5
+    spread["down"] = residual * config.mlp_width**-0.5
+    layers = {name: leaf * (spread[name] / 0.02) if name in spread else leaf for name, leaf in params["layers"].items()}
+    return params | {"layers": layers}
 
 
-def _fill_rows(sequences: list[tuple[list[int], int]], length: int) -> list[list[tuple[list[int], int]]]:
-    """Put sequences into rows, each into the first of the last few open rows that has room."""
-    rows: list[list[tuple[list[int], int]]] = []
-    room: list[int] = []
-    for sequence in sequences:
-        inputs = len(sequence[0]) - 1
-        for row in range(max(0, len(rows) - 16), len(rows)):
-            if room[row] >= inputs:
-                break
-        else:
-            rows.append([])
-            room.append(length)
-            row = len(rows) - 1
-        rows[row].append(sequence)
-        room[row] -= inputs
-    return rows
+def _optimizer(recipe: Recipe, params: Any) -> optax.GradientTransformation:
+    """Muon on the blocks' matrices, Adam on the rest: half the steps of Adam alone here.
 
+    Source: Muon (Jordan, 2024), scaled to the size of Adam's updates as in arXiv:2502.16982.
+    """
+    decay = int(recipe.steps * 0.45)
 
-def _lay_out(rows: list[list[tuple[list[int], int]]], length: int) -> Lessons:
-    shape = len(rows), length
-    tokens_RT, target_RT, positions_RT, segment_RT = (np.zeros(shape, np.int32) for _ in range(4))
-    learn_RT = np.zeros(shape, bool)
-    for r, row in enumerate(rows):
-        start = 0
-        for segment, (ids, prompt_length) in enumerate(row, 1):
-            place = slice(start, start + len(ids) - 1)
-            tokens_RT[r, place], target_RT[r, place] = ids[:-1], ids[1:]
-            positions_RT[r, place] = np.arange(len(ids) - 1)
-            segment_RT[r, place] = segment
-            learn_RT[r, start + prompt_length - 1 : place.stop] = True
-            start = place.stop
-    return Lessons(tokens_RT, target_RT, positions_RT, segment_RT, learn_RT)
+    def rate(peak: float) -> optax.Schedule:
+        parts = [optax.linear_schedule(0.0, peak, 30), optax.constant_schedule(peak)]
+        parts.append(optax.linear_schedule(peak, 0.03 * peak, max(decay, 1)))
+        return optax.join_schedules(parts, [30, recipe.steps - decay])
+
+    # Which axes of a stacked matrix are summed over and which come out; the leading layers' axis is a batch.
+    inward, outward = MuonDimensionNumbers((1,), (2, 3)), MuonDimensionNumbers((1, 2), (3,))
+    plain = MuonDimensionNumbers((1,), (2,))
+    axes = {"q": inward, "k": inward, "v": inward, "o": outward, "gate": plain, "up": plain, "down": plain}
+    numbers = dict.fromkeys(params) | {"layers": {name: axes.get(name) for name in params["layers"]}}
+    return muon(
+        rate(recipe.learning_rate),
+        adam_learning_rate=rate(recipe.adam_rate),
+        weight_decay=0.05,
+        adam_weight_decay=0.0,
+        muon_weight_dimension_numbers=numbers,
+        consistent_rms=0.2,
+    )

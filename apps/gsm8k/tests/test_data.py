@@ -1,0 +1,197 @@
+"""Reading, shuffling and sharing out problems, and what is said about bad ones."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from grpo_contracts import GrpoError, validate
+from grpo_gsm8k import records as records_module
+from grpo_gsm8k.config import Config
+from grpo_gsm8k.data import ProblemStream, Questions, held_out, open_problems, tokenize
+from grpo_gsm8k.problems import write_splits
+from grpo_gsm8k.records import DataError, Record, digest, read_records
+from grpo_gsm8k.tokenizer import load_tokenizer, make_tokenizer
+
+GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
+GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def questions(tokenizer: PreTrainedTokenizerBase) -> Questions:
+    return tokenize(read_records("embedded", "train", limit=50), tokenizer, max_length=48)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("{", ":2 must be one JSON object a line"),
+        ('{"question": "a", "answer": "b"} x', ":2 must be one JSON object a line: Extra data at column"),
+        ("[1]", ":2 must be a JSON object with question and answer: got list"),
+        ("", ":2 must hold a problem: the line is empty"),
+        ('{"answer": "#### 2"}', ":2 must have the field 'question': it has 'answer'"),
+        ('{"question": "2 + 2?"}', ":2 must have the field 'answer'"),
+        ('{"question": "2 + 2?", "answer": 4}', ":2: answer must be a text that is not empty: got 4"),
+        ('{"question": " ", "answer": "#### 4"}', ":2: question must be a text that is not empty"),
+        (GOOD, r":2 must not repeat the question of .*bad\.jsonl:1: '1 \+ 1\?'"),
+        (b'{"question": "\xff", "answer": "#### 4"}', ":2 must be UTF-8"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, second: str | bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + (second.encode() if isinstance(second, str) else second) + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        read_records(str(path), "train")
+    assert isinstance(caught.value, GrpoError)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_missing_sources_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match="must hold at least one problem: it is empty"):
+        read_records(str(tmp_path), "train")
+    with pytest.raises(DataError, match=r"must hold test\.jsonl: it holds train\.jsonl"):
+        read_records(str(tmp_path), "test")
+    for source in ("not/here/at/all", "nowhere.jsonl", "./train"):
+        with pytest.raises(DataError, match=f"there is no {source}"):
+            read_records(source, "train")
+
+
+def test_hub_files_are_chosen_by_split() -> None:
+    files = [
+        "README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet", "socratic/test-00000-of-00001.parquet",
+        "socratic/train-00000-of-00001.parquet",
+    ]  # fmt: skip
+    choose = records_module._choose
+    assert choose(files, "train") == "main/train-00000-of-00001.parquet"
+    assert choose([*files, "test.jsonl"], "test") == "test.jsonl"
+    assert choose(["data/train-00000-of-00002.parquet"], "train") is None
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> list[str]:
+        raise OSError("no network here")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(DataError, match="openai/gsm8k is neither a file or folder here .* no network here"):
+        read_records("openai/gsm8k", "train")
+
+
+def test_a_hub_data_set_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    (tmp_path / "train.jsonl").write_text(GOOD + "\n")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["train.jsonl", "test.jsonl"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: str(tmp_path / name))
+    assert [record.answer for record in read_records("somebody/sums", "train")] == ["#### 2"]
+
+
+def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
+    write_splits(tmp_path, train=40, test=20)
+    for split in ("train", "test"):
+        assert digest(read_records(str(tmp_path), split)) == digest(read_records("embedded", split, limit={"train": 40, "test": 20}[split]))
+    assert len(read_records(str(tmp_path / "train.jsonl"), "train", limit=7)) == 7
+    other = [Record("a", "b", "x:1")]
+    assert digest(other) == digest([Record("a", "b", "elsewhere")]) != digest([Record("a", "c", "x:1")])
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"needs GSM8K's files in {GSM8K}")
+def test_gsm8k_itself() -> None:
+    assert len(read_records(str(GSM8K), "train")) == 7_473
+    assert len(read_records(str(GSM8K), "test")) == 1_319
+
+
+def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = questions.ask([3, 1])
+    validate(asked.prompts, level="values")
+    assert asked.prompts.prompt_id_P.tolist() == [3, 1]
+    ids = asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]]
+    question = questions.records[3].question
+    assert tokenizer.decode(ids) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert asked.problems == (questions.records[3], questions.records[1])
+
+
+def test_overlong_prompts_are_refused_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [Record("short", "#### 1", "f:1"), Record("long " * 50, "#### 1", "f:2"), Record("long " * 60, "#### 1", "f:3")]
+    with pytest.raises(DataError, match=r"f:2: a prompt must have at most 40 tokens .* 2 of 3 are too long"):
+        tokenize(records, tokenizer, max_length=40)
+    kept = tokenize(records, tokenizer, max_length=40, overlong="drop")
+    assert (kept.dropped, [record.place for record in kept.records]) == (2, ["f:1"])
+    with pytest.raises(DataError, match="none of 2 does"):
+        tokenize(records[1:], tokenizer, max_length=40, overlong="drop")
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="below the model's vocabulary of 100"):
+        tokenize([Record("apples", "#### 1", "f:1")], tokenizer, max_length=40, vocab_size=100)
+
+
+def _ids(stream: ProblemStream, steps: int) -> list[int]:
+    return [int(index) for _ in range(steps) for index in next(stream).prompts.prompt_id_P]
+
+
+def test_every_problem_once_an_epoch_in_an_order_of_its_own(questions: Questions) -> None:
+    ids = _ids(ProblemStream(questions, count=4, seed=1), 25)  # 100 = two epochs of 50; an epoch ends within a step
+    assert Counter(ids[:50]) == Counter(range(50)) == Counter(ids[50:])
+    assert ids[:50] != ids[50:]
+    assert ids == _ids(ProblemStream(questions, count=4, seed=1), 25)
+    assert ids != _ids(ProblemStream(questions, count=4, seed=2), 25)
+    assert ids == _ids(ProblemStream(questions, count=10, seed=1), 10)  # the order does not know the steps
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_processes_share_each_step(questions: Questions, shards: int) -> None:
+    whole = ProblemStream(questions, count=10, seed=3)
+    parts = [ProblemStream(questions, count=10, seed=3, shard=n, shards=shards) for n in range(shards)]
+    for _ in range(12):
+        shared = np.concatenate([next(part).prompts.prompt_id_P for part in parts])
+        np.testing.assert_array_equal(shared, next(whole).prompts.prompt_id_P)
+
+
+@pytest.mark.parametrize("kwargs", [{"count": 0}, {"count": 10, "shards": 3}, {"count": 10, "shard": 2, "shards": 2}])
+def test_uneven_shares_are_refused(questions: Questions, kwargs: dict[str, int]) -> None:
+    with pytest.raises(DataError, match="split evenly"):
+        ProblemStream(questions, seed=0, **kwargs)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 13])
+def test_state_goes_on_exactly_also_with_other_processes(questions: Questions, taken: int) -> None:
+    stream = ProblemStream(questions, count=8, seed=5)
+    _ids(stream, taken)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = _ids(stream, 9)
+    again = ProblemStream(questions, count=8, seed=5)
+    again.set_state(state)
+    assert _ids(again, 9) == expected
+    halves = [ProblemStream(questions, count=8, seed=5, shard=n, shards=2) for n in range(2)]
+    for half in halves:
+        half.set_state(state)
+    assert [index for _ in range(9) for half in halves for index in _ids(half, 1)] == expected
+
+
+def test_opened_by_a_config(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    write_splits(tmp_path, train=30, test=20)
+    config = Config.model_validate(
+        {"data": {"source": str(tmp_path), "train_size": 25}, "rollout": {"prompts": 6}, "eval": {"problems": 500}}
+    )
+    stream = open_problems(config, tokenizer, vocab_size=704)
+    first = next(stream)
+    assert first.prompts.tokens_PT.shape == (6, config.data.max_prompt_length)
+    assert first.prompts.vocab_size == 704
+    assert len(stream.questions.records) == 25
+    assert len(stream.digest) == 64
+    test = held_out(config, tokenizer)
+    assert [problem.place for problem in test.problems] == [f"{tmp_path / 'test.jsonl'}:{n}" for n in range(1, 21)]

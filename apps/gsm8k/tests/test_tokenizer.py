@@ -1,0 +1,95 @@
+"""The embedded tokenizer: exact round trips, loaded as any hub model's is."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from grpo_gsm8k.problems import generate
+from grpo_gsm8k.tokenizer import END, PAD, TokenizerError, load_tokenizer, main, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    assert main([str(path)]) == 0
+    # What stands beside it in a policy's folder: transformers picks the tokenizer's class by it.
+    (path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
+
+
+def test_every_generated_text_comes_back(tokenizer: PreTrainedTokenizerBase) -> None:
+    for split in ("train", "test"):
+        for problem in generate(split, 1_000, seed=5):
+            for text in (problem.question, problem.answer, problem.mistaken or ""):
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(codec="ascii", exclude_characters="<|>")))
+def test_any_ascii_text_comes_back(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text())
+def test_no_text_fails(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert all(0 <= token < len(tokenizer) for token in tokenizer.encode(text))
+
+
+def test_digits_are_single_and_words_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.tokenize("<<48/2=24>>24") == ["<<", "4", "8", "/", "2", "=", "2", "4", ">>", "2", "4"]
+    for problem in generate("test", 300):
+        words = re.findall(" [A-Za-z]+", f" {problem.question}")
+        assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+
+
+def test_lengths_fit_the_laptop(tokenizer: PreTrainedTokenizerBase) -> None:
+    for problem in generate("test", 1_000):
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True
+        )
+        assert len(tokenizer.encode(asked, add_special_tokens=False)) <= 48
+        assert len(tokenizer.encode(problem.answer)) + 1 <= 64
+
+
+def test_special_tokens_and_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    asked = tokenizer.apply_chat_template(talk[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(asked)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    assert ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_making_it_again_gives_the_same_file(folder: Path, tmp_path: Path) -> None:
+    assert make_tokenizer(tmp_path) % 64 == 0
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("eos_token", None, "eos_token"), ("pad_token", END, "pad_token"), ("chat_template", None, "chat_template")],
+)
+def test_a_tokenizer_that_would_not_do_is_refused(
+    folder: Path, tmp_path: Path, key: str, value: str | None, message: str
+) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    settings_ = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings_ | {key: value}))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
