@@ -50,7 +50,10 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     model = merge(abstract(config)[0], params)
     tokens_BT, lengths = reference_inputs(config.vocab_size)
     live = np.arange(tokens_BT.shape[1]) < lengths[:, None]
-    logits = np.asarray(model(tokens_BT, None, live.astype(np.int32)) @ model.unembedding.T) * live[..., None]
+    logits = (
+        np.asarray(model(jnp.asarray(tokens_BT), None, jnp.asarray(live, jnp.int32)) @ model.unembedding.T)
+        * live[..., None]
+    )
     last = logits[np.arange(4), lengths - 1]
     assert np.abs(last - REFERENCE[f"{case}/last_logits"]).max() <= F32_BOUND
     normaliser = np.log(np.exp(logits.astype(np.float64)).sum(-1))
@@ -104,7 +107,7 @@ def plain(tiny):
     target_RTD = target(batch[2].shape)
 
     def loss(params):
-        hidden = merge(graphdef, params)(rows, None, live.astype(np.int32))
+        hidden = merge(graphdef, params)(jnp.asarray(rows), None, jnp.asarray(live, jnp.int32))
         parts = [hidden[i, tokens.shape[1] - len(at) : tokens.shape[1]] for i, (_, at, tokens) in enumerate(whole)]
         return sum(jnp.sum(part * target_RTD[r, at]) for (r, at, _), part in zip(whole, parts)), parts
 
@@ -119,7 +122,7 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
     batch, _ = packed()
 
     def loss(params):
-        hidden = merge(graphdef, params).with_prompts(*batch)
+        hidden = merge(graphdef, params).with_prompts(*map(jnp.asarray, batch))
         return jnp.sum(hidden * target(batch[2].shape) * (batch[4] > 0)[..., None]), hidden
 
     (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny[1])
@@ -156,8 +159,8 @@ def test_packed_rows_are_their_segments(tiny):
 def test_bf16_computes_in_bf16_with_float32_sums(tiny):
     _, params = tiny
     tokens = np.random.default_rng(3).integers(0, 61, (2, 14)).astype(np.int32)
-    exact = merge(abstract(TINY)[0], params)(tokens)
-    low = merge(abstract(TINY, compute_dtype=jnp.bfloat16)[0], params)(tokens)
+    exact = merge(abstract(TINY)[0], params)(jnp.asarray(tokens))
+    low = merge(abstract(TINY, compute_dtype=jnp.bfloat16)[0], params)(jnp.asarray(tokens))
     assert low.dtype == jnp.bfloat16
     assert 1e-4 < float(jnp.sqrt(jnp.mean(jnp.square(low - exact)))) < 0.05
 
