@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Int, UInt32
 
 from grpo_sampler._attention import attend, causal_mask
 from grpo_sampler._config import ModelConfig
@@ -25,12 +25,13 @@ from grpo_sampler._rope import rope_tables
 _MASKED = -1e30
 
 
+# The fields of these are arrays, of the device or the host, or what stands for them: shapes, shardings, axes.
 class Weights(NamedTuple):
     """Parameters as decoding wants them: `layers` is a tuple of blocks (unrolled) or one stacked dictionary."""
 
-    embed: Array
-    unembed: Array
-    final_norm: Array
+    embed: Any
+    unembed: Any
+    final_norm: Any
     layers: Any
 
 
@@ -44,27 +45,27 @@ class Cache(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows' state between chunks, kept on the host."""
+    """The rows' state between chunks, kept on the host. int32, `live_S` bool."""
 
-    token_S: Int[Array, "S"]
-    position_S: Int[Array, "S"]
-    emitted_S: Int[Array, "S"]
-    limit_S: Int[Array, "S"]
-    live_S: Bool[Array, "S"]
-    prompt_id_S: Int[Array, "S"]
-    sample_S: Int[Array, "S"]
-    place_S: Int[Array, "S"]
-    row_Ug: Int[Array, "U g"]
-    shared_length_U: Int[Array, "U"]
+    token_S: Any  # what the row reads next
+    position_S: Any  # absolute position of that token
+    emitted_S: Any  # tokens of the completion so far
+    limit_S: Any  # tokens at which the completion ends
+    live_S: Any
+    prompt_id_S: Any
+    sample_S: Any
+    place_S: Any  # unit * g + seat
+    row_Ug: Any  # the row in each seat
+    shared_length_U: Any  # prompt tokens in each unit
 
 
 class Emitted(NamedTuple):
     """What a chunk emitted, step by step; token -1 where a row emitted nothing."""
 
-    token_iS: Int[Array, "i S"]
-    logp_iS: Float[Array, "i S"]
-    policy_logp_iS: Float[Array, "i S"]
-    column_1: Int[Array, "1"]
+    token_iS: Any
+    logp_iS: Any
+    policy_logp_iS: Any
+    column_1: Any  # the ring's next column
 
 
 def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, unroll: bool) -> Weights:
@@ -72,7 +73,7 @@ def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, unroll: boo
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     layers = cast["layers"]
     if unroll:
-        layers = tuple(jax.tree.map(lambda leaf: leaf[i], layers) for i in range(config.layers))
+        layers = tuple({name: leaf[i] for name, leaf in layers.items()} for i in range(config.layers))
     return Weights(cast["embed"], cast["embed" if config.tied else "unembed"], cast["final_norm"], layers)
 
 
@@ -174,6 +175,7 @@ def decode(
     config: ModelConfig,
     capacity: int,
     filtered: bool,
+    in_step: tuple[str, ...] = (),
 ) -> tuple[Cache, Emitted]:
     """Decodes until `steps` steps are done or at most `floor` rows live; nothing leaves the device in between.
 
@@ -191,6 +193,7 @@ def decode(
         config: the model.
         capacity: length of the record; static.
         filtered: see `draw`; static.
+        in_step: mesh axes whose shards must take the same number of steps, because collectives run inside them.
     Returns:
         The cache, and what was emitted.
     """
@@ -198,12 +201,15 @@ def decode(
     columns = jax.tree.leaves(cache.own_values)[0].shape[-2]
     keys_S = row_keys(seed_N, step, rows.prompt_id_S, rows.sample_S)
 
+    def count(live_S: Array) -> Array:
+        return lax.pmax(live_S.sum(), in_step) if in_step else live_S.sum()
+
     def more(carry: tuple) -> Array:
-        i, live_S = carry[0], carry[4]
-        return (i < steps) & (live_S.sum() > floor)
+        i, living = carry[0], carry[1]
+        return (i < steps) & (living > floor)
 
     def one(carry: tuple) -> tuple:
-        i, column, token_S, emitted_S, live_S, cache, record = carry
+        i, _, column, token_S, emitted_S, live_S, cache, record = carry
         position_S = rows.position_S + i
         age_C = (column - jnp.arange(columns)) % columns
         hidden_SD, cache = _forward(weights, cache, rows, token_S, position_S, emitted_S, age_C, column, config)
@@ -219,15 +225,15 @@ def decode(
         emitted_S = emitted_S + 1
         stopped_S = (token_S[:, None] == law.stop_ids).any(-1)
         live_S = live_S & ~stopped_S & (emitted_S < rows.limit_S)
-        return i + 1, (column + 1) % columns, token_S, emitted_S, live_S, cache, record
+        return i + 1, count(live_S), (column + 1) % columns, token_S, emitted_S, live_S, cache, record
 
     record = (
         jnp.full((capacity, rows_count), -1, jnp.int32),
         jnp.zeros((capacity, rows_count)),
         jnp.zeros((capacity, rows_count)),
     )
-    start = (jnp.int32(0), column_1[0], rows.token_S, rows.emitted_S, rows.live_S, cache, record)
-    _, column, _, _, _, cache, record = lax.while_loop(more, one, start)
+    start = (jnp.int32(0), count(rows.live_S), column_1[0], rows.token_S, rows.emitted_S, rows.live_S, cache, record)
+    _, _, column, _, _, _, cache, record = lax.while_loop(more, one, start)
     return cache, Emitted(*record, column[None])
 
 

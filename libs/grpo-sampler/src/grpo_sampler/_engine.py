@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grpo_contracts import SamplingLaw
 
+from grpo_contracts import SamplingLaw
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._decode import Cache, Emitted, Rows, Weights, decode, empty_cache, keep, prefill, weights_from
-from grpo_sampler._law import LawArrays, is_filtered, law_arrays
+from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
 
 CHUNK = 32  # steps between two looks from the host
-SHARDED_CHUNK = 8  # shards cannot come back early on their own, so they look more often
+SHARDED_CHUNK = 8  # shards that decode without talking cannot come back early together: they look more often
 PREFILL = 4  # prompts of a shard computed at once
 
 
@@ -135,11 +135,11 @@ class Engine:
 
     def _until(self, slots: Slots, shapes: tuple[Shape, ...], level: int) -> tuple[np.int32, np.int32]:
         """How many steps the next chunk may take, and the number of live rows at which it comes back early."""
-        if self.placement.shards > 1:
+        if self.placement.shards > 1 and not self.placement.in_step:
             last = not slots.waiting and level + 1 == len(shapes)
             return np.int32(CHUNK if last else SHARDED_CHUNK), np.int32(0)
         if slots.waiting:
-            return np.int32(CHUNK), np.int32(slots.live.sum() - max(1, slots.shape.rows // 8))
+            return np.int32(CHUNK), np.int32(slots.live.sum(1).max() - max(1, slots.shape.rows // 8))
         return np.int32(CHUNK), np.int32(shapes[level + 1].rows if level + 1 < len(shapes) else 0)
 
     def _fill(self, weights: Weights, cache: Cache, fills: list[Fill], shape: Shape, request: Request) -> Cache:
@@ -251,16 +251,18 @@ class Engine:
             ints = partial(shared, dtype=jnp.int32)
             S = (N * shape.rows,)
             per_row = [ints(S)] * 4 + [shared(S, jnp.bool_)] + [ints(S)] * 3
-            rows = Rows(*per_row, ints((N * shape.units, shape.share)), ints((N * shape.units,)))
+            rows = Rows._make([*per_row, ints((N * shape.units, shape.share)), ints((N * shape.units,))])
             law = jax.tree.map(lambda leaf: shared(leaf.shape, leaf.dtype), law_arrays(SamplingLaw(), 1))
             none = partial(jax.tree.map, lambda _: None)
             function = self.placement.split(
-                partial(decode, config=self.plan.config, capacity=CHUNK, filtered=filtered),
-                (none(self._weights), axes, Rows(*(0,) * len(rows)), none(law), None, None, None, 0, None, None),
+                partial(
+                    decode, config=self.plan.config, capacity=CHUNK, filtered=filtered, in_step=self.placement.in_step
+                ),
+                (none(self._weights), axes, Rows._make([0] * len(rows)), none(law), None, None, None, 0, None, None),
                 (axes, Emitted(1, 1, 1, 0)),
             )
             column = _abstract(ints((N,)), self.placement.rows())
-            emitted = Emitted(*(self.placement.replicated,) * 3, self.placement.rows())
+            emitted = Emitted._make([*(self.placement.replicated,) * 3, self.placement.rows()])
             jitted = jax.jit(function, donate_argnums=1, out_shardings=(_shardings(cache), emitted))
             scalars = (shared((2,), jnp.uint32), shared((), jnp.uint32), ints(()))
             return jitted.lower(self._weights, cache, rows, law, *scalars, column, ints(()), ints(())).compile()

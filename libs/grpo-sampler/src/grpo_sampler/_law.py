@@ -9,15 +9,15 @@ block masses are the partial sums of the log-probability's own normaliser, so a 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grpo_contracts import SamplingLaw
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grpo_contracts import SamplingLaw
 from grpo_sampler._errors import SamplerError
 
 STOP_CAPACITY = 16
@@ -27,11 +27,11 @@ _ONE_AS_BITS = 30  # 1.0 is 0x3F800000: every float in [0, 1] is ordered like it
 class LawArrays(NamedTuple):
     """A sampling law as arrays: scalars, and stop ids padded with -1 to a fixed length."""
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    stop_ids: Int[Array, "N"]
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    stop_ids: Any  # int32 [N]
 
 
 class Draw(NamedTuple):
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 def is_filtered(law: SamplingLaw, min_new_tokens: int = 0) -> bool:
     """Whether the law cuts tokens off, which needs the program that looks for a threshold."""
     filters = law.top_k > 0 or law.top_p < 1.0 or law.min_p > 0.0
-    return law.temperature > 0.0 and filters or (min_new_tokens > 0 and len(law.stop_ids) > 0)
+    return (law.temperature > 0.0 and filters) or (min_new_tokens > 0 and len(law.stop_ids) > 0)
 
 
 def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> LawArrays:
@@ -77,7 +77,7 @@ def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> La
     padded[: stop.size] = stop
     return LawArrays(
         np.float32(law.temperature), np.int32(law.top_k), np.float32(law.top_p), np.float32(law.min_p), padded
-    )  # pyright: ignore[reportReturnType]  # numpy stands for jax arrays until they cross to the device
+    )
 
 
 def draw(

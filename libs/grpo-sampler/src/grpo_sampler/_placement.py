@@ -41,6 +41,11 @@ class Placement:
         """Devices that split each product."""
         return 1 if self.mesh is None else self.mesh.shape.get(TENSOR_AXIS, 1)
 
+    @property
+    def in_step(self) -> tuple[str, ...]:
+        """Axes whose shards must take the same number of steps: all of them once a product needs collectives."""
+        return self.row_axes if self.tensor > 1 else ()
+
     def rows(self, axis: int = 0, heads: int | None = None) -> Sharding:
         """Sharding of an array whose `axis` counts rows or units, and whose next axis counts `heads`."""
         if self.mesh is None:

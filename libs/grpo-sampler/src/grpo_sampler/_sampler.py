@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
 from jax.sharding import Mesh
 
+from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._engine import Engine, Plan, Request
 from grpo_sampler._errors import SamplerError
@@ -17,8 +17,6 @@ from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._slots import Shape, shapes_for
-
-_LEVELS = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Sampler:
         max_prompt_length: longest prompt, in tokens.
         max_new_tokens: longest completion, in tokens.
         slots: sequences that decode at once, over all devices.
+        sizes: batch sizes compiled, each half of the one before; a draining batch passes through them.
         pad_id: fills the padding of rollouts.
         min_new_tokens: stop ids are forbidden (and the law renormalised) before that many tokens.
         prompt_buckets: padded prompt lengths, the last one at least `max_prompt_length`; a batch takes the shortest
@@ -81,6 +80,7 @@ class Sampler:
         max_prompt_length: int,
         max_new_tokens: int,
         slots: int = 128,
+        sizes: int = 4,
         pad_id: int = 0,
         min_new_tokens: int = 0,
         prompt_buckets: Sequence[int] | None = None,
@@ -92,6 +92,7 @@ class Sampler:
             ("max_prompt_length", max_prompt_length),
             ("max_new_tokens", max_new_tokens),
             ("slots", slots),
+            ("sizes", sizes),
         ):
             if value < 1:
                 raise SamplerError(f"{name} must be at least 1: got {value}.")
@@ -117,7 +118,7 @@ class Sampler:
             max_new_tokens,
             min_new_tokens,
         )
-        self.slots, self.pad_id, self.mesh = slots, pad_id, mesh
+        self.slots, self.sizes, self.pad_id, self.mesh = slots, sizes, pad_id, mesh
         self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
         self._columns = -(-max_new_tokens // 8) * 8
         self._compute_dtype = compute_dtype
@@ -300,7 +301,7 @@ class Sampler:
         return -(-self.slots // engine.placement.shards)
 
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
-        return shapes_for(self._shard_slots(engine), group_size, _LEVELS, streaming=streaming)
+        return shapes_for(self._shard_slots(engine), group_size, self.sizes, streaming=streaming)
 
     def _request(
         self,

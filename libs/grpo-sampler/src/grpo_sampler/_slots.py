@@ -141,7 +141,7 @@ class Slots:
 
     def rows(self) -> Rows:
         """The table as the device wants it, shards side by side."""
-        N, S, U, g = (self.shards, *self.shape)
+        N, U, g = self.shards, self.shape.units, self.shape.share
         live = self.live
         prompt = np.where(live, self.request // self.group_size, 0)
         row_of = np.zeros((N, U * g), np.int32)
@@ -159,7 +159,7 @@ class Slots:
             self.place,
         )
         flat = [field.reshape(-1).astype(bool if field.dtype == bool else np.int32) for field in fields]
-        return Rows(*flat, row_of.reshape(N * U, g), shared.reshape(-1).astype(np.int32))  # pyright: ignore[reportArgumentType]
+        return Rows._make([*flat, row_of.reshape(N * U, g), shared.reshape(-1).astype(np.int32)])
 
     def absorb(self, token_iS: np.ndarray, stop_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, Finished]:
         """Books what a chunk emitted and frees the slots of sequences that ended.

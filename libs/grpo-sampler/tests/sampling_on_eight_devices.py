@@ -1,0 +1,84 @@
+"""Run by test_sampling_on_eight_devices.py in its own process: forced devices must come before jax starts."""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
+from grpo_sampler import ModelConfig, Sampler, Transformer, split
+
+CONFIG = ModelConfig(
+    family="qwen2",
+    vocab_size=32,
+    width=16,
+    mlp_width=32,
+    layers=2,
+    query_heads=4,
+    kv_heads=2,
+    head_size=8,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    tied=False,
+    qkv_bias=True,
+    qk_norm=False,
+    max_positions=64,
+)
+SPECS = {
+    "embed": ("tp", "fsdp"),
+    "unembed": ("tp", "fsdp"),
+    "q": (None, "fsdp", "tp"),
+    "k": (None, "fsdp", "tp"),
+    "v": (None, "fsdp", "tp"),
+    "o": (None, "tp", None, "fsdp"),
+    "gate": (None, "fsdp", "tp"),
+    "up": (None, "fsdp", "tp"),
+    "down": (None, "tp", "fsdp"),
+}
+LAW = SamplingLaw(temperature=0.9, stop_ids=(5, 9))
+
+
+def rollout(params, mesh, *, law, unroll, slots):
+    lengths = np.array([3, 8, 5, 1, 7], np.int32)
+    tokens = np.random.default_rng(0).integers(1, 32, (5, 8)).astype(np.int32)
+    tokens[np.arange(8) >= lengths[:, None]] = 0
+    prompts = Prompts(tokens, lengths, np.arange(5, dtype=np.int32), 32, 0)
+    sampler = Sampler(
+        CONFIG, law, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
+    )
+    return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyIdentity(2, "0a"))
+
+
+def sharded(params, mesh):
+    def place(path, leaf):
+        spec = SPECS.get(path[-1].key, ())
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map_with_path(place, params)
+
+
+def main(shape: list[int], filtered: bool, unroll: bool) -> None:
+    params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
+    params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 8}
+    law = SamplingLaw(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if filtered else LAW
+    one = rollout(params, None, law=law, unroll=unroll, slots=24)
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
+    many = rollout(sharded(params, mesh), mesh, law=law, unroll=unroll, slots=16)
+    report = {
+        "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
+        "finish": bool((one.finish_B == many.finish_B).all()),
+        "logp": float(np.abs(one.logp_BT - many.logp_BT).max()),
+        "policy_logp": float(np.abs(one.policy_logp_BT - many.policy_logp_BT).max()),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2] == "filtered", sys.argv[3] == "unrolled")

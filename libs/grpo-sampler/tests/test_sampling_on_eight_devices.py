@@ -1,0 +1,34 @@
+"""A mesh changes where a rollout is computed, not what comes out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "law", "layers"),
+    [
+        ("8,1,1", "plain", "unrolled"),
+        ("1,8,1", "plain", "scanned"),
+        ("2,2,2", "filtered", "unrolled"),
+        ("2,2,2", "plain", "scanned"),
+        ("1,4,2", "filtered", "scanned"),
+        ("4,1,2", "plain", "unrolled"),
+    ],
+)
+def test_results_equal_one_device(mesh, law, layers):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), mesh, law, layers], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["tokens"], report
+    assert report["finish"], report
+    assert report["logp"] <= 5e-6, report
+    assert report["policy_logp"] <= 5e-6, report
