@@ -1,0 +1,12 @@
+"""The README's example runs as it stands."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, str(README), "exec"), {})
+    assert "STOP" in (out := capsys.readouterr().out) or "LENGTH" in out
