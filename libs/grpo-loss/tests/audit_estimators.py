@@ -84,6 +84,31 @@ def per_prefix(divergence, sampler=POLICY):
     return jax.grad(total)(POLICY)
 
 
+def group_tokens(weight_MGT):
+    """sum over groups of their probability × sum of weight(group, sample, t) grad log policy(x_t)."""
+    probability_M = np.asarray(probability_of(POLICY))[TUPLE_MG].prod(axis=1)
+    weight_NT = np.zeros(MASK_NT.shape)
+    np.add.at(weight_NT, TUPLE_MG.reshape(-1), (probability_M[:, None, None] * weight_MGT).reshape(-1, LONGEST))
+    return jax.grad(lambda logits: (weight_NT * logp_of(logits)).sum())(POLICY)
+
+
+def normalised(value_MG, ddof):
+    """Minus the mean of the group, over its deviation; 0 where all are equal."""
+    centred_MG = value_MG - value_MG.mean(axis=1, keepdims=True)
+    scaled_MG = centred_MG / (value_MG.std(axis=1, ddof=ddof, keepdims=True) + 1e-6)
+    return np.where(np.ptp(value_MG, axis=1, keepdims=True) > 0, scaled_MG, 0)
+
+
+def whitened_tokens(value_MG):
+    """Every token with its sequence's value, whitened over the tokens of the group, and divided by their number."""
+    mask_MGT = MASK_NT[TUPLE_MG]
+    tokens_M = mask_MGT.sum(axis=(1, 2), keepdims=True)
+    value_MGT = np.where(mask_MGT, value_MG[:, :, None], 0)
+    mean_M = value_MGT.sum(axis=(1, 2), keepdims=True) / tokens_M
+    gap_MGT = np.where(mask_MGT, value_MGT - mean_M, 0)
+    return gap_MGT / (np.sqrt((gap_MGT**2).sum(axis=(1, 2), keepdims=True) / tokens_M) + 1e-6) / tokens_M
+
+
 def effective_reward(advantage_MG):
     """E[advantage of a sample | the sample]: the reward that a group estimator acts on."""
     probability_N = np.asarray(probability_of(POLICY))
@@ -169,10 +194,7 @@ def _values():
 
 
 def _grpo_effective(scale):
-    reward_MG = REWARD_N[TUPLE_MG]
-    centred_MG = reward_MG - reward_MG.mean(axis=1, keepdims=True)
-    spread_M = reward_MG.std(axis=1, ddof=1, keepdims=True) + 1e-6 if scale == "sample" else 1.0
-    return effective_reward(np.where(np.ptp(reward_MG, axis=1, keepdims=True) > 0, centred_MG / spread_M, 0))
+    return effective_reward(normalised(REWARD_N[TUPLE_MG], ddof=1 if scale == "sample" else 0))
 
 
 def _token_mean(weight_N):
@@ -227,8 +249,45 @@ def estimators():
     sample = _column(lambda lib, r: lib.group_advantage(r, group_size=GROUP))
     kl = {"kind": "reinforce", "reference": True, "kl_coefficient": 1.0, **SUM}
     corrected = {"kind": "reinforce", "from_sampler": True, **SUM}
+
+    reward_MG, mask_MGT = REWARD_N[TUPLE_MG], MASK_NT[TUPLE_MG]
+    sample_MGT = normalised(reward_MG, 1)[:, :, None] * mask_MGT / mask_MGT.sum(axis=(1, 2), keepdims=True)
+    objectives_MG = normalised(reward_MG, 1) + 2 * normalised(1.0 * LENGTH_N[TUPLE_MG], 1)
+    gdpo_MGT = normalised(objectives_MG, 0)[:, :, None] * mask_MGT / GROUP
+
+    def gdpo(library, reward, mask, tuple_G):
+        both = jnp.stack([reward, 1.0 * jnp.asarray(LENGTH_N)[tuple_G]], axis=1)
+        return library.gdpo_advantage(both, np.array([1.0, 2.0]), group_size=GROUP)[:, None]
+
+    def scaled(scale):
+        return _column(lambda lib, r: lib.group_advantage(r, group_size=GROUP, scale=scale))
+
+    def returns(library, reward, mask, tuple_G):
+        return library.reinforce_plus_plus_advantage(library.token_reward(reward, mask), mask)
+
+    def baseline(library, reward, mask, tuple_G):
+        return library.reinforce_plus_plus_baseline_advantage(reward, mask, group_size=GROUP)
+
+    population = weighted_score(_grpo_effective("population"))
+    held = "grad E[a(x)], a(x) = E[A | x] held"
+    tokens = "E[sum of A grad log p / tokens of the group], A as documented"
+    more = [
+        Estimator("GRPO, token-mean (the default)", sample, {"kind": "ppo"}, group_tokens(sample_MGT), tokens),
+        Estimator("population deviation", scaled("population"), plain, population, held),
+        Estimator("batch deviation, one group", scaled("batch"), plain, population, held),
+        Estimator("REINFORCE++", returns, {"kind": "ppo"}, group_tokens(whitened_tokens(reward_MG)), tokens),
+        Estimator(
+            "REINFORCE++-baseline",
+            baseline,
+            {"kind": "ppo"},
+            group_tokens(whitened_tokens(reward_MG - reward_MG.mean(axis=1, keepdims=True))),
+            tokens,
+        ),
+        Estimator("GDPO, reward and length", gdpo, plain, group_tokens(gdpo_MGT), "E[sum of A grad log p / G]"),
+    ]
     capped_N, inside_N = np.minimum(whole_N, 1.5), whole_N * (whole_N <= 1.5)
     return [
+        *more,
         Estimator("REINFORCE", _raw, plain, grad, "grad E[R]"),
         Estimator("RLOO", rloo, plain, grad, "grad E[R]"),
         Estimator(

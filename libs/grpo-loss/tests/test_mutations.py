@@ -282,7 +282,14 @@ MUTATIONS = [
         "jnp.sqrt(variance + epsilon)",
         "check_group_advantages",
     ),
-    ("variance about zero", "_whiten.py", "- jnp.square(self.mean()), 0)", "- 0, 0)", "check_group_advantages"),
+    ("variance about zero", "_whiten.py", "jnp.square(kept - mean)", "jnp.square(kept)", "check_group_advantages"),
+    (
+        "parts put together without the gap of their means",
+        "_whiten.py",
+        "+ jnp.square(gap) * self.count * share",
+        "",
+        "check_group_advantages",
+    ),
     (
         "whitening reads the padding",
         "_whiten.py",

@@ -11,48 +11,56 @@ from jaxtyping import Array, Bool, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """Sums that describe a set of numbers; the sums of two sets, added, describe both together.
+    """What is needed of a set of numbers to whiten it; `a + b` describes both sets together.
+
+    Deviations are kept about the set's own mean: sums of plain squares would lose, in float32, a spread that is small
+    beside the mean.
 
     Attributes:
         count: how many.
-        total: their sum.
-        square: the sum of their squares.
+        mean: their mean (0 of none).
+        deviation: the sum of their squared distances from the mean.
     """
 
     count: Float[Array, ""]
-    total: Float[Array, ""]
-    square: Float[Array, ""]
+    mean: Float[Array, ""]
+    deviation: Float[Array, ""]
 
     def __add__(self, other: "Moments") -> "Moments":
-        """The sums of both sets."""
-        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
-
-    def mean(self) -> Float[Array, ""]:
-        """Their mean (0 of none)."""
-        return self.total / jnp.maximum(self.count, 1)
+        """The moments of both sets taken together. Source: Chan, Golub, LeVeque (1979), eq. 2.1."""
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+        gap = other.mean - self.mean
+        deviation = self.deviation + other.deviation + jnp.square(gap) * self.count * share
+        return Moments(count, self.mean + gap * share, deviation)
 
     def variance(self) -> Float[Array, ""]:
         """Their population variance (0 of none)."""
-        return jnp.maximum(self.square / jnp.maximum(self.count, 1) - jnp.square(self.mean()), 0)
+        return self.deviation / jnp.maximum(self.count, 1)
 
 
 def moments(
     value: Float[ArrayLike, "*N"], mask: Bool[ArrayLike, "*N"], *, axis_name: str | tuple[str, ...] | None = None
 ) -> Moments:
-    """The sums from which mean and variance follow, here or over all processes.
+    """Count, mean and squared deviations, here or over all processes.
 
     Args:
         value: of any shape.
         mask: which of them count.
-        axis_name: a mapped axis (`shard_map`) to add over.
+        axis_name: a mapped axis (`shard_map`) to take together.
 
     Returns:
         Moments. To whiten over processes without a mapped axis, add theirs up with `+`.
     """
+
+    def over_all(part: Array) -> Array:
+        return part if axis_name is None else jax.lax.psum(part, axis_name)
+
     array = jnp.asarray(value)
     kept = jnp.where(mask, array.astype(jnp.promote_types(array.dtype, jnp.float32)), 0)
-    sums = Moments(jnp.asarray(mask).sum().astype(kept.dtype), kept.sum(), jnp.square(kept).sum())
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    count = over_all(jnp.asarray(mask).sum().astype(kept.dtype))
+    mean = over_all(kept.sum()) / jnp.maximum(count, 1)
+    return Moments(count, mean, over_all(jnp.where(mask, jnp.square(kept - mean), 0).sum()))
 
 
 def whiten(
@@ -76,7 +84,7 @@ def whiten(
         The same shape.
     """
     sums = moments(value, mask) if batch_moments is None else batch_moments
-    mean = sums.mean() if centre else 0.0
+    mean = sums.mean if centre else 0.0
     return jnp.where(mask, divide_by_deviation(jnp.asarray(value) - mean, sums.variance(), epsilon), 0)
 
 
