@@ -187,5 +187,5 @@ def test_a_sharded_vocabulary_stays_sharded():
     print(json.dumps(report, indent=1))
     for found in report.values():
         assert found["difference"] < 1e-5
-        # Less than the unembedding (96 x 16) or one chunk's logits (16 x 96): nothing with a vocabulary axis is gathered.
+        # Less than the unembedding (96 x 16) or a chunk of logits (16 x 96): the vocabulary is never gathered.
         assert found["largest_collective"] < 96 * 16

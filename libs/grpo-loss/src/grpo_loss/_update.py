@@ -20,7 +20,6 @@ from grpo_loss._terms import LossTerms
 Params: TypeAlias = Any
 Forward: TypeAlias = Callable[[Params, MicroBatch], tuple[Array, Array]]
 Loss: TypeAlias = Callable[[Array, Array, MicroBatch], LossTerms]
-Update: TypeAlias = Callable[["TrainState", PackedBatch], tuple["TrainState", dict[str, Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +106,7 @@ def make_update(
     *,
     max_grad_norm: float | None = 1.0,
     param_shardings: Params | None = None,
-) -> Update:
+) -> jax.stages.Wrapped:
     """A compiled update: one optimizer step from a batch of any fill. The state it is given is donated.
 
     A loss, gradient or step that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
@@ -169,7 +168,7 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(forward: Forward) -> Callable[[Params, PackedBatch], tuple[Array, Array]]:
+def make_score(forward: Forward) -> jax.stages.Wrapped:
     """A compiled scoring pass: old or reference log-probabilities of a packed batch.
 
     Args:

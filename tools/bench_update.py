@@ -1,0 +1,291 @@
+"""Seconds, temporary bytes and tokens/s of one policy update, side by side with tunix's GRPO update.
+
+    python tools/bench_update.py                              # this stack alone
+    python tools/bench_update.py --tunix VENV/bin/python      # and google-tunix 0.1.7, in an environment of its own
+    python tools/bench_update.py --memory                     # compiled temporaries of a 0.5B update; nothing runs
+
+32 sequences in groups of 8, prompts of 64 to 96 tokens, 128 new tokens, float32, AdamW with clipping, no KL. tunix runs
+the body of its trainer's step (`PeftTrainer._train_step`) on its own `grpo_loss_fn` and Qwen3, jitted with donation.
+The two sides take turns, a fresh process each, and medians over all turns are compared; a token is one that counts in
+the loss.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+_SIZES = ("layers", "width", "mlp_width", "query_heads", "kv_heads", "head_size", "vocab_size")
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": dict(zip(_SIZES, (4, 128, 512, 4, 2, 32, 512), strict=True)),
+    "small": dict(zip(_SIZES, (8, 512, 1536, 8, 2, 64, 32_000), strict=True)),
+}
+GROUPS, GROUP_SIZE, NEW_TOKENS, LONGEST_PROMPT = 4, 8, 128, 96
+PAD, EOS = 0, 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tunix", help="python of an environment with google-tunix")
+    parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", default=["full", "geometric"], choices=["full", "geometric"])
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--side", choices=["ours", "tunix"], help="run one side in this process and print JSON")
+    options = parser.parse_args()
+    if options.memory:
+        print(f"temporaries of a 0.5B update, 8 x 1,024 tokens: {real_size_bytes() / 1e9:.2f} GB")
+    elif options.side:
+        run = {"ours": ours, "tunix": tunix}[options.side]
+        print(json.dumps(run(options.models[0], options.lengths[0], options.repeats)))
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    sides = {"ours": sys.executable} | ({"tunix": options.tunix} if options.tunix else {})
+    for model in options.models:
+        for lengths in options.lengths:
+            seconds: dict[str, list[float]] = {side: [] for side in sides}
+            last: dict[str, dict] = {}
+            for _ in range(options.turns):
+                for side, python in sides.items():
+                    command = [python, __file__, "--side", side, "--models", model, "--lengths", lengths]
+                    command += ["--repeats", str(options.repeats)]
+                    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                    last[side] = json.loads(output.splitlines()[-1])
+                    seconds[side] += last[side]["seconds"]
+            for side, values in seconds.items():
+                median = statistics.median(values)
+                print(
+                    f"{model} {lengths} {side}: {median:.3f} s (min {min(values):.3f}), "
+                    f"{last[side]['tokens'] / median:,.0f} tokens/s, {last[side]['bytes'] / 1e9:.2f} GB temporaries"
+                    + f" {last[side].get('note', '')}",
+                    flush=True,
+                )
+            if "tunix" in seconds:
+                ratio = statistics.median(seconds["tunix"]) / statistics.median(seconds["ours"])
+                print(f"{model} {lengths} ratio: {ratio:.2f}", flush=True)
+
+
+def rollout(vocabulary: int, lengths: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, prompt lengths, total lengths, groups and advantages of one batch; the same for both sides."""
+    rng = np.random.default_rng(0)
+    B = GROUPS * GROUP_SIZE
+    prompt_length_B = np.repeat(rng.integers(64, LONGEST_PROMPT + 1, GROUPS), GROUP_SIZE)
+    length_B = np.full(B, NEW_TOKENS) if lengths == "full" else np.minimum(rng.geometric(1 / 40, B), NEW_TOKENS)
+    total_length_B = prompt_length_B + length_B
+    tokens_BT = rng.integers(2, vocabulary, (B, LONGEST_PROMPT + NEW_TOKENS)).astype(np.int32)
+    place_T = np.arange(tokens_BT.shape[1])
+    leaders_BT = np.repeat(tokens_BT[::GROUP_SIZE], GROUP_SIZE, axis=0)
+    tokens_BT = np.where(place_T < prompt_length_B[:, None], leaders_BT, tokens_BT)
+    tokens_BT = np.where(place_T < total_length_B[:, None], tokens_BT, PAD)
+    group_B = np.repeat(np.arange(GROUPS), GROUP_SIZE)
+    return tokens_BT, prompt_length_B, total_length_B, group_B, rng.normal(size=B).astype(np.float32)
+
+
+def timed(call, repeats: int) -> list[float]:
+    seconds = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if turn:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def temporary_bytes(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def make_policy_update(config, **options):
+    """The stack's update: shared prompts, packed rows, chunked log-probabilities, one compiled program."""
+    import optax
+
+    import grpo_loss
+    from grpo_sampler import abstract, merge
+
+    graphdef, params = abstract(config, **options)
+
+    def forward(params, micro):
+        model = merge(graphdef, params)
+        hidden_RTD = model.with_prompts(
+            micro.prompt_tokens_PT,
+            micro.prompt_length_P,
+            micro.tokens_RT,
+            micro.positions_RT,
+            micro.segment_RT,
+            micro.prompt_R,
+        )
+        return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT)
+
+    def loss(logp_RT, entropy_RT, micro):
+        return grpo_loss.policy_loss(
+            logp_RT,
+            old_logp_RT=None,
+            advantage_RT=micro.data["advantage"],
+            mask_RT=micro.mask_RT,
+            segment_RT=micro.segment_RT,
+            entropy_RT=entropy_RT,
+        )
+
+    optimizer = optax.adamw(1e-6)
+    return grpo_loss.make_update(forward, loss, optimizer), optimizer, params
+
+
+def ours(name: str, lengths: str, repeats: int) -> dict:
+    import jax
+    from flax import nnx
+
+    import grpo_loss
+    from grpo_sampler import ModelConfig, Transformer, split
+
+    config = ModelConfig(family="qwen3", tied=True, qk_norm=True, **MODELS[name])
+    update, optimizer, _ = make_policy_update(config)
+    _, params = split(Transformer(config, rngs=nnx.Rngs(0)))
+    tokens_BT, prompt_length_B, total_length_B, group_B, advantage_B = rollout(config.vocab_size, lengths)
+
+    def shape(rows: int, prompts: int, row_length: int = NEW_TOKENS) -> grpo_loss.PackShape:
+        return grpo_loss.PackShape.for_rollout(
+            sequences=len(group_B),
+            groups=GROUPS,
+            max_prompt_length=LONGEST_PROMPT,
+            max_new_tokens=NEW_TOKENS,
+            rows=rows,
+            prompts=prompts,
+            row_length=row_length,
+        )
+
+    shapes = [shape(8, 1), shape(4, 2), shape(3, 1), shape(16, 4), shape(12, 4), shape(4, 4, 384)]
+    state = grpo_loss.init_state(params, optimizer)
+
+    def batch() -> grpo_loss.PackedBatch:
+        packed = grpo_loss.pack(tokens_BT, prompt_length_B, total_length_B, group_B, shape=shapes)
+        return packed.with_sequences(advantage=advantage_B)
+
+    first = batch()
+    compiled = update.lower(state, first).compile()
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = compiled(state, batch())
+        jax.block_until_ready((state, metrics))
+
+    micro = first.micro
+    return {
+        "seconds": timed(step, repeats),
+        "tokens": int(micro.mask_RT.sum()),
+        "bytes": temporary_bytes(compiled),
+        "note": f"fill {first.fill:.0%}, {int(first.count)} micro-batches of {micro.tokens_RT.shape[1:]} tokens, "
+        f"{micro.prompt_length_P.shape[1]} prompts",
+    }
+
+
+def tunix(name: str, lengths: str, repeats: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    from tunix.models.qwen3 import model as qwen3  # pyright: ignore[reportMissingImports]
+    from tunix.rl import algo_core  # pyright: ignore[reportMissingImports]
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, TrainExample  # pyright: ignore[reportMissingImports]
+
+    sizes = MODELS[name]
+    config = qwen3.ModelConfig(
+        num_layers=sizes["layers"],
+        vocab_size=sizes["vocab_size"],
+        embed_dim=sizes["width"],
+        hidden_dim=sizes["mlp_width"],
+        num_heads=sizes["query_heads"],
+        head_dim=sizes["head_size"],
+        num_kv_heads=sizes["kv_heads"],
+        norm_eps=1e-6,
+        rope_theta=10_000,
+        use_tied_embedding=True,
+    )
+    model = qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6)), wrt=nnx.Param)
+    algorithm = GRPOConfig(num_generations=GROUP_SIZE, beta=0.0)
+    algorithm.temperature = 1.0  # its learner copies this from the rollout's settings
+    tokens_BT, prompt_length_B, total_length_B, _, advantage_B = rollout(sizes["vocab_size"], lengths)
+    prompts = np.full((len(tokens_BT), LONGEST_PROMPT), PAD, np.int32)
+    completions = np.full((len(tokens_BT), NEW_TOKENS), PAD, np.int32)
+    for b, (prompt, total) in enumerate(zip(prompt_length_B, total_length_B, strict=True)):
+        prompts[b, LONGEST_PROMPT - prompt :] = tokens_BT[b, :prompt]
+        completions[b, : total - prompt] = tokens_BT[b, prompt:total]
+    example = TrainExample(
+        prompt_ids=jnp.asarray(prompts),
+        prompt_mask=jnp.asarray(prompts != PAD),
+        completion_ids=jnp.asarray(completions),
+        completion_mask=jnp.asarray(completions != PAD),
+        advantages=jnp.asarray(advantage_B),
+        ref_per_token_logps=None,
+        old_per_token_logps=None,
+    )
+
+    def loss_fn(model, example):
+        return algo_core.grpo_loss_fn(model, example, algo_config=algorithm, pad_id=PAD, eos_id=EOS)
+
+    def train_step(model, optimizer, example):
+        (loss, _), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model, example)
+        norm = optax.global_norm(gradients)
+        optimizer.update(model, gradients)
+        return loss, norm
+
+    compiled = nnx.jit(train_step, donate_argnums=(0, 1))
+    graphdef, state = nnx.split((model, optimizer))
+
+    def pure(state, example):
+        model, optimizer = nnx.merge(graphdef, state)
+        out = train_step(model, optimizer, example)
+        return nnx.state((model, optimizer)), out
+
+    whole = jax.jit(pure, donate_argnums=0).lower(state, example).compile()
+    return {
+        "seconds": timed(lambda: jax.block_until_ready(compiled(model, optimizer, example)), repeats),
+        "tokens": int((completions != PAD).sum()),
+        "bytes": temporary_bytes(whole),
+    }
+
+
+def real_size_bytes() -> int:
+    """Temporaries of a whole update at the shape of a 0.5B model: 8 sequences of 1,024 tokens, 256 of them prompt."""
+    import jax
+    import jax.numpy as jnp
+
+    import grpo_loss
+    from grpo_sampler import ModelConfig
+
+    config = ModelConfig(
+        family="qwen2",
+        vocab_size=151_936,
+        width=896,
+        mlp_width=4864,
+        layers=24,
+        query_heads=14,
+        kv_heads=2,
+        head_size=64,
+        tied=True,
+        qkv_bias=True,
+    )
+    update, optimizer, params = make_policy_update(config, remat=True)
+    shape = grpo_loss.PackShape.for_rollout(
+        sequences=8, groups=1, max_prompt_length=256, max_new_tokens=768, rows=8, prompts=1
+    )
+    tokens_BT = np.ones((8, 1024), np.int32)
+    lengths = np.full(8, 256), np.full(8, 1024)
+    batch = grpo_loss.pack(tokens_BT, *lengths, np.zeros(8, int), shape=shape)
+    batch = batch.with_sequences(advantage=np.ones(8, np.float32))
+    state = jax.eval_shape(lambda params: grpo_loss.init_state(params, optimizer), params)
+    abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), batch)
+    return temporary_bytes(update.lower(state, abstract_batch).compile())
+
+
+if __name__ == "__main__":
+    main()
