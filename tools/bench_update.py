@@ -37,10 +37,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 8], help="rows of a micro-batch, for --memory")
     parser.add_argument("--side", choices=["ours", "tunix"], help="run one side in this process and print JSON")
     options = parser.parse_args()
     if options.memory:
-        print(f"temporaries of a 0.5B update, 8 x 1,024 tokens: {real_size_bytes() / 1e9:.2f} GB")
+        for rows in options.rows:
+            size = real_size_bytes(rows) / 1e9
+            print(f"temporaries of a 0.5B update, 8 x 1,024 tokens, {rows} rows at a time: {size:.2f} GB", flush=True)
     elif options.side:
         run = {"ours": ours, "tunix": tunix}[options.side]
         print(json.dumps(run(options.models[0], options.lengths[0], options.repeats)))
@@ -254,7 +257,7 @@ def tunix(name: str, lengths: str, repeats: int) -> dict:
     }
 
 
-def real_size_bytes() -> int:
+def real_size_bytes(rows: int) -> int:
     """Temporaries of a whole update at the shape of a 0.5B model: 8 sequences of 1,024 tokens, 256 of them prompt."""
     import jax
     import jax.numpy as jnp
@@ -276,7 +279,7 @@ def real_size_bytes() -> int:
     )
     update, optimizer, params = make_policy_update(config, remat=True)
     shape = grpo_loss.PackShape.for_rollout(
-        sequences=8, groups=1, max_prompt_length=256, max_new_tokens=768, rows=8, prompts=1
+        sequences=8, groups=1, max_prompt_length=256, max_new_tokens=768, rows=rows, prompts=1
     )
     tokens_BT = np.ones((8, 1024), np.int32)
     lengths = np.full(8, 256), np.full(8, 1024)
