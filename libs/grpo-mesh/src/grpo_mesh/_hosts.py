@@ -20,6 +20,7 @@ KINDS = ("auto", "single", "explicit", "tpu", "slurm", "jobset")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _JOBSET = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_INDEX", "JOB_COMPLETION_INDEX", "JOBSET_JOBS", "JOBSET_PODS")
 _PORT = 8476
+_joined: list[Job] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,9 @@ def initialize(
 ) -> Job:
     """Joins this process to its job; call it before any array is made.
 
-    Afterwards an uncaught exception ends this process at once, without waiting for the others at exit, and the others
-    end with a message and a non-zero code within `heartbeat` + 10 seconds.
+    Called again without arguments it returns the same job. After it, an uncaught exception ends this process at once,
+    without waiting for the others at exit, and the others end with a message and a non-zero code within `heartbeat` + 10
+    seconds.
 
     Args:
         kind: "explicit" (arguments, or GRPO_COORDINATOR, GRPO_PROCESS_COUNT and GRPO_PROCESS_ID, as set by
@@ -78,13 +80,16 @@ def initialize(
         What was found.
 
     Raises:
-        HostsError: the environment does not offer the kind asked for, or the processes did not join in time.
+        HostsError: the environment does not offer the kind asked for, the processes did not join in time, or this
+            process belongs to another job already.
     """
     if kind not in KINDS:
         raise HostsError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}.")
-    if _runtime.started():
-        raise HostsError("initialize must be called once: this process has already joined a job.")
     given = {"coordinator": coordinator, "processes": processes, "rank": rank}
+    if _joined:
+        if kind != "auto" or any(value is not None for value in given.values()):
+            raise HostsError(f"this process has already joined a job, and cannot change it: {_joined[0]}.")
+        return _joined[0]
     if kind == "auto":
         kind = "explicit" if any(value is not None for value in given.values()) else detect(os.environ)
     if kind == "single":
@@ -102,6 +107,7 @@ def initialize(
     job = Job(kind, _runtime.rank(), _runtime.process_count(), _runtime.coordinator_address(), seen, heartbeat)
     if job.processes > 1:
         sys.excepthook = _leave_on_exception
+    _joined.append(job)
     return job
 
 

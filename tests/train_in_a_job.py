@@ -1,0 +1,62 @@
+"""One process of the job in `test_many_hosts.py`: makes or trains a toy policy, and prints what the weights became."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpo_mesh
+
+# Nothing below may touch a device before the processes have joined.
+job = grpo_mesh.initialize(heartbeat=5, timeout=120)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from grpo_gsm8k.assemble import assemble  # noqa: E402
+from grpo_gsm8k.checkpoint import Checkpoints  # noqa: E402
+from grpo_gsm8k.layers import load  # noqa: E402
+from grpo_gsm8k.tokenizer import make_tokenizer  # noqa: E402
+from grpo_gsm8k.train import train  # noqa: E402
+from grpo_sampler import ModelConfig, Transformer, save, split  # noqa: E402
+
+
+def share_of_digits(*, completions: list[str], **_: Any) -> list[float | None]:
+    """A reward that a random policy already gets now and then."""
+    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
+
+
+def make_policy(folder: Path) -> None:
+    folder.mkdir()
+    vocabulary = make_tokenizer(folder, problems=300)
+    architecture = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": vocabulary,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(architecture))
+    model = ModelConfig.from_file(folder)
+    save(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
+
+
+def run(settings: list[str]) -> None:
+    config = load([], settings)
+    if code := train(config):
+        grpo_mesh.leave(code, "training did not finish")
+    assembled = assemble(config)
+    restored = Checkpoints(Path(config.run.dir) / "checkpoints", keep=1).restore(assembled.state, assembled.identity)
+    assert restored is not None
+    weights = grpo_mesh.to_host(restored.state.params)
+    if job.rank == 0:
+        leaves = jax.tree_util.tree_flatten_with_path(weights)[0]
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        np.savez(Path(config.run.dir) / "weights.npz", **dict(zip(names, (leaf for _, leaf in leaves))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make-policy":
+        make_policy(Path(sys.argv[2]))
+    else:
+        run(sys.argv[1:])
