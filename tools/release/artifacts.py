@@ -1,0 +1,132 @@
+"""Wheels and source distributions: built from the tree, and looked into before anybody else does."""
+
+from __future__ import annotations
+
+import email.message
+import email.parser
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .history import tracked_files
+from .workspace import Package, ReleaseError, Workspace
+
+_SDIST_EXTRA = {"PKG-INFO", ".gitignore", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+_REQUIRED_METADATA = (
+    "Summary",
+    "Description-Content-Type",
+    "License-Expression",
+    "License-File",
+    "Author",
+    "Keywords",
+    "Classifier",
+    "Requires-Python",
+    "Project-URL",
+)
+
+
+def uv(*arguments: str, cwd: Path | None = None) -> str:
+    """Run uv and return what it printed.
+
+    Raises:
+        ReleaseError: uv is missing, or fails; its own message is passed on.
+    """
+    found = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    if found is None:
+        raise ReleaseError("uv must be on the PATH: `pip install uv`, or use `hatch run release:...`.")
+    done = subprocess.run([found, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ReleaseError(f"uv {' '.join(arguments)} failed:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def build(packages: list[Package], target: Path, *, wheels_only: bool = False) -> list[Path]:
+    """Build a source distribution of every package, and the wheel out of that.
+
+    A wheel that is built from the source distribution proves that the latter is complete.
+
+    Args:
+        packages: what to build.
+        target: where the files go.
+        wheels_only: straight from the tree, for a quick look.
+
+    Returns:
+        The files, wheels after their source distributions.
+
+    Raises:
+        ReleaseError: a build fails.
+    """
+    files: list[Path] = []
+    for package in packages:
+        uv("build", "--quiet", *(("--wheel",) if wheels_only else ()), "--out-dir", str(target), str(package.folder))
+        files += [target / package.wheel] if wheels_only else [target / package.sdist, target / package.wheel]
+    return files
+
+
+def inspect(workspace: Workspace, package: Package, folder: Path) -> list[str]:
+    """What is wrong with a package's two built files; empty when they hold what they should and nothing else.
+
+    Args:
+        workspace: the tree they were built from, a git repository.
+        package: the package.
+        folder: where the files lie.
+    """
+    known = tracked_files(workspace.root, package.folder)
+    found = [f"{package.wheel}: {text}" for text in _wheel(package, folder / package.wheel, known)]
+    return found + [f"{package.sdist}: {text}" for text in _sdist(package, folder / package.sdist, known)]
+
+
+def twine_check(files: list[Path]) -> list[str]:
+    """What twine says against built files; empty when they would be accepted and rendered by an index."""
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [] if done.returncode == 0 else [f"twine check: {(done.stdout + done.stderr).strip()}"]
+
+
+def _wheel(package: Package, path: Path, known: set[str]) -> Iterator[str]:
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+        metadata_folder = f"{package.module}-{package.version}.dist-info/"
+        expected = {name.removeprefix("src/") for name in known if name.startswith(f"src/{package.module}/")}
+        expected |= {metadata_folder + name for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+        if "scripts" in package.metadata:
+            expected.add(f"{metadata_folder}entry_points.txt")
+        yield from _difference(names, expected)
+        if f"{package.module}/py.typed" not in names:
+            yield f"{package.module}/py.typed is missing: the library would be untyped for its users"
+        if f"{metadata_folder}METADATA" in names:
+            text = wheel.read(f"{metadata_folder}METADATA").decode()
+            yield from _metadata(package, email.parser.HeaderParser().parsestr(text), text)
+
+
+def _sdist(package: Package, path: Path, known: set[str]) -> Iterator[str]:
+    with tarfile.open(path) as archive:
+        top = f"{package.module}-{package.version}/"
+        names = {member.name.removeprefix(top) for member in archive.getmembers() if member.isfile()}
+    yield from _difference(names, {name for name in known if name.startswith(("src/", "tests/"))} | _SDIST_EXTRA)
+
+
+def _difference(names: set[str], expected: set[str]) -> Iterator[str]:
+    yield from (f"holds {name}, which git does not know or does not belong there" for name in sorted(names - expected))
+    yield from (f"lacks {name}" for name in sorted(expected - names))
+
+
+def _metadata(package: Package, fields: email.message.Message, text: str) -> Iterator[str]:
+    if (fields["Name"], fields["Version"]) != (package.name, str(package.version)):
+        yield f"METADATA must be of {package.name} {package.version}: got {fields['Name']} {fields['Version']}"
+    yield from (f"METADATA lacks {field}" for field in _REQUIRED_METADATA if not fields[field])
+    classifiers = fields.get_all("Classifier") or []
+    if "Typing :: Typed" not in classifiers:
+        yield "METADATA lacks the classifier 'Typing :: Typed'"
+    if fields["Requires-Python"] != package.metadata["requires-python"]:
+        yield f"METADATA must require Python {package.metadata['requires-python']}: got {fields['Requires-Python']}"
+    required = [line for line in fields.get_all("Requires-Dist") or [] if "extra ==" not in line]
+    if {line.replace(" ", "") for line in required} != {str(r).replace(" ", "") for r in package.requirements}:
+        yield f"METADATA must require what pyproject.toml does: got {', '.join(required)}"
+    if len(text.partition("\n\n")[2].split()) < 20:
+        yield "the README, its page on an index, says next to nothing"

@@ -1,0 +1,47 @@
+"""Whether a library still means what it meant: the golden cases of a tree, computed by the sources of another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .workspace import read_workspace
+
+GOLDEN = Path("tests/golden")
+
+
+def changed_meanings(
+    golden: Path,
+    library: str,
+    *,
+    tree: Path | None = None,
+    part: str | None = None,
+    python: Path | str = sys.executable,
+) -> list[str]:
+    """Compute a library's golden cases and compare them with the stored values.
+
+    Args:
+        golden: a folder `tests/golden`, of this tree or of an older one.
+        library: name of the package.
+        tree: the tree whose sources are to be used; None: what is installed in `python`'s environment.
+        part: which of its cases; None: all.
+        python: the interpreter.
+
+    Returns:
+        One sentence for each case whose shape, type or value differs, or one with the last line of the error if the
+        cases cannot be computed at all. Empty where nothing stored changed, or nothing was stored.
+    """
+    if not (golden / f"{library}.npz").exists():
+        return []
+    command = [str(python), str(golden / "replay.py"), library, *(() if part is None else ("--part", part))]
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    if tree is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(str(path.sources) for path in read_workspace(tree).libraries)
+    done = subprocess.run(command, cwd=golden, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return []
+    if done.returncode == 1 and done.stdout.strip():
+        return done.stdout.strip().splitlines()
+    return [f"the golden cases cannot be computed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]

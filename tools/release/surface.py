@@ -1,0 +1,128 @@
+"""The public surface of a library, read without importing it, and what changed between two trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import griffe
+
+from .workspace import ReleaseError
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed in a public surface.
+
+    Args:
+        breaking: what code written against the old tree may trip over, one sentence each.
+        added: public names that are new.
+    """
+
+    breaking: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+def public_names(sources: Path, module: str) -> list[str]:
+    """The public names of a library: `__all__` of the package and of each public submodule that has one.
+
+    Args:
+        sources: folder on the import path.
+        module: the package.
+
+    Returns:
+        Sorted, names of submodules with the submodule in front: `jax.register`.
+
+    Raises:
+        ReleaseError: no such package, or one without `__all__`.
+    """
+    package = _read(sources, module)
+    if package.exports is None:
+        raise ReleaseError(f"{module}/__init__.py must have __all__, the list of its public names.")
+    return sorted(_exported(package, ""))
+
+
+def compare(old: Path, new: Path, module: str) -> Change:
+    """What changed in a library's public surface between two trees.
+
+    griffe finds what was removed, moved, renamed or given another default; the annotations, which carry the
+    shapes of arrays, are compared here.
+
+    Args:
+        old, new: source folders.
+        module: the package.
+    """
+    before, after = _read(old, module), _read(new, module)
+    breaking = [_told(breakage, module) for breakage in griffe.find_breaking_changes(before, after)]
+    names_before, names_after = set(_exported(before, "")), set(_exported(after, ""))
+    breaking += [f"{name}: left __all__" for name in sorted(names_before - names_after)]
+    for name in sorted(names_before & names_after):
+        breaking += _retyped(name, before[name], after[name])
+    return Change(tuple(dict.fromkeys(breaking)), tuple(sorted(names_after - names_before)))
+
+
+def _read(sources: Path, module: str) -> griffe.Module:
+    if not (sources / module / "__init__.py").exists():
+        raise ReleaseError(f"{sources} must hold the package {module}.")
+    loaded = griffe.load(
+        module, search_paths=[str(sources)], allow_inspection=False, try_relative_path=False, resolve_aliases=True
+    )
+    if not isinstance(loaded, griffe.Module):
+        raise ReleaseError(f"{module} must be a package: griffe read a {type(loaded).__name__}.")
+    return loaded
+
+
+def _exported(module: griffe.Module, prefix: str) -> Iterator[str]:
+    for export in module.exports or ():
+        yield f"{prefix}{export if isinstance(export, str) else export.name}"
+    for name, submodule in module.modules.items():
+        if not name.startswith("_"):
+            yield f"{prefix}{name}"
+            yield from _exported(submodule, f"{prefix}{name}.")
+
+
+def _told(breakage: griffe.Breakage, module: str) -> str:
+    path = breakage.obj.path.removeprefix(f"{module}.")
+    parts = [part for part in path.split(".") if not part.startswith("_") or part == "__init__"]
+    values = [_short(value) for value in (breakage.old_value, breakage.new_value) if value is not None]
+    return f"{'.'.join(parts)}: {breakage.kind.value.lower()}" + (f" ({' -> '.join(values)})" if values else "")
+
+
+def _short(value: object) -> str:
+    name = getattr(value, "name", None)
+    return str(name if name is not None else value)
+
+
+def _retyped(name: str, before: griffe.Object | griffe.Alias, after: griffe.Object | griffe.Alias) -> Iterator[str]:
+    """Annotations that narrowed where values go in, or widened where they come out."""
+    if before.kind != after.kind:  # griffe has said so
+        return
+    if before.is_function:
+        old_parameters = {parameter.name: parameter for parameter in before.parameters}
+        for parameter in after.parameters:
+            old = old_parameters.get(parameter.name)
+            if old is not None and not _members(old.annotation) <= _members(parameter.annotation):
+                yield f"{name}({parameter.name}): {old.annotation} became {parameter.annotation}"
+        if not _members(after.returns) <= _members(before.returns):
+            yield f"{name}: returned {before.returns}, returns {after.returns}"
+    elif before.is_attribute:
+        if _members(before.annotation) != _members(after.annotation):
+            yield f"{name}: {before.annotation} became {after.annotation}"
+    elif before.is_class:
+        for member, old in before.all_members.items():
+            public = member in ("__init__", "__call__") or not member.startswith("_")
+            if public and member in after.all_members:
+                yield from _retyped(f"{name}.{member}", old, after.all_members[member])
+
+
+def _members(annotation: object) -> set[str]:
+    """The alternatives of a union; an annotation that says nothing has one, the empty text."""
+    alternatives, depth, start = set[str](), 0, 0
+    text = "" if annotation is None else str(annotation)
+    for place, letter in enumerate(text):
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "|" and not depth:
+            alternatives.add(text[start:place].strip())
+            start = place + 1
+    return alternatives | {text[start:].strip()}

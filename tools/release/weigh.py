@@ -1,0 +1,93 @@
+"""What a library costs whoever installs it alone: megabytes, dependencies, milliseconds to import."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import fresh
+from .workspace import Package, Workspace
+
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One library alone in its environment.
+
+    Args:
+        library: its name.
+        own_bytes: the library without what it requires.
+        all_bytes: everything the environment holds, byte code left out.
+        dependencies: distributions beside the library itself.
+        import_ms: median milliseconds of `import`, by the clock, interpreter start taken off.
+        import_cpu_ms: the same in processor time, which a busy machine does not stretch.
+    """
+
+    library: str
+    own_bytes: int
+    all_bytes: int
+    dependencies: int
+    import_ms: float
+    import_cpu_ms: float
+
+
+def weigh(workspace: Workspace, wheels: Path, scratch: Path) -> Iterator[Weight]:
+    """Install each library alone and measure it.
+
+    Args:
+        workspace: the tree.
+        wheels: folder of its built wheels.
+        scratch: an empty folder for environments.
+    """
+    for package in workspace.libraries:
+        python = fresh.create(scratch / package.name)
+        fresh.install_package(python, workspace, package, wheels)
+        yield weigh_environment(python, package)
+
+
+def weigh_environment(python: Path, package: Package) -> Weight:
+    """Measure a library in an environment that holds it and what it declares."""
+    own = fresh.where(python, package.module)
+    site = own.parent
+    bare, loaded = _cost(python, "pass"), _cost(python, f"import {package.module}")
+    return Weight(
+        package.name,
+        _size(own),
+        _size(site),
+        len(list(site.glob("*.dist-info"))) - 1,
+        loaded[0] - bare[0],
+        loaded[1] - bare[1],
+    )
+
+
+def table(weights: list[Weight]) -> str:
+    """The weights as a Markdown table."""
+    head = "| library | itself, kB | with all it needs, MB | dependencies | import, ms | of processor time, ms |"
+    rows = [
+        f"| {w.library} | {w.own_bytes / 1e3:.0f} | {w.all_bytes / 1e6:.0f} | {w.dependencies} "
+        f"| {w.import_ms:.0f} | {w.import_cpu_ms:.0f} |"
+        for w in weights
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def _cost(python: Path, code: str) -> tuple[float, float]:
+    """Median clock and processor milliseconds of running code in a new interpreter, the first run left out."""
+    timer = f"import time; t = time.perf_counter(); exec({code!r}); print(time.perf_counter() - t)"
+    clock, processor = [], []
+    for _ in range(_REPEATS + 1):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([str(python), "-I", "-c", timer], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        clock.append(float(done.stdout) * 1e3)
+        processor.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3)
+    return statistics.median(clock[1:]), statistics.median(processor[1:])
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
