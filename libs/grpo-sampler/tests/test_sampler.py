@@ -227,7 +227,7 @@ def test_nothing_compiles_after_warm_up(params):
                 step=step,
                 policy=POLICY,
                 law=law,
-                max_new_tokens_P=rng.integers(1, 7, len(lengths)),
+                max_new_tokens=rng.integers(1, 7, len(lengths)),
             )
     assert sampler.compile_count == warm
 
@@ -264,7 +264,7 @@ def test_stream_yields_the_same_sequences(params):
 
 def test_every_request_keeps_its_own_limit(params):
     limit_P = np.array([1, 16, 3, 9])
-    rollout = generate(sampler_of(slots=5), params, prompts_of([3, 5, 7, 12]), max_new_tokens_P=limit_P)
+    rollout = generate(sampler_of(slots=5), params, prompts_of([3, 5, 7, 12]), max_new_tokens=limit_P)
     np.testing.assert_array_equal(rollout.completion_length_B, np.repeat(limit_P, 4))
     assert (rollout.finish_B == FinishReason.LENGTH).all()
     whole = generate(sampler_of(slots=5), params, prompts_of([3, 5, 7, 12]))
@@ -307,8 +307,8 @@ def test_a_ring_that_wraps_and_many_waves(model, params):
         ({"seed": -1}, "seed must lie in"),
         ({"step": -1}, "step must lie in"),
         ({"law": SamplingLaw(stop_ids=(23,))}, "stop_ids must lie in"),
-        ({"max_new_tokens_P": np.array([17])}, "limits in .1, max_new_tokens=16"),
-        ({"max_new_tokens_P": np.array([1, 2])}, "must hold 1 limits"),
+        ({"max_new_tokens": np.array([17])}, r"must lie in \[1, 16\]"),
+        ({"max_new_tokens": np.array([1, 2])}, r"of shape \(1,\) or \(1, 4\)"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(params, options, message):

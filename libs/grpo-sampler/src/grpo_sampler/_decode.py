@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, UInt32
 
-from grpo_sampler._attention import attend, causal_mask
 from grpo_sampler._config import ModelConfig
+from grpo_sampler._kernels import Attention, self_attention
 from grpo_sampler._law import LawArrays, draw
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
 from grpo_sampler._rope import rope_tables
@@ -96,6 +96,7 @@ def prefill(
     unit_P: Int[Array, "P"],
     *,
     config: ModelConfig,
+    attention: Attention = "xla",
 ) -> Cache:
     """Writes the keys and values of whole prompts into their units.
 
@@ -106,17 +107,17 @@ def prefill(
         length_P: tokens to be seen, without the last one.
         unit_P: unit of each prompt; one past the last unit drops the row.
         config: the model.
+        attention: kernel of the prompt's own attention.
     Returns:
         The cache.
     """
     position_T = jnp.arange(tokens_PT.shape[1])
-    mask = causal_mask((position_T < length_P[:, None]).astype(jnp.int32))
+    segment_PT = (position_T < length_P[:, None]).astype(jnp.int32)
     cos, sin = rope_tables(position_T[None], config)
 
     def block(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = qkv(layer, x, cos, sin, config)
-        x = attention_out(layer, x, attend(q, [(k, v, mask)]))
-        # What nobody sees must be finite all the same, and padding attends to nothing.
+        x = attention_out(layer, x, self_attention(attention, q, k, v, segment_PT))
         return mlp(layer, x, config), (jnp.einsum("PTKE->PKET", k), jnp.einsum("PTKE->PKTE", v))
 
     x = weights.embed[tokens_PT]

@@ -12,6 +12,7 @@ import numpy as np
 from grpo_contracts import SamplingLaw
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._decode import Cache, Emitted, Rows, Weights, decode, empty_cache, keep, prefill, weights_from
+from grpo_sampler._kernels import Attention
 from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
@@ -31,6 +32,7 @@ class Plan:
     unroll: bool
     prompt: int  # padded prompt length
     columns: int
+    attention: Attention  # of whole prompts; decoding is plain XLA, bound by memory and not by arithmetic
 
 
 class Request(NamedTuple):
@@ -39,7 +41,7 @@ class Request(NamedTuple):
     tokens_PT: np.ndarray
     length_P: np.ndarray
     prompt_id_P: np.ndarray
-    limit_P: np.ndarray
+    limit_B: np.ndarray
     group_size: int
     law: SamplingLaw
     min_new: int
@@ -103,7 +105,7 @@ class Engine:
             request.tokens_PT,
             request.length_P,
             request.prompt_id_P,
-            request.limit_P,
+            request.limit_B,
         )
         weights = self._weights_program().result()(params)
         cache = self._empty_program(shapes[first]).result()()
@@ -219,7 +221,7 @@ class Engine:
             cache, count = self._cache(shape), self.placement.shards * self._prefill_width(shape)
             axes = self._cache_axes(cache)
             function = self.placement.split(
-                partial(prefill, config=self.plan.config),
+                partial(prefill, config=self.plan.config, attention=self.plan.attention),
                 (jax.tree.map(lambda _: None, self._weights), axes, 0, 0, 0),
                 axes,
             )

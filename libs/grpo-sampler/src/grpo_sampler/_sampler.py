@@ -13,6 +13,7 @@ from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, Sampl
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._engine import Engine, Plan, Request
 from grpo_sampler._errors import SamplerError
+from grpo_sampler._kernels import resolve_attention
 from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
@@ -67,6 +68,7 @@ class Sampler:
         compute_dtype: type of weights, cache and activations while decoding; None is the parameters' own.
         unroll: write the layers out instead of looping over them: about twice as fast on a CPU, slower to compile.
             None: on CPU.
+        attention: kernel for whole prompts, as for `Transformer`; with a `tp` axis it is `xla`.
         mesh: devices to use; rows are split over all axes but `tp`. None is the device the parameters are on.
     Raises:
         SamplerError: sizes that make no sense, or a law that cannot be met.
@@ -86,6 +88,7 @@ class Sampler:
         prompt_buckets: Sequence[int] | None = None,
         compute_dtype: Any = None,
         unroll: bool | None = None,
+        attention: str = "auto",
         mesh: Mesh | None = None,
     ) -> None:
         for name, value in (
@@ -122,6 +125,7 @@ class Sampler:
         self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
         self._columns = -(-max_new_tokens // 8) * 8
         self._compute_dtype = compute_dtype
+        self._attention = attention
         self._unroll = jax.default_backend() == "cpu" if unroll is None else unroll
         self._programs = Programs()
         law_arrays(self.law, config.vocab_size, min_new_tokens)
@@ -171,7 +175,7 @@ class Sampler:
         step: int,
         policy: PolicyIdentity,
         law: SamplingLaw | None = None,
-        max_new_tokens_P: np.ndarray | None = None,
+        max_new_tokens: np.ndarray | None = None,
     ) -> Rollout:
         """Draws `group_size` completions of every prompt.
 
@@ -183,7 +187,7 @@ class Sampler:
             step: optimizer step; with the seed, the prompt's id and the sample's index it fixes the random numbers.
             policy: written into the rollout.
             law: replaces the sampler's own for this call.
-            max_new_tokens_P: a limit for each prompt, in tokens; None is `max_new_tokens`.
+            max_new_tokens: limits in tokens, one a prompt [P] or one a sequence [P, G]; None is the sampler's own.
         Returns:
             P * group_size rows of `max_prompt_length + max_new_tokens` tokens, groups adjacent.
         Raises:
@@ -191,7 +195,7 @@ class Sampler:
             ContractError: `prompts` break the contract.
         """
         law = self.law if law is None else law
-        request = self._request(prompts, group_size, seed, step, law, max_new_tokens_P)
+        request = self._request(prompts, group_size, seed, step, law, max_new_tokens)
         B, T = len(request.length_P) * group_size, self.max_prompt_length + self.max_new_tokens
         prompt_length_B = np.repeat(request.length_P, group_size)
         width = request.tokens_PT.shape[1]
@@ -238,7 +242,7 @@ class Sampler:
         seed: int,
         step: int,
         law: SamplingLaw | None = None,
-        max_new_tokens_P: np.ndarray | None = None,
+        max_new_tokens: np.ndarray | None = None,
     ) -> Iterator[FinishedSequence]:
         """The same draws as `generate`, each sequence as soon as it has ended.
 
@@ -249,14 +253,14 @@ class Sampler:
             seed: see `generate`.
             step: see `generate`.
             law: see `generate`.
-            max_new_tokens_P: see `generate`.
+            max_new_tokens: see `generate`.
         Yields:
             Sequences in the order in which they end.
         Raises:
             SamplerError: at the call, not at the first element: see `generate`.
         """
         law = self.law if law is None else law
-        request = self._request(prompts, group_size, seed, step, law, max_new_tokens_P)
+        request = self._request(prompts, group_size, seed, step, law, max_new_tokens)
         return self._finished(params, request)
 
     def _finished(self, params: Any, request: Request) -> Iterator[FinishedSequence]:
@@ -294,8 +298,12 @@ class Sampler:
 
     def _engine(self, params: Any, bucket: int) -> Engine:
         dtype = self._compute_dtype or params["embed"].dtype
-        plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns)
-        return Engine(plan, Placement(self.mesh, params), self._programs, params)
+        placement = Placement(self.mesh, params)
+        attention = resolve_attention(
+            "xla" if placement.in_step else self._attention, self.config, jnp.dtype(dtype), self.mesh
+        )
+        plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
+        return Engine(plan, placement, self._programs, params)
 
     def _shard_slots(self, engine: Engine) -> int:
         return -(-self.slots // engine.placement.shards)
@@ -310,7 +318,7 @@ class Sampler:
         seed: int,
         step: int,
         law: SamplingLaw,
-        max_new_tokens_P: np.ndarray | None,
+        limits: np.ndarray | None,
     ) -> Request:
         validate(prompts, level="values")
         length_P = np.asarray(prompts.length_P, np.int32)
@@ -337,23 +345,25 @@ class Sampler:
             raise SamplerError(f"seed must lie in [0, 2**64): got {seed}.")
         if not 0 <= step < 2**32:
             raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
-        limit_P = np.full(len(length_P), self.max_new_tokens) if max_new_tokens_P is None else max_new_tokens_P
-        limit_P = np.asarray(limit_P, np.int32)
-        if limit_P.shape != length_P.shape or limit_P.min() < 1 or limit_P.max() > self.max_new_tokens:
+        P, lowest = len(length_P), max(1, self.min_new_tokens)
+        limit = np.asarray(self.max_new_tokens if limits is None else limits)
+        if limit.shape not in ((), (P,), (P, group_size)) or not np.issubdtype(limit.dtype, np.integer):
             raise SamplerError(
-                f"max_new_tokens_P must hold {len(length_P)} limits in [1, max_new_tokens={self.max_new_tokens}]: "
-                f"got shape {limit_P.shape} with values {np.unique(limit_P)[:4].tolist()}."
+                f"max_new_tokens must hold integers of shape ({P},) or ({P}, {group_size}): "
+                f"got {limit.dtype} of shape {limit.shape}."
             )
-        if limit_P.min() < self.min_new_tokens:
+        if limit.min() < lowest or limit.max() > self.max_new_tokens:
             raise SamplerError(
-                f"max_new_tokens_P must be at least min_new_tokens={self.min_new_tokens}: got {limit_P.min()}."
+                f"max_new_tokens must lie in [{lowest}, {self.max_new_tokens}], the sampler's own limits: "
+                f"got {limit.min()} to {limit.max()}."
             )
+        limit_PG = np.broadcast_to(limit[:, None] if limit.ndim == 1 else limit, (P, group_size))
         law_arrays(law, self.config.vocab_size, self.min_new_tokens)
         return Request(
             tokens_PT[:, : length_P.max()],
             length_P,
             np.asarray(prompts.prompt_id_P, np.int32),
-            limit_P,
+            limit_PG.reshape(-1).astype(np.int32),
             group_size,
             law,
             self.min_new_tokens,

@@ -76,10 +76,10 @@ class Slots:
         prompts: np.ndarray,
         length_P: np.ndarray,
         prompt_id_P: np.ndarray,
-        limit_P: np.ndarray,
+        limit_B: np.ndarray,
     ) -> None:
         self.shape, self.shards, self.group_size = shape, shards, group_size
-        self._prompts, self._length_P, self._prompt_id_P, self._limit_P = prompts, length_P, prompt_id_P, limit_P
+        self._prompts, self._length_P, self._prompt_id_P, self._limit_B = prompts, length_P, prompt_id_P, limit_B
         count = len(length_P) * group_size
         self.waiting = deque(range(count))
         self._fair = -(-count // shards)  # rows a shard starts with, so that no device idles
@@ -152,7 +152,7 @@ class Slots:
             self.token,
             self._length_P[prompt] - 1 + self.emitted,
             self.emitted,
-            self._limit_P[prompt],
+            self._limit_B[np.where(live, self.request, 0)],
             live,
             self._prompt_id_P[prompt],
             np.where(live, self.request % self.group_size, 0),
@@ -176,8 +176,7 @@ class Slots:
         token, emitted, request = self.token.reshape(-1), self.emitted.reshape(-1), self.request.reshape(-1)
         token[moved] = token_iS[count_S[moved] - 1, moved]
         emitted[moved] += count_S[moved].astype(np.int32)
-        prompt = request[moved] // self.group_size
-        ended = moved[np.isin(token[moved], stop_ids) | (emitted[moved] >= self._limit_P[prompt])]
+        ended = moved[np.isin(token[moved], stop_ids) | (emitted[moved] >= self._limit_B[request[moved]])]
         finished = Finished(request[ended].copy(), emitted[ended].copy())
         request[ended] = -1
         return before_S, had_S, finished
