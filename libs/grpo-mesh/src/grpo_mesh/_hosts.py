@@ -62,8 +62,8 @@ def initialize(
     """Joins this process to its job; call it before any array is made.
 
     Called again without arguments it returns the same job. After it, an uncaught exception ends this process at once,
-    without waiting for the others at exit, and the others end with a message and a non-zero code within `heartbeat` + 10
-    seconds.
+    without waiting for the others at exit, and the others end with a message and a non-zero code within
+    `heartbeat` + 10 seconds.
 
     Args:
         kind: "explicit" (arguments, or GRPO_COORDINATOR, GRPO_PROCESS_COUNT and GRPO_PROCESS_ID, as set by
