@@ -103,9 +103,10 @@ def whitened_tokens(value_MG):
     """Every token with its sequence's value, whitened over the tokens of the group, and divided by their number."""
     mask_MGT = MASK_NT[TUPLE_MG]
     tokens_M = mask_MGT.sum(axis=(1, 2), keepdims=True)
+    varied_M = np.ptp(value_MG, axis=1)[:, None, None] > 0
     value_MGT = np.where(mask_MGT, value_MG[:, :, None], 0)
     mean_M = value_MGT.sum(axis=(1, 2), keepdims=True) / tokens_M
-    gap_MGT = np.where(mask_MGT, value_MGT - mean_M, 0)
+    gap_MGT = np.where(mask_MGT & varied_M, value_MGT - mean_M, 0)
     return gap_MGT / (np.sqrt((gap_MGT**2).sum(axis=(1, 2), keepdims=True) / tokens_M) + 1e-6) / tokens_M
 
 

@@ -171,6 +171,8 @@ def check_group_advantages(library):
     parts = library.moments(reward[:4], scored[:4]) + library.moments(reward[4:], scored[4:])
     close(parts.mean, reward[scored].mean())
     close(parts.variance(), reward[scored].var())
+    equal = library.whiten(np.full(7, 0.1, np.float32), np.ones(7, bool))
+    assert not np.asarray(equal).any(), "equal numbers must be whitened to exactly zero"
     close(
         library.group_advantage(reward[:4], scored_B=scored[:4], group_B=group[:4], scale="batch", batch_moments=parts),
         np.array([-2.0, 0, 2.0, 0]) / (batch + 1e-6),

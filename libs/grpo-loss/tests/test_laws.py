@@ -83,6 +83,8 @@ def test_moments_add_over_a_mapped_axis():
     sums = jax.vmap(lambda v: grpo_loss.moments(v, jnp.ones(3, bool), axis_name="hosts"), axis_name="hosts")(values)
     laws.close(sums.mean, [2.5, 2.5])
     laws.close(sums.deviation, [17.5, 17.5])
+    laws.close(sums.lowest, [0, 0])
+    laws.close(sums.highest, [5, 5])
 
 
 def test_group_advantages_compile():

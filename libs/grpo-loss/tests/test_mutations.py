@@ -282,6 +282,7 @@ MUTATIONS = [
         "jnp.sqrt(variance + epsilon)",
         "check_group_advantages",
     ),
+    ("equal numbers whitened to their rounding", "_whiten.py", "mask & differ", "mask", "check_group_advantages"),
     ("variance about zero", "_whiten.py", "jnp.square(kept - mean)", "jnp.square(kept)", "check_group_advantages"),
     (
         "parts put together without the gap of their means",

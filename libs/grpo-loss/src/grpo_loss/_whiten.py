@@ -20,11 +20,15 @@ class Moments:
         count: how many.
         mean: their mean (0 of none).
         deviation: the sum of their squared distances from the mean.
+        lowest, highest: the smallest and the largest (+inf, -inf of none). Equal numbers differ from their rounded mean
+            by rounding, which a small deviation would blow up; these tell that there is nothing to whiten.
     """
 
     count: Float[Array, ""]
     mean: Float[Array, ""]
     deviation: Float[Array, ""]
+    lowest: Float[Array, ""]
+    highest: Float[Array, ""]
 
     def __add__(self, other: "Moments") -> "Moments":
         """The moments of both sets taken together. Source: Chan, Golub, LeVeque (1979), eq. 2.1."""
@@ -32,11 +36,12 @@ class Moments:
         share = other.count / jnp.maximum(count, 1)
         gap = other.mean - self.mean
         deviation = self.deviation + other.deviation + jnp.square(gap) * self.count * share
-        return Moments(count, self.mean + gap * share, deviation)
+        lowest, highest = jnp.minimum(self.lowest, other.lowest), jnp.maximum(self.highest, other.highest)
+        return Moments(count, self.mean + gap * share, deviation, lowest, highest)
 
     def variance(self) -> Float[Array, ""]:
-        """Their population variance (0 of none)."""
-        return self.deviation / jnp.maximum(self.count, 1)
+        """Their population variance (exactly 0 of none and of equal numbers)."""
+        return jnp.where(self.highest > self.lowest, self.deviation / jnp.maximum(self.count, 1), 0)
 
 
 def moments(
@@ -60,7 +65,11 @@ def moments(
     kept = jnp.where(mask, array.astype(jnp.promote_types(array.dtype, jnp.float32)), 0)
     count = over_all(jnp.asarray(mask).sum().astype(kept.dtype))
     mean = over_all(kept.sum()) / jnp.maximum(count, 1)
-    return Moments(count, mean, over_all(jnp.where(mask, jnp.square(kept - mean), 0).sum()))
+    deviation = over_all(jnp.where(mask, jnp.square(kept - mean), 0).sum())
+    lowest, highest = jnp.where(mask, kept, jnp.inf).min(), jnp.where(mask, kept, -jnp.inf).max()
+    if axis_name is not None:
+        lowest, highest = jax.lax.pmin(lowest, axis_name), jax.lax.pmax(highest, axis_name)
+    return Moments(count, mean, deviation, lowest, highest)
 
 
 def whiten(
@@ -68,7 +77,6 @@ def whiten(
     mask: Bool[ArrayLike, "*N"],
     *,
     batch_moments: Moments | None = None,
-    centre: bool = True,
     epsilon: float = 1e-6,
 ) -> Float[Array, "*N"]:
     """Subtract the mean and divide by the standard deviation, over what the mask keeps.
@@ -77,15 +85,14 @@ def whiten(
         value: of any shape.
         mask: which of them count; the others become 0.
         batch_moments: `moments` of the whole batch where `value` is a part of it; None: of `value` itself.
-        centre: whether to subtract the mean.
         epsilon: added to the (population) standard deviation.
 
     Returns:
-        The same shape.
+        The same shape; exactly 0 where all that the mask keeps are equal.
     """
     sums = moments(value, mask) if batch_moments is None else batch_moments
-    mean = sums.mean if centre else 0.0
-    return jnp.where(mask, divide_by_deviation(jnp.asarray(value) - mean, sums.variance(), epsilon), 0)
+    differ = sums.highest > sums.lowest
+    return jnp.where(mask & differ, divide_by_deviation(jnp.asarray(value) - sums.mean, sums.variance(), epsilon), 0)
 
 
 def divide_by_deviation(value: Array, variance: Array, epsilon: ArrayLike) -> Array:
