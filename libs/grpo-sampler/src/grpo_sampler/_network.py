@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_sampler._attention import causal_mask
 from grpo_sampler._config import ModelConfig
+from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import Attention, masked_attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
 from grpo_sampler._rope import rope_tables
@@ -121,6 +122,8 @@ class Transformer(nnx.Module):
         positions_RT: Int[Array, "R T"],
         segment_RT: Int[Array, "R T"],
         prompt_R: Int[Array, "R"],
+        *,
+        shards: int = 1,
     ) -> Float[Array, "R T D"]:
         """Hidden states of packed completions whose prompts are computed once, not once a completion.
 
@@ -131,11 +134,29 @@ class Transformer(nnx.Module):
             positions_RT: absolute positions, as in the unpacked sequences.
             segment_RT: 0 is padding; tokens see their row's prompt and earlier tokens of their own segment.
             prompt_R: row of `prompt_tokens_PT` that each packed row continues.
+            shards: equal blocks of rows and prompts that lie on different devices, where a row only continues prompts
+                of its own block: what a row reads of its prompt then never moves between devices.
 
         Returns:
             hidden_RTD in the compute type, equal to that of each whole sequence run by itself.
+
+        Raises:
+            SamplerError: rows or prompts do not divide by the shards.
         """
         config = self.config
+        if prompt_tokens_PT.shape[0] % shards or tokens_RT.shape[0] % shards:
+            raise SamplerError(
+                f"prompts and rows must divide by shards={shards}: got {prompt_tokens_PT.shape[0]} prompts and "
+                f"{tokens_RT.shape[0]} rows."
+            )
+        slots = prompt_tokens_PT.shape[0] // shards
+        local_R = prompt_R.reshape(shards, -1) - slots * jnp.arange(shards, dtype=prompt_R.dtype)[:, None]
+
+        def of_prompt(x_P: Array) -> Array:
+            # Indexed block by block: a batched gather is one that the partitioner keeps on each device.
+            blocks = x_P.reshape(shards, slots, *x_P.shape[1:])
+            return jax.vmap(lambda block, index: block[index])(blocks, local_R).reshape(-1, *x_P.shape[1:])
+
         Tp = prompt_tokens_PT.shape[1]
         place_T = jnp.arange(Tp, dtype=jnp.int32)
         live_PT = place_T < prompt_length_P[:, None]
@@ -144,7 +165,7 @@ class Transformer(nnx.Module):
         row_cos, row_sin = rope_tables(positions_RT, config)
         row_mask = causal_mask(segment_RT)
         # Every query of a row sees the same live part of its prompt.
-        cross_mask = live_PT[prompt_R][:, None, :]
+        cross_mask = of_prompt(live_PT)[:, None, :]
 
         def block(streams: tuple[Array, Array], layer: Layer) -> tuple[tuple[Array, Array], None]:
             prompts, rows = streams
@@ -152,7 +173,7 @@ class Transformer(nnx.Module):
             attended = self_attention(self.attention, q, k, v, prompt_segment, self.mesh)
             prompts = attention_out(layer, prompts, attended)
             row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
-            parts = [(k[prompt_R], v[prompt_R], cross_mask), (row_k, row_v, row_mask)]
+            parts = [(of_prompt(k), of_prompt(v), cross_mask), (row_k, row_v, row_mask)]
             attended = masked_attention(self.attention, row_q, parts)
             rows = attention_out(layer, rows, attended)
             return (mlp(layer, prompts, config), mlp(layer, rows, config)), None
