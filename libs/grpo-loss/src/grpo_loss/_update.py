@@ -109,7 +109,7 @@ def make_update(
 ) -> jax.stages.Wrapped:
     """A compiled update: one optimizer step from a batch of any fill. The state it is given is donated.
 
-    A loss, gradient or step that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
+    A loss or gradient that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
     adds one to ``skipped``; so does a batch without a token that counts.
 
     Args:
@@ -134,17 +134,16 @@ def make_update(
     def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Array]]:
         gradient, terms = accumulate(forward, loss, state.params, batch, param_shardings=param_shardings)
         scale = 1 / jnp.where(terms.denominator > 0, terms.denominator, 1)
-        gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-        grad_norm = optax.tree.norm(gradient)
+        grad_norm = optax.tree.norm(gradient) * scale
+        # Decided before the optimizer runs: a check of its result would keep every new moment beside the old one.
+        finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm)
+        apply = finite & (terms.denominator > 0)
         if max_grad_norm is not None:
-            clip = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny))
-            gradient = jax.tree.map(lambda g: g * clip.astype(g.dtype), gradient)
+            scale *= jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny))
+        gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
         before = jax.tree.map(_wide, state.params) if state.master is None else state.master
         change, opt_state = optimizer.update(gradient, state.opt_state, before)
         after = optax.apply_updates(before, change)
-        update_norm = optax.tree.norm(change)
-        finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        apply = finite & (terms.denominator > 0)
 
         def chosen(new: Params, old: Params) -> Params:
             return jax.tree.map(lambda n, o: jnp.where(apply, n.astype(o.dtype), o), new, old)
@@ -160,7 +159,7 @@ def make_update(
             "loss": terms.loss(),
             "denominator": terms.denominator,
             "grad_norm": grad_norm,
-            "update_norm": jnp.where(apply, update_norm, 0),
+            "update_norm": jnp.where(apply, optax.tree.norm(change), 0),
             "finite": finite.astype(jnp.float32),
         }
         return new_state, metrics
