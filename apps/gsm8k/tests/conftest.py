@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from flax import nnx
 
 from grpo_gsm8k.tokenizer import make_tokenizer
 from grpo_sampler import ModelConfig, Transformer, save, split
+
+# `reward.functions=[graders:digits]` is found as a user's module is: reward processes get this process's path.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from grpo_gsm8k import reward
 from grpo_gsm8k.config import Reward
 from grpo_gsm8k.data import Asked
 from grpo_gsm8k.records import Record
-from grpo_gsm8k.reward import RewardError, Rewards, final_answer, last_number, load_function
+from grpo_gsm8k.reward import RewardError, final_answer, last_number, load_function
+from grpo_gsm8k.scoring import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer, make_tokenizer
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
@@ -24,10 +25,25 @@ GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 @pytest.mark.parametrize(
     ("written", "value"),
     [
-        ("18", 18), ("1,080", 1080), ("-5", -5), ("$3.50", "3.5"), ("18.00", 18), ("$1,234,567.80", "1234567.8"), ("-$5", -5), ("$-5", -5),
-        ("$ 5", 5), ("+7", 7), ("−7", -7), (".5", "0.5"), ("18.", 18), ("20%", 20), ("€9", 9), ("007", 7), ("12 apples", 12),
+        ("18", 18),
+        ("1,080", 1080),
+        ("-5", -5),
+        ("$3.50", "3.5"),
+        ("18.00", 18),
+        ("$1,234,567.80", "1234567.8"),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("$ 5", 5),
+        ("+7", 7),
+        ("−7", -7),
+        (".5", "0.5"),
+        ("18.", 18),
+        ("20%", 20),
+        ("€9", 9),
+        ("007", 7),
+        ("12 apples", 12),
     ],
-)  # fmt: skip
+)
 def test_numbers_as_people_write_them(written: str, value: int | str) -> None:
     assert final_answer(f"So it is.\n#### {written}") == Decimal(value)
     assert last_number(f"1 and 2 make {written}") == Decimal(value)
@@ -63,11 +79,19 @@ def test_unscored_without_an_answer_to_compare_with() -> None:
 @pytest.mark.parametrize(
     ("text", "finished", "value"),
     [
-        ("a\n#### 5", True, 1.0), ("#### 5", True, 1.0), ("a\n#### $1,000.50", True, 1.0), ("a\n#### 5\n", True, 1.0), ("a\n#### 5", False, 0.0),
-        ("a #### 5", True, 0.0), ("a\n#### 5 apples", True, 0.0), ("#### 5\nmore", True, 0.0), ("#### 4\n#### 5", True, 0.0), ("a\n####", True, 0.0),
+        ("a\n#### 5", True, 1.0),
+        ("#### 5", True, 1.0),
+        ("a\n#### $1,000.50", True, 1.0),
+        ("a\n#### 5\n", True, 1.0),
+        ("a\n#### 5", False, 0.0),
+        ("a #### 5", True, 0.0),
+        ("a\n#### 5 apples", True, 0.0),
+        ("#### 5\nmore", True, 0.0),
+        ("#### 4\n#### 5", True, 0.0),
+        ("a\n####", True, 0.0),
         ("a", True, 0.0),
     ],
-)  # fmt: skip
+)
 def test_format(text: str, finished: bool, value: float) -> None:
     assert reward.format(completions=[text], finished=[finished]) == [value]
 
@@ -85,7 +109,9 @@ def test_on_gsm8k_itself(split: str) -> None:
 
 
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_grader.py").write_text("import math\nlimit = 3\ndef brief(*, completions, **_):\n    return [1.0] * 3\n")
+    (tmp_path / "my_grader.py").write_text(
+        "import math\nlimit = 3\ndef brief(*, completions, **_):\n    return [1.0] * 3\n"
+    )
     (tmp_path / "my_broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -111,7 +137,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rewards, Rollout, 
     tokenizer = load_tokenizer(folder)
     rewards = Rewards.from_config(Reward(), tokenizer)
     texts = ["a\n#### 5", "a\n#### 6", "it is 5", "a\n#### 7"]
-    ids = [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts]
+    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
     ids[3] = ids[3][:-1]  # cut by the limit
     B, T = 4, 3 + max(map(len, ids))
     tokens_BT = np.zeros((B, T), np.int32)
@@ -124,10 +150,22 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rewards, Rollout, 
     zeros = np.zeros((B, T), np.float32)
     finish = np.array([FinishReason.STOP] * 3 + [FinishReason.LENGTH], np.int8)
     rollout = Rollout(
-        tokens_BT, np.full(B, 3, np.int32), lengths, mask_BT, zeros, zeros, finish, np.array([0, 0, 1, 1], np.int32),
-        np.array([0, 1, 0, 1], np.int32), np.array([0, 0, 1, 1], np.int32), 2, SamplingLaw(stop_ids=(2,)), PolicyIdentity(4, ""),
-        len(tokenizer), 0,
-    )  # fmt: skip
+        tokens_BT,
+        np.full(B, 3, np.int32),
+        lengths,
+        mask_BT,
+        zeros,
+        zeros,
+        finish,
+        np.array([0, 0, 1, 1], np.int32),
+        np.array([0, 1, 0, 1], np.int32),
+        np.array([0, 0, 1, 1], np.int32),
+        2,
+        SamplingLaw(stop_ids=(2,)),
+        PolicyIdentity(4, ""),
+        len(tokenizer),
+        0,
+    )
     problems = (Record("one?", "#### 5", "x:1"), Record("two?", "#### 7", "x:2"))
     return rewards, rollout, Asked(None, problems)  # type: ignore[arg-type]
 
@@ -166,5 +204,18 @@ def test_too_many_unscored_rows_and_wrong_lengths(judged: tuple[Rewards, Rollout
     with pytest.raises(RewardError, match=r"2 of 4 did\. The first is 'a\\n#### 6'"):
         build([1.0, None, None, 1.0], 0.4).score(rollout, asked)
     for values in ([1.0] * 3, 1.0, None, "1111"):
-        with pytest.raises(RewardError, match="list of 4 rewards"):
+        with pytest.raises(RewardError, match=r"4 of 4 did.*list of 4 rewards, one a completion: got"):
             build(values).score(rollout, asked)
+
+
+def test_failures_are_told_with_the_text_that_caused_them(judged: tuple[Rewards, Rollout, Asked]) -> None:
+    rewards, rollout, asked = judged
+    told: list[dict[str, object]] = []
+    mine = Rewards({"mine": lambda **_: [1.0, "x", np.float32(2), True]}, {"mine": 1.0}, 0.5, rewards.tokenizer)  # type: ignore[arg-type,dict-item,list-item]
+    scored = mine.score(rollout, asked, told.extend)
+    np.testing.assert_array_equal(scored.reward_B, [1, 0, 2, 1])
+    np.testing.assert_array_equal(scored.scored_B, [True, False, True, True])
+    (record,) = told
+    assert record["kind"] == "shape"
+    assert record["rows"] == [1]
+    assert (record["prompt"], record["completion"], record["answer"]) == ("one?", "a\n#### 6", "#### 5")

@@ -3,27 +3,21 @@
 A reward function has the signature ``f(*, prompts, completions, answers, **extra) -> list[float | None]``: one value a
 completion, None where it cannot be judged. It gets the questions, the completions' texts without their stop tokens and
 the data set's ``answer`` fields, all as they are; ``extra`` holds ``finished`` (a list of bool: did the completion end
-by itself), ``step`` and whatever later versions add.
+by itself), ``step`` and whatever later versions add. It must judge each completion by itself: after a failure it is
+asked again, one completion at a time (`reward_workers`).
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grpo_contracts import FinishReason, GrpoError, Rollout, Scored
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from grpo_gsm8k.config import Reward
-    from grpo_gsm8k.data import Asked
+from grpo_contracts import GrpoError
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -34,7 +28,7 @@ _LAST_LINE = re.compile(rf"(?:^|\n)#### ?{_NUMBER}\s*\Z")
 
 
 class RewardError(GrpoError, ValueError):
-    """A reward function cannot be found, or returned what is no list of rewards."""
+    """A reward function cannot be found, or too many completions have no reward."""
 
 
 def final_answer(text: str) -> Decimal | None:
@@ -110,7 +104,7 @@ def load_function(name: str) -> RewardFunction:
             f"reward function {name!r}: module {module_name!r} cannot be imported, {missing} was not found. "
             f"Looked in {here} and the environment"
         ) from error
-    function = getattr(module, attribute, None)
+    function: Any = getattr(module, attribute, None)
     if function is None:
         public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise RewardError(
@@ -120,98 +114,6 @@ def load_function(name: str) -> RewardFunction:
     if not callable(function):
         raise RewardError(f"reward function {name!r} must be callable: got {type(function).__name__}")
     return function
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """The reward functions of a run.
-
-    Args:
-        functions: by name, in the order of the config.
-        weights: by name.
-        max_unscored: largest share of rows without a reward that a step may have.
-        tokenizer: turns completions into text, once, for the functions alone.
-    """
-
-    functions: Mapping[str, RewardFunction]
-    weights: Mapping[str, float]
-    max_unscored: float
-    tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def from_config(cls, config: Reward, tokenizer: PreTrainedTokenizerBase) -> Rewards:
-        """Find the functions that the config names.
-
-        Args:
-            config: the section ``reward``.
-            tokenizer: the policy's.
-
-        Returns:
-            The rewards.
-
-        Raises:
-            RewardError: see :func:`load_function`.
-        """
-        functions = {name: load_function(name) for name in config.functions}
-        return cls(functions, dict(zip(config.functions, config.weights)), config.max_unscored, tokenizer)
-
-    def texts(self, rollout: Rollout, rows: Iterable[int]) -> list[str]:
-        """Completions as text, without their stop tokens.
-
-        Args:
-            rollout: what was sampled.
-            rows: which rows.
-
-        Returns:
-            One text a row.
-        """
-        ids = []
-        for row in rows:
-            end = int(rollout.total_length_B[row]) - int(rollout.finish_B[row] == FinishReason.STOP)
-            ids.append([int(token) for token in rollout.tokens_BT[row, int(rollout.prompt_length_B[row]) : end]])
-        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def score(self, rollout: Rollout, asked: Asked) -> Scored:
-        """Judge every completion by every function.
-
-        Args:
-            rollout: what was sampled.
-            asked: the problems it answers, one a group.
-
-        Returns:
-            Raw rewards of each function and their weighted sum.
-
-        Raises:
-            RewardError: a function returns another number of values than rows, or too many rows have no reward.
-        """
-        rows = len(rollout.tokens_BT)
-        problems = [asked.problems[group] for group in rollout.group_B]
-        given = {
-            "prompts": [problem.question for problem in problems],
-            "completions": self.texts(rollout, range(rows)),
-            "answers": [problem.answer for problem in problems],
-            "finished": [bool(reason == FinishReason.STOP) for reason in rollout.finish_B],
-            "step": rollout.policy.step,
-        }
-        columns = {name: _checked(name, function(**given), rows) for name, function in self.functions.items()}
-        scored = Scored.from_rewards(rollout, columns, self.weights)
-        unscored = rows - int(scored.scored_B.sum())
-        if unscored > self.max_unscored * rows:
-            first = int((~scored.scored_B).argmax())
-            raise RewardError(
-                f"at most {self.max_unscored:.0%} of a step's completions may stay without a reward "
-                f"(reward.max_unscored): {unscored} of {rows} did. The first is {given['completions'][first]!r}, "
-                f"answer {given['answers'][first]!r}"
-            )
-        return scored
-
-
-def _checked(name: str, values: Sequence[float | None], rows: int) -> list[float | None]:
-    if not isinstance(values, Sequence | Iterable) or isinstance(values, str) or len(listed := list(values)) != rows:
-        raise RewardError(
-            f"reward function {name!r} must return a list of {rows} rewards, one a completion: got {values!r}"
-        )
-    return listed
 
 
 def _same(found: Decimal | None, gold: Decimal | None) -> float | None:

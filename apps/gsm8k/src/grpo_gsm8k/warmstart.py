@@ -23,7 +23,7 @@ from grpo_gsm8k import reward
 from grpo_gsm8k.data import tokenize
 from grpo_gsm8k.lessons import Lessons, Teacher, lessons
 from grpo_gsm8k.records import read_records
-from grpo_gsm8k.reward import Rewards
+from grpo_gsm8k.scoring import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer, make_tokenizer
 from grpo_loss import token_logp
 from grpo_sampler import ModelConfig, Sampler, Transformer, merge, save, split
@@ -41,14 +41,14 @@ class Recipe:
     Args:
         seed: of the weights.
         steps: optimizer updates.
-        learning_rate: of Muon on the blocks' matrices, after a short warm-up; falls in a line over the second half.
+        learning_rate: of Muon on the blocks' matrices, after a short warm-up; falls in a line to 0.
         adam_rate: the same of Adam on the embedding, norms and biases.
         width, mlp_width, layers, query_heads, kv_heads, head_size: the model.
     """
 
     seed: int = 0
-    steps: int = 600
-    learning_rate: float = 2e-2
+    steps: int = 1_200
+    learning_rate: float = 1.2e-2
     adam_rate: float = 3e-3
     width: int = 128
     mlp_width: int = 512
@@ -225,12 +225,10 @@ def _optimizer(recipe: Recipe, params: Any) -> optax.GradientTransformation:
 
     Source: Muon (Jordan, 2024), scaled to the size of Adam's updates as in arXiv:2502.16982.
     """
-    decay = int(recipe.steps * 0.45)
 
     def rate(peak: float) -> optax.Schedule:
-        parts = [optax.linear_schedule(0.0, peak, 30), optax.constant_schedule(peak)]
-        parts.append(optax.linear_schedule(peak, 0.03 * peak, max(decay, 1)))
-        return optax.join_schedules(parts, [30, recipe.steps - decay])
+        parts = [optax.linear_schedule(0.0, peak, 30), optax.linear_schedule(peak, 0.0, max(recipe.steps - 30, 1))]
+        return optax.join_schedules(parts, [30])
 
     # Which axes of a stacked matrix are summed over and which come out; the leading layers' axis is a batch.
     inward, outward = MuonDimensionNumbers((1,), (2, 3)), MuonDimensionNumbers((1, 2), (3,))

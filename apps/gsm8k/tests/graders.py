@@ -1,0 +1,66 @@
+"""Reward functions for tests, good and bad; imported by name, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+
+def digits(*, completions: list[str], **_: Any) -> list[float | None]:
+    """A reward that a random policy already gets now and then: the share of digits."""
+    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
+
+
+def moody(*, completions: list[str], answers: list[str], step: int, **_: Any) -> list[Any]:
+    """Does to each completion what it asks for."""
+    print("judging", len(completions))  # standard output must stay a user's own
+    sys.stdout.flush()
+    return [_obey(text) for text in completions]
+
+
+def _obey(text: str) -> Any:
+    match text:
+        case "raise":
+            raise KeyError("gold")
+        case "exit":
+            sys.exit("enough")
+        case "die":
+            print("last words", flush=True)
+            os._exit(3)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "hang":
+            time.sleep(1e6)
+        case "spin":  # never lets go of the interpreter's lock
+            re.match(r"(a+)+$", "a" * 64 + "b")
+        case "child":
+            subprocess.Popen(["sleep", "1000"])
+            time.sleep(1e6)
+        case "nan":
+            return float("nan")
+        case "text":
+            return "1.0"
+        case "none":
+            return None
+    return 0.5
+
+
+def short(*, completions: list[str], **_: Any) -> list[float]:
+    """One reward too few, but for a single completion."""
+    return [1.0] * (len(completions) - 1 or 1)
+
+
+def slow(*, completions: list[str], **_: Any) -> list[float]:
+    """A tenth of a second each."""
+    time.sleep(0.1 * len(completions))
+    return [1.0] * len(completions)
+
+
+def whereabouts(**_: Any) -> list[float]:
+    """The process it runs in, and whether that has jax in it."""
+    return [os.getpid() + (0.5 if "jax" in sys.modules else 0.0)]

@@ -1,0 +1,175 @@
+"""Reward functions that raise, hang, crash and answer nonsense: what they touch is unscored, everything else is not."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_gsm8k.reward import RewardError
+from grpo_gsm8k.reward_workers import RewardWorker
+
+
+def given(*completions: str) -> dict[str, Any]:
+    return {
+        "prompts": ["q"] * len(completions),
+        "completions": list(completions),
+        "answers": ["#### 1"] * len(completions),
+        "finished": [True] * len(completions),
+        "step": 3,
+    }
+
+
+def alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return status != "Z"
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not alive(pid)
+
+
+@pytest.fixture(scope="module")
+def moody() -> RewardWorker:
+    return RewardWorker("graders:moody", timeout=2.0)
+
+
+def test_what_a_function_returns_and_prints(moody: RewardWorker) -> None:
+    assert moody.judge(given("a", "\ud800 \n☃", "none")) == ([0.5, 0.5, None], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("raise", "exception", r"raised KeyError: 'gold' (graders.py:"),
+        ("exit", "exception", "raised SystemExit: enough"),
+        ("die", "crash", "ended with code 3"),
+        ("segfault", "crash", "died of SIGSEGV"),
+        ("hang", "timeout", "longer than 0.25 s"),
+        ("spin", "timeout", "longer than 0.25 s"),
+        ("nan", "shape", "finite numbers or None: got nan"),
+        ("text", "shape", "finite numbers or None: got '1.0'"),
+    ],
+)
+def test_one_bad_completion_costs_one_completion(moody: RewardWorker, text: str, kind: str, message: str) -> None:
+    values, failures = moody.judge(given("a", text, "b"))
+    assert values == [0.5, None, 0.5]
+    (failure,) = failures
+    assert (failure.kind, failure.rows) == (kind, (1,))
+    assert message in failure.message
+    if kind in ("crash", "timeout"):
+        assert "graders.py" in failure.output or "last words" in failure.output  # where it hung or crashed
+    assert moody.judge(given("a")) == ([0.5], [])  # and it serves again
+
+
+def test_a_wrong_length_is_asked_for_again_one_by_one() -> None:
+    values, failures = RewardWorker("graders:short", timeout=5.0).judge(given("a", "b", "c"))
+    assert values == [1.0, 1.0, 1.0]
+    (failure,) = failures
+    assert (failure.kind, failure.rows) == ("shape", ())
+    assert "must return a list of 3 rewards, one a completion: got [1.0, 1.0]" in failure.message
+
+
+def test_a_step_costs_at_most_twice_the_timeout() -> None:
+    worker = RewardWorker("graders:slow", timeout=1.0)
+    begun = time.monotonic()
+    values, failures = worker.judge(given(*"abcdefghijklmnopqrst"))
+    assert time.monotonic() - begun < 6  # two seconds, two graces and a restart, on a busy machine
+    assert failures[-1].kind == "timeout"
+    assert "not reached within 1 s (reward.timeout)" in failures[-1].message
+    assert values[0] == 1.0
+    assert values[-1] is None
+    assert {row for failure in failures for row in failure.rows} == {n for n, v in enumerate(values) if v is None}
+
+
+def test_processes_import_no_jax_and_end_with_their_worker() -> None:
+    worker = RewardWorker("graders:whereabouts", timeout=5.0)
+    ((pid,), _) = worker.judge(given("a"))
+    assert pid is not None
+    assert pid == int(pid), "the process must not import jax"
+    assert alive(int(pid))
+    del worker
+    gc.collect()
+    assert gone(int(pid))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(int(pid), os.WNOHANG)  # no zombie
+
+
+def test_what_a_function_started_dies_with_it() -> None:
+    worker = RewardWorker("graders:moody", timeout=0.3)
+    group = worker._process.pid
+    _, failures = worker.judge(given("child"))
+    assert failures[0].kind == "timeout"
+    listed = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True, check=False).stdout.split()
+    assert all(gone(int(pid)) for pid in listed)
+
+
+def test_a_worker_serves_any_thread() -> None:
+    worker = RewardWorker("graders:moody", timeout=0.5)
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda text=text: results.append(worker.judge(given(text))[0]))
+        for text in ("a", "hang", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results, key=str) == [[0.5], [0.5], [None]]
+
+
+@pytest.mark.parametrize("text", ["a", "spin"])
+def test_no_orphan_outlives_a_killed_trainer(tmp_path: Path, text: str) -> None:
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.append({str(Path(__file__).parent)!r})
+        from grpo_gsm8k.reward_workers import RewardWorker
+        worker = RewardWorker("graders:moody", timeout=3.0)
+        print(worker._process.pid, flush=True)
+        worker.judge({given(text)!r})
+        print("judged", flush=True)
+        sys.stdin.read()
+    """)
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    pid = int(trainer.stdout.readline())
+    if text == "a":
+        trainer.stdout.readline()
+    trainer.kill()
+    trainer.wait()
+    assert gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(**_): return", "has no 'grade'; it has f"),
+        ("import not_there_at_all", "'not_there_at_all' that it imports was not found"),
+        ("1 / 0", "importing its module raised ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit('no')", "importing its module raised SystemExit: no"),
+        ("def grade(:", "importing its module raised"),
+        ("print('so be it', flush=True); import os; os._exit(5)", "ended with code 5"),
+    ],
+)
+def test_functions_that_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "my_own.py").write_text(source + "\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RewardError, match=r"reward function 'my_own:grade'") as caught:
+        RewardWorker("my_own:grade", timeout=1.0)
+    assert message in str(caught.value)
