@@ -5,21 +5,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from flax import nnx
+
 import grpo_mesh
-
-# Nothing below may touch a device before the processes have joined.
-job = grpo_mesh.initialize(heartbeat=5, timeout=120)
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from grpo_gsm8k.assemble import assemble  # noqa: E402
-from grpo_gsm8k.checkpoint import Checkpoints  # noqa: E402
-from grpo_gsm8k.layers import load  # noqa: E402
-from grpo_gsm8k.tokenizer import make_tokenizer  # noqa: E402
-from grpo_gsm8k.train import train  # noqa: E402
-from grpo_sampler import ModelConfig, Transformer, save, split  # noqa: E402
+from grpo_gsm8k.assemble import assemble
+from grpo_gsm8k.checkpoint import Checkpoints
+from grpo_gsm8k.layers import load
+from grpo_gsm8k.tokenizer import make_tokenizer
+from grpo_gsm8k.train import train
+from grpo_sampler import ModelConfig, Transformer, save, split
 
 
 def share_of_digits(*, completions: list[str], **_: Any) -> list[float | None]:
@@ -41,7 +37,7 @@ def make_policy(folder: Path) -> None:
     save(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
 
 
-def run(settings: list[str]) -> None:
+def run(job: grpo_mesh.Job, settings: list[str]) -> None:
     config = load([], settings)
     if code := train(config):
         grpo_mesh.leave(code, "training did not finish")
@@ -56,7 +52,9 @@ def run(settings: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Only here: the processes that compute rewards import this module too, and are no members of the job.
+    this_job = grpo_mesh.initialize(heartbeat=30, timeout=120)
     if sys.argv[1] == "make-policy":
         make_policy(Path(sys.argv[2]))
     else:
-        run(sys.argv[1:])
+        run(this_job, sys.argv[1:])
