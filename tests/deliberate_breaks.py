@@ -121,8 +121,8 @@ BREAKS = (
         "grpo-sampler",
         "renamed keyword",
         "_sampler.py",
-        (("max_new_tokens_P", "limit_P"),),
-        "Sampler.generate(max_new_tokens_P)",
+        (("max_prompt_length", "longest_prompt"),),
+        "Sampler.__init__(max_prompt_length)",
     ),
     Break(
         "grpo-sampler",

@@ -83,20 +83,23 @@ def _exported(module: griffe.Module, prefix: str) -> Iterator[str]:
 
 
 def _told(breakage: griffe.Breakage, module: str) -> str:
-    path = breakage.obj.path.removeprefix(f"{module}.")
-    parts = [part for part in path.split(".") if not part.startswith("_") or part == "__init__"]
-    values = [_short(value) for value in (breakage.old_value, breakage.new_value) if value is not None]
-    return f"{'.'.join(parts)}: {breakage.kind.value.lower()}" + (f" ({' -> '.join(values)})" if values else "")
-
-
-def _short(value: object) -> str:
-    name = getattr(value, "name", None)
-    return str(name if name is not None else value)
+    path = breakage.obj.path.removeprefix(f"{module}.").split(".")
+    name = ".".join(part for part in path if not part.startswith("_") or part in ("__init__", "__call__"))
+    before, after = breakage.old_value, breakage.new_value
+    parameter = before if isinstance(before, griffe.Parameter) else after
+    if isinstance(parameter, griffe.Parameter):
+        name = f"{name}({parameter.name})"
+    told = f"{name}: {breakage.kind.value.lower()}"
+    if breakage.kind == griffe.BreakageKind.PARAMETER_CHANGED_DEFAULT:
+        told += f" ({before.default} -> {after.default})"
+    return told
 
 
 def _retyped(name: str, before: griffe.Object | griffe.Alias, after: griffe.Object | griffe.Alias) -> Iterator[str]:
     """Annotations that narrowed where values go in, or widened where they come out."""
-    if before.kind != after.kind:  # griffe has said so
+    if after.kind != before.kind:
+        if after.kind == griffe.Kind.ALIAS:  # imported and listed, but gone from where it was defined
+            yield f"{name}: is defined nowhere"
         return
     if before.is_function:
         old_parameters = {parameter.name: parameter for parameter in before.parameters}
