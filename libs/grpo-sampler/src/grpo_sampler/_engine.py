@@ -1,6 +1,6 @@
 """One batch on its way through the device: fill units, decode a chunk, book what ended, shrink, again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,6 +83,19 @@ class Engine:
             if i + 1 < len(shapes):
                 futures.append(self._keep_program(shape, shapes[i + 1]))
         return futures
+
+    def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[[], Any]]:
+        """The largest program of each kind, by name, each compiled when called (at once if it is there already)."""
+        largest = shapes[0]
+        begin: dict[str, Callable[[], Any]] = {
+            "weights": self._weights_program,
+            "cache": partial(self._empty_program, largest),
+            "prefill": partial(self._prefill_program, largest),
+            "decode": partial(self._decode_program, largest, filtered),
+        }
+        if len(shapes) > 1:
+            begin["shrink"] = partial(self._keep_program, largest, shapes[1])
+        return {name: lambda start=start: start().result() for name, start in begin.items()}
 
     def run(self, params: Any, request: Request, shapes: tuple[Shape, ...], first: int) -> Iterator[Chunk]:
         """Decodes a batch; yields after every chunk.

@@ -1,6 +1,6 @@
 """The sampler: prompts in, sequences with exact log-probabilities out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
 from grpo_sampler._config import ModelConfig
@@ -126,7 +127,8 @@ class Sampler:
         self._columns = -(-max_new_tokens // 8) * 8
         self._compute_dtype = compute_dtype
         self._attention = attention
-        self._unroll = jax.default_backend() == "cpu" if unroll is None else unroll
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self._unroll = platform == "cpu" if unroll is None else unroll
         self._programs = Programs()
         law_arrays(self.law, config.vocab_size, min_new_tokens)
 
@@ -164,6 +166,26 @@ class Sampler:
                                 futures += engine.start_compiling(shapes, filtered=filtered, first=first)
         for future in futures:
             future.result()
+
+    def programs(
+        self, params: Any, *, group_size: int, law: SamplingLaw | None = None, streaming: bool = False
+    ) -> dict[str, Callable[[], Compiled]]:
+        """What a call that fills all slots runs, for planning memory and time on devices that may not be there.
+
+        Args:
+            params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
+            group_size: samples of one prompt.
+            law: as for `generate`; only whether it filters matters.
+            streaming: whether the batch exceeds the slots.
+        Returns:
+            Functions that compile, by name, in the order of their first run: `weights` (parameters as decoding wants
+            them), `cache` (an empty one), `prefill` (prompts into the cache), `decode` (a chunk of steps; its loop's
+            end depends on the data), and `shrink` (the cache of a draining batch) where there is a smaller size. Each
+            is the largest of its kind, for the longest prompt bucket.
+        """
+        engine = self._engine(params, self._buckets[-1])
+        filtered = is_filtered(self.law if law is None else law, self.min_new_tokens)
+        return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
 
     def generate(
         self,
