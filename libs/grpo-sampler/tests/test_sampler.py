@@ -284,10 +284,9 @@ def test_no_sequence_stops_before_its_minimum(model, params):
 
 
 def test_a_ring_that_wraps_and_many_waves(model, params):
+    lengths = np.random.default_rng(1).integers(1, 13, 40)
     law = SamplingLaw(stop_ids=(5, 6, 7, 8))
-    rollout = generate(
-        sampler_of(law, slots=6), params, prompts_of(np.random.default_rng(1).integers(1, 13, 40)), group_size=3
-    )
+    rollout = generate(sampler_of(slots=5), params, prompts_of(lengths), law=law)
     np.testing.assert_allclose(scored(model, rollout), rollout.policy_logp_BT, atol=1e-5)
 
 

@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(self, plan: Plan, placement: Placement, programs: Programs, params: Any) -> None:
         self.plan, self.placement, self._programs = plan, placement, programs
-        self._params = jax.tree.map(lambda leaf: _abstract(leaf, getattr(leaf, "sharding", None)), params)
+        self._params = jax.tree.map(lambda leaf: _abstract(leaf, placement.given(leaf)), params)
         shapes = jax.eval_shape(self._weights_function, self._params)
         self._weights = jax.tree.map(_abstract, shapes, self._weight_shardings())
         leaves, tree = jax.tree.flatten(self._params)
@@ -120,6 +120,8 @@ class Engine:
             request.prompt_id_P,
             request.limit_B,
         )
+        if self.placement.mesh is not None:
+            params = jax.device_put(params, _shardings(self._params))  # nothing moves if it is there already
         weights = self._weights_program().result()(params)
         cache = self._empty_program(shapes[first]).result()()
         column = np.zeros(self.placement.shards, np.int32)

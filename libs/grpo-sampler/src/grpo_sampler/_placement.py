@@ -54,6 +54,13 @@ class Placement:
         tail = (TENSOR_AXIS,) if split else ()
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, self.row_axes, *tail))
 
+    def given(self, leaf: Any) -> Sharding | None:
+        """Sharding of a parameter on its way in; parameters that are not on the mesh are spread over it first."""
+        sharding = getattr(leaf, "sharding", None)
+        if self.mesh is None or (sharding is not None and sharding.device_set == set(self.mesh.devices.flat)):
+            return sharding
+        return self.replicated
+
     def weight(self, leaf: Any, drop: int = 0) -> Sharding:
         """Sharding of a weight for decoding: what training gave it, kept on the tensor axis only."""
         if self.mesh is None or not isinstance(getattr(leaf, "sharding", None), NamedSharding):

@@ -1,0 +1,304 @@
+"""Useful tokens/s of rollouts, side by side with google-tunix's own sampler and transformers' `generate`.
+
+    python tools/bench_rollout.py                                                   # this stack alone
+    python tools/bench_rollout.py --tunix VENV/bin/python --torch VENV/bin/python   # and the peers, each in its venv
+
+Prompts of 64 to 96 tokens, groups of 8, float32, random weights, temperature 1, whole vocabulary, log-probabilities
+recorded. `full`: every sequence runs to the limit. `geometric`: each sequence has its own limit, geometric with mean
+40; peers cannot end rows early without a stop token, and since a batch of theirs waits for its longest row in any case,
+they run to the longest limit and only tokens within limits count as useful. Sides take turns, a fresh process each.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "layers": 4,
+        "width": 128,
+        "mlp_width": 512,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_size": 32,
+        "vocab_size": 512,
+    },
+    "small": {
+        "layers": 8,
+        "width": 512,
+        "mlp_width": 1536,
+        "query_heads": 8,
+        "kv_heads": 2,
+        "head_size": 64,
+        "vocab_size": 32_000,
+    },
+}
+GROUP_SIZE, LONGEST_PROMPT, PAD, EOS = 8, 96, 0, 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tunix", help="python of an environment with google-tunix")
+    parser.add_argument("--torch", help="python of an environment with torch and transformers")
+    parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=list(MODELS))
+    parser.add_argument("--sequences", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--new-tokens", nargs="+", type=int, default=[128, 256])
+    parser.add_argument("--lengths", nargs="+", default=["full", "geometric"], choices=["full", "geometric"])
+    parser.add_argument("--devices", type=int, help="forced CPU devices of this stack; default 2 for tiny, 1 for small")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--side", choices=["ours", "tunix", "transformers", "machine"], help="one side, printed as JSON"
+    )
+    options = parser.parse_args()
+    if options.side is None:
+        compare(options)
+        return
+    if options.side == "machine":
+        print(json.dumps(machine()))
+        return
+    case = options.models[0], options.sequences[0], options.new_tokens[0], options.lengths[0]
+    side = {"ours": ours, "tunix": tunix, "transformers": transformers}[options.side]
+    print(json.dumps(side(*case, options)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    sides = {"ours": sys.executable}
+    sides |= {"tunix": options.tunix} if options.tunix else {}
+    sides |= {"transformers": options.torch} if options.torch else {}
+    rooflines = launch(sys.executable, "machine", [])
+    print(f"machine: {rooflines['flops'] / 1e9:.0f} GFLOP/s, {rooflines['bytes'] / 1e9:.1f} GB/s", flush=True)
+    for model in options.models:
+        for sequences in options.sequences:
+            for new_tokens in options.new_tokens:
+                for lengths in options.lengths:
+                    case = ["--models", model, "--sequences", str(sequences), "--new-tokens", str(new_tokens)]
+                    case += ["--lengths", lengths, "--repeats", str(options.repeats)]
+                    case += ["--devices", str(options.devices)] if options.devices else []
+                    seconds: dict[str, list[float]] = {side: [] for side in sides}
+                    last: dict[str, dict] = {}
+                    for _ in range(options.turns):
+                        for side, python in sides.items():
+                            last[side] = launch(python, side, case)
+                            seconds[side] += last[side]["seconds"]
+                    report(f"{model} {sequences} x {new_tokens} {lengths}", model, seconds, last, rooflines)
+
+
+def report(title: str, model: str, seconds: dict, last: dict, rooflines: dict) -> None:
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    for side, value in median.items():
+        useful = last[side]["useful"]
+        line = f"{title} {side}: {useful / value:,.0f} tokens/s, first call {last[side]['first']:.1f} s"
+        if side == "ours":
+            weights = parameters(model)
+            flops = 2 * weights * useful / value / rooflines["flops"]
+            # Every step of every batch reads the weights once; the fewest steps are those of the longest sequence.
+            read = 4 * weights * last[side]["longest"] / value / rooflines["bytes"]
+            line += f", {flops:.0%} of the FLOP roofline, weights alone {read:.0%} of the bandwidth"
+        else:
+            line += f", ratio {(last['ours']['useful'] / median['ours']) / (useful / value):.2f}"
+        print(line, flush=True)
+
+
+def launch(python: str, side: str, arguments: list[str]) -> dict:
+    command = [python, __file__, "--side", side, *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def parameters(model: str) -> int:
+    """Weights a token is multiplied with, the unembedding included."""
+    m = MODELS[model]
+    D, attention = m["width"], m["head_size"] * 2 * (m["query_heads"] + m["kv_heads"])
+    return m["layers"] * D * (attention + 3 * m["mlp_width"]) + D * m["vocab_size"]
+
+
+def workload(model: str, sequences: int, new_tokens: int, lengths: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts [P, T] right-padded, their lengths, and the limit of each sequence; the same for all sides."""
+    rng = np.random.default_rng(0)
+    P = sequences // GROUP_SIZE
+    length_P = rng.integers(64, LONGEST_PROMPT + 1, P).astype(np.int32)
+    tokens_PT = rng.integers(2, MODELS[model]["vocab_size"], (P, LONGEST_PROMPT)).astype(np.int32)
+    tokens_PT[np.arange(LONGEST_PROMPT) >= length_P[:, None]] = PAD
+    limit_B = rng.geometric(1 / 40, sequences) if lengths == "geometric" else np.full(sequences, new_tokens)
+    return tokens_PT, length_P, np.minimum(limit_B, new_tokens)
+
+
+def timed(call: Callable[[int], object], limit_B: np.ndarray, repeats: int) -> dict:
+    seconds = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        call(turn)
+        seconds.append(time.perf_counter() - start)
+    return {"first": seconds[0], "seconds": seconds[1:], "useful": int(limit_B.sum()), "longest": int(limit_B.max())}
+
+
+def ours(model: str, sequences: int, new_tokens: int, lengths: str, options: argparse.Namespace) -> dict:
+    devices = options.devices or {"tiny": 2, "small": 1}[model]
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    import jax
+    from flax import nnx
+
+    from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
+    from grpo_sampler import ModelConfig, Sampler, Transformer, split
+
+    config = ModelConfig(family="qwen3", tied=True, qk_norm=True, **MODELS[model])
+    _, params = split(Transformer(config, rngs=nnx.Rngs(0)))
+    tokens_PT, length_P, limit_B = workload(model, sequences, new_tokens, lengths)
+    prompts = Prompts(tokens_PT, length_P, np.arange(len(length_P), dtype=np.int32), config.vocab_size, PAD)
+    mesh = jax.make_mesh((devices,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,)) if devices > 1 else None
+    sampler = Sampler(
+        config,
+        SamplingLaw(),
+        max_prompt_length=LONGEST_PROMPT,
+        max_new_tokens=new_tokens,
+        slots=sequences,
+        pad_id=PAD,
+        mesh=mesh,
+    )
+
+    def call(turn: int) -> None:
+        sampler.generate(
+            params,
+            prompts,
+            group_size=GROUP_SIZE,
+            seed=0,
+            step=turn,
+            policy=PolicyIdentity(0, "00"),
+            max_new_tokens=limit_B.reshape(-1, GROUP_SIZE),
+        )
+
+    return timed(call, limit_B, options.repeats)
+
+
+def tunix(model: str, sequences: int, new_tokens: int, lengths: str, options: argparse.Namespace) -> dict:
+    from flax import nnx
+    from tunix.generate import sampler as tunix_sampler  # pyright: ignore[reportMissingImports]
+    from tunix.models.qwen3 import model as qwen3  # pyright: ignore[reportMissingImports]
+
+    m = MODELS[model]
+    config = qwen3.ModelConfig(
+        num_layers=m["layers"],
+        vocab_size=m["vocab_size"],
+        embed_dim=m["width"],
+        hidden_dim=m["mlp_width"],
+        num_heads=m["query_heads"],
+        head_dim=m["head_size"],
+        num_kv_heads=m["kv_heads"],
+        norm_eps=1e-6,
+        rope_theta=10_000,
+        use_tied_embedding=True,
+    )
+    tokens_PT, length_P, limit_B = workload(model, sequences, new_tokens, lengths)
+
+    class Numbers:
+        """Token ids written as words, for a sampler that takes text only."""
+
+        def encode(self, text: str) -> list[int]:
+            return [int(word) for word in text.split()]
+
+        def decode(self, ids: list[int]) -> str:
+            return ""
+
+        def bos_id(self) -> int:
+            return 0
+
+        def eos_id(self) -> int:
+            return m["vocab_size"]  # never drawn: all rows run to the limit
+
+        def pad_id(self) -> int:
+            return PAD
+
+    # The prompts are left-padded to a power of two, as tunix does by itself.
+    cache = tunix_sampler.CacheConfig(128 + new_tokens, m["layers"], m["kv_heads"], m["head_size"])
+    sampler = tunix_sampler.Sampler(qwen3.Qwen3(config, rngs=nnx.Rngs(0)), Numbers(), cache)
+    texts = [" ".join(map(str, tokens[:n])) for tokens, n in zip(tokens_PT, length_P) for _ in range(GROUP_SIZE)]
+
+    def call(turn: int) -> None:
+        sampler(
+            texts,
+            max_generation_steps=int(limit_B.max()),
+            max_prompt_length=128,
+            temperature=1.0,
+            top_p=1.0,
+            return_logprobs=True,
+            seed=turn,
+        )
+
+    return timed(call, limit_B, options.repeats)
+
+
+def transformers(model: str, sequences: int, new_tokens: int, lengths: str, options: argparse.Namespace) -> dict:
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    m = MODELS[model]
+    config = Qwen3Config(
+        vocab_size=m["vocab_size"],
+        hidden_size=m["width"],
+        intermediate_size=m["mlp_width"],
+        num_hidden_layers=m["layers"],
+        num_attention_heads=m["query_heads"],
+        num_key_value_heads=m["kv_heads"],
+        head_dim=m["head_size"],
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    network = Qwen3ForCausalLM(config).eval()
+    tokens_PT, length_P, limit_B = workload(model, sequences, new_tokens, lengths)
+    ids = np.full((sequences, LONGEST_PROMPT), PAD, np.int64)
+    for b, (tokens, n) in enumerate(zip(np.repeat(tokens_PT, GROUP_SIZE, 0), np.repeat(length_P, GROUP_SIZE))):
+        ids[b, LONGEST_PROMPT - n :] = tokens[:n]
+    mask = torch.from_numpy((ids != PAD).astype(np.int64))
+
+    def call(turn: int) -> None:
+        torch.manual_seed(turn)
+        with torch.inference_mode():
+            network.generate(
+                torch.from_numpy(ids),
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=int(limit_B.max()),
+                return_dict_in_generate=True,
+                output_logits=False,
+            )
+
+    return timed(call, limit_B, options.repeats)
+
+
+def machine() -> dict:
+    """Peak of a large matrix product, and of reading memory, through the same compiler."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(function: Callable, *arguments: jax.Array) -> float:
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(*arguments))
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    square, long = jnp.ones((2048, 2048)), jnp.ones((64, 1_000_000))
+    return {
+        "flops": 2 * 2048**3 / best(jnp.matmul, square, square),
+        "bytes": long.nbytes / best(lambda x: x.max(-1), long),
+    }
+
+
+if __name__ == "__main__":
+    main()
