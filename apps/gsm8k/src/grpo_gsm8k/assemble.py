@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ from grpo_gsm8k.objective import make_forward, make_loss
 from grpo_gsm8k.placement import RULES
 from grpo_gsm8k.scoring import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer
-from grpo_loss import PackShape, TrainState, constant, init_state, make_score, make_update, warmup_cosine
+from grpo_loss import PackShape, TrainState, accumulate, constant, init_state, make_score, make_update, warmup_cosine
 from grpo_mesh import BATCH_AXES, digest, make_mesh, shardings, state_shardings
 from grpo_sampler import ModelConfig, Sampler, abstract, load
 
@@ -50,7 +50,7 @@ class Assembly:
         greedy: the law of evaluations.
         rewards: the reward functions and the tokenizer that turns completions into text for them.
         pack_shape: sizes of a packed batch, the only ones the update is compiled for.
-        update, score: compiled on first use.
+        update, score, gradient: compiled on first use; `gradient` is what `update` adds up, to look into.
         learning_rate: of an optimizer step.
         identity: what a checkpoint must agree with.
         description: lines to print at the start.
@@ -68,9 +68,15 @@ class Assembly:
     pack_shape: PackShape
     update: Callable[..., Any]
     score: Callable[..., Any]
+    gradient: Callable[..., Any]
     learning_rate: Callable[[Any], float]
     identity: dict[str, Any]
     description: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """What the compiled programs depend on: equal on every process of a job."""
+        return {"pack": asdict(self.pack_shape), "mesh": dict(self.mesh.shape), "slots": self.sampler.slots}
 
     @property
     def device(self) -> str:
@@ -90,11 +96,12 @@ class Assembly:
         return f"{took}; held-out accuracy before {before}, after {after}: {gain:+.1f} points"
 
 
-def assemble(config: Config) -> Assembly:
+def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembly:
     """Build everything a run needs, without sampling or compiling.
 
     Args:
         config: the resolved settings.
+        devices: to run on; None: all there are.
 
     Returns:
         The assembly.
@@ -102,7 +109,7 @@ def assemble(config: Config) -> Assembly:
     Raises:
         GrpoError: a setting, file, model or data set does not do; the message says which and why.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.loss.rows % shards:
         raise ConfigError(
@@ -110,7 +117,7 @@ def assemble(config: Config) -> Assembly:
             f"that every device gets as many rows: got {config.loss.rows}. "
             f"Use {config.loss.rows + -config.loss.rows % shards}"
         )
-    folder = _policy_folder(config.model.path)
+    folder = _policy_folder("model.path", config.model.path)
     tokenizer = load_tokenizer(folder)
     model = ModelConfig.from_file(folder)
     if len(tokenizer) > model.vocab_size:
@@ -138,7 +145,7 @@ def assemble(config: Config) -> Assembly:
     if config.loss.reference == "initial":
         reference, reference_identity = jax.tree.map(jnp.copy, params), parameters
     elif config.loss.reference != "none":
-        _, reference = load(_policy_folder(config.loss.reference), dtype=dtype, sharding=placed)
+        _, reference = load(_policy_folder("loss.reference", config.loss.reference), dtype=dtype, sharding=placed)
         reference_identity = digest(reference)
 
     optimizer, schedule = _optimizer(config)
@@ -164,7 +171,7 @@ def assemble(config: Config) -> Assembly:
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         mesh=mesh,
     )
-    forward = make_forward(graphdef, config, shards=shards)
+    forward, loss = make_forward(graphdef, config, shards=shards), make_loss(config)
     pack_shape = PackShape.for_rollout(
         sequences=sequences,
         groups=config.rollout.prompts,
@@ -187,12 +194,13 @@ def assemble(config: Config) -> Assembly:
         pack_shape=pack_shape,
         update=make_update(
             forward,
-            make_loss(config),
+            loss,
             optimizer,
             max_grad_norm=config.optimizer.max_grad_norm,
             param_shardings=placed,
         ),
         score=make_score(forward),
+        gradient=jax.jit(partial(accumulate, forward, loss)),
         learning_rate=lambda updates: float(schedule(updates)),
         identity={
             "parameters": parameters,
@@ -213,7 +221,7 @@ def assemble(config: Config) -> Assembly:
     )
 
 
-def _policy_folder(path: str) -> Path:
+def _policy_folder(key: str, path: str) -> Path:
     """The folder of `embedded`, of a folder, or of a hub id (downloaded: the only place that reaches the network)."""
     if path == "embedded":
         return EMBEDDED_POLICY
@@ -221,12 +229,12 @@ def _policy_folder(path: str) -> Path:
         return Path(path).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         raise ConfigError(
-            f"model.path must be `embedded`, a folder, or a hub id such as Qwen/Qwen2.5-0.5B: got {path!r}"
+            f"{key} must be `embedded`, a folder, or a hub id such as Qwen/Qwen2.5-0.5B: got {path!r}, which is not there"
         )
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"model.path={path!r} is no folder here, and the hub did not give it: {error}") from error
+        raise ConfigError(f"{key}={path!r} is no folder here, and the hub did not give it: {error}") from error
 
 
 def _optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

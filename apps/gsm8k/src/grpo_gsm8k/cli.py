@@ -11,7 +11,7 @@ from grpo_gsm8k.startup import before_jax, with_huge_pages
 
 __all__ = ["main"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 # Commands that read a run's settings: name -> (module:function taking the config, one line of help).
 _CONFIGURED = {
@@ -63,8 +63,18 @@ def _run(given: list[str]) -> int:
         with_huge_pages(config, given)
     for line in before_jax(config):
         print(line, flush=True)
+    if options.command != "preflight":
+        _join_the_job()
     run = _function(_CONFIGURED[options.command][0])
     return int(run(config, **_extra(options)) or 0)
+
+
+def _join_the_job() -> None:
+    from grpo_mesh import initialize
+
+    job = initialize()
+    if job.processes > 1:
+        print(f"job          {job}", flush=True)
 
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +146,14 @@ def _fail(message: str, code: int) -> int:
 
 
 def _exit() -> NoReturn:
-    sys.exit(main())
+    code = main()
+    if code and "grpo_mesh" in sys.modules:
+        import jax
+        from grpo_mesh import leave
+
+        if jax.process_count() > 1 and code != EXIT_PREEMPTED:
+            leave(code, "see the message above")  # a plain exit would wait for processes that wait for this one
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 from grpo_contracts import FinishReason, Scored, TrainBatch
 from grpo_gsm8k.progress import Progress
+from grpo_mesh import deadline
 
 if TYPE_CHECKING:
     from grpo_gsm8k.assemble import Assembly
@@ -22,17 +23,18 @@ class Clock:
 
     Args:
         progress: told which phase is under way.
+        limit: seconds a phase may take in a job of several processes, before it ends with the ranks that are missing.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, *, limit: float) -> None:
+        self._progress, self._limit = progress, limit
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under this name; host work and device work alike, since every phase ends on the host."""
         begun = time.perf_counter()
-        with self._progress.phase(name):
+        with self._progress.phase(name), deadline(name, self._limit):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 

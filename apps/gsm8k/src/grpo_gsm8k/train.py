@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +13,14 @@ from grpo_gsm8k.assemble import Assembly, assemble
 from grpo_gsm8k.checkpoint import Checkpoints
 from grpo_gsm8k.config import Config
 from grpo_gsm8k.evaluate import evaluate
+from grpo_gsm8k.health import Health
 from grpo_gsm8k.learn import advantages, learn
 from grpo_gsm8k.measure import Clock, sample_records, step_metrics
 from grpo_gsm8k.preemption import EXIT_PREEMPTED, preemption
 from grpo_gsm8k.progress import Progress
 from grpo_gsm8k.report import write_report
 from grpo_gsm8k.run_folder import RunFolder
-from grpo_mesh import digest
+from grpo_mesh import check_agreement, digest
 
 
 def train(config: Config, *, dry_run: bool = False) -> int:
@@ -33,6 +35,7 @@ def train(config: Config, *, dry_run: bool = False) -> int:
     """
     started = time.monotonic()
     run = assemble(config)
+    check_agreement({"config": config.model_dump(mode="json"), "identity": run.identity, "shapes": run.shapes})
     leader = jax.process_index() == 0
     for line in run.description if leader else ():
         print(line, flush=True)
@@ -43,7 +46,8 @@ def train(config: Config, *, dry_run: bool = False) -> int:
         if folder.finished:
             print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
             return 0
-        checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep)
+        settings = config.checkpoint
+        checkpoints = Checkpoints(folder.checkpoints, keep=settings.keep, any_version=settings.any_version)
         with preemption() as stop, Progress(config.steps, enabled=leader) as progress:
             code = _run(run, folder, checkpoints, stop, progress, started)
         checkpoints.close()
@@ -56,7 +60,7 @@ def _run(
     run: Assembly, folder: RunFolder, checkpoints: Checkpoints, stop: Any, progress: Progress, started: float
 ) -> int:
     config, state, problems = run.config, run.state, run.problems
-    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0}
+    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "warnings": []}
     if restored := checkpoints.restore(state, run.identity):
         state, notes = restored.state, restored.notes
         problems.set_state(notes["problems"])
@@ -66,16 +70,17 @@ def _run(
     folder.start(first)
     progress.resume(first)
     seconds_before = notes["seconds"]
+    health = Health(config, folder, progress, notes["warnings"])
 
     if config.eval.before and "before" not in notes["accuracy"]:
-        with progress.phase("evaluation"):
+        with Clock(progress, limit=config.phase_timeout).phase("evaluation"):
             result = evaluate(run, state.params)
         notes["accuracy"]["before"] = result.record()
         folder.log(0, result.metrics())
         progress.note(f"before: {result}")
 
     for step in range(first, config.steps):
-        clock = Clock(progress)
+        clock = Clock(progress, limit=config.phase_timeout)
         with clock.phase("rollout"):
             asked = next(problems)
             policy = PolicyIdentity(step, digest(state.params))
@@ -88,7 +93,8 @@ def _run(
                 policy=policy,
             )
         with clock.phase("reward"):
-            scored = run.rewards.score(rollout, asked)
+            health.check_rollout(rollout, policy)
+            scored = run.rewards.score(rollout, asked, partial(health.reward_failures, step + 1))
         with clock.phase("advantage"):
             batch = TrainBatch(scored, advantages(scored, config))
             validate(batch, level="values")
@@ -98,6 +104,7 @@ def _run(
         done = step + 1
         last = done == config.steps
         metrics = step_metrics(batch, learned, clock) | {"learning_rate": run.learning_rate(state.step)}
+        metrics |= health.watch(done, metrics)
         if _due(done, config.eval.every) or (last and config.eval.after):
             with clock.phase("evaluation"):
                 result = evaluate(run, state.params)
@@ -109,10 +116,14 @@ def _run(
         progress.step(done, metrics)
 
         stopping = stop.requested() and not last
-        if config.checkpoint.every and (last or stopping or _due(done, config.checkpoint.every)):
+        due = last or stopping or _due(done, config.checkpoint.every)
+        if health.failing or (config.checkpoint.every and due):
             notes |= {"problems": problems.get_state(), "seconds": seconds_before + time.monotonic() - started}
-            with progress.phase("checkpoint"):
+            with clock.phase("checkpoint"):
                 checkpoints.save(done, state, notes, accuracy=metrics.get("eval/accuracy"))
+        if health.failing:
+            checkpoints.wait()
+            health.stop(done, run, state.params, batch, metrics)
         if stopping:
             checkpoints.wait()
             progress.note(f"asked to stop: step {done} is done and saved; the same command goes on from here")
@@ -126,6 +137,7 @@ def _run(
         device=run.device,
         accuracy=notes["accuracy"],
         skipped_updates=int(state.skipped),
+        warnings=health.warnings,
         compiled_programs=run.sampler.compile_count,
     )
     progress.note(run.verdict(notes["accuracy"], seconds))
