@@ -70,8 +70,8 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
 
 def test_hub_files_are_chosen_by_split() -> None:
     files = [
-        "README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet", "socratic/test-00000-of-00001.parquet",
-        "socratic/train-00000-of-00001.parquet",
+        "README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet",
+        "socratic/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet",
     ]  # fmt: skip
     choose = records_module._choose
     assert choose(files, "train") == "main/train-00000-of-00001.parquet"
@@ -86,7 +86,7 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no network here")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
-    with pytest.raises(DataError, match="openai/gsm8k is neither a file or folder here .* no network here"):
+    with pytest.raises(DataError, match=r"openai/gsm8k is neither a file or folder here .* no network here"):
         read_records("openai/gsm8k", "train")
 
 
@@ -102,7 +102,9 @@ def test_a_hub_data_set_is_downloaded_and_read(tmp_path: Path, monkeypatch: pyte
 def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
     write_splits(tmp_path, train=40, test=20)
     for split in ("train", "test"):
-        assert digest(read_records(str(tmp_path), split)) == digest(read_records("embedded", split, limit={"train": 40, "test": 20}[split]))
+        assert digest(read_records(str(tmp_path), split)) == digest(
+            read_records("embedded", split, limit={"train": 40, "test": 20}[split])
+        )
     assert len(read_records(str(tmp_path / "train.jsonl"), "train", limit=7)) == 7
     other = [Record("a", "b", "x:1")]
     assert digest(other) == digest([Record("a", "b", "elsewhere")]) != digest([Record("a", "c", "x:1")])
@@ -125,7 +127,11 @@ def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Pre
 
 
 def test_overlong_prompts_are_refused_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
-    records = [Record("short", "#### 1", "f:1"), Record("long " * 50, "#### 1", "f:2"), Record("long " * 60, "#### 1", "f:3")]
+    records = [
+        Record("short", "#### 1", "f:1"),
+        Record("long " * 50, "#### 1", "f:2"),
+        Record("long " * 60, "#### 1", "f:3"),
+    ]
     with pytest.raises(DataError, match=r"f:2: a prompt must have at most 40 tokens .* 2 of 3 are too long"):
         tokenize(records, tokenizer, max_length=40)
     kept = tokenize(records, tokenizer, max_length=40, overlong="drop")
