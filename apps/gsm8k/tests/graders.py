@@ -64,3 +64,17 @@ def slow(*, completions: list[str], **_: Any) -> list[float]:
 def whereabouts(**_: Any) -> list[float]:
     """The process it runs in, and whether that has jax in it."""
     return [os.getpid() + (0.5 if "jax" in sys.modules else 0.0)]
+
+
+def rare(*, completions: list[str], prompts: list[str], **_: Any) -> list[float]:
+    """Cannot stomach the first completion of its life when it comes alone, nor any batch."""
+    global _served
+    if len(completions) > 1:
+        raise ValueError("no batches")
+    _served += 1
+    if _served == 1:
+        raise ValueError("too rare")
+    return [len(completions[0]) % 7 / 7]
+
+
+_served = 0

@@ -145,7 +145,9 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
     if config.loss.reference == "initial":
         reference, reference_identity = jax.tree.map(jnp.copy, params), parameters
     elif config.loss.reference != "none":
-        _, reference = load(_policy_folder("loss.reference", config.loss.reference), dtype=dtype, sharding=placed)
+        reference_folder = _policy_folder("loss.reference", config.loss.reference)
+        _check_same_model(config.loss.reference, ModelConfig.from_file(reference_folder), model)
+        _, reference = load(reference_folder, dtype=dtype, sharding=placed)
         reference_identity = digest(reference)
 
     optimizer, schedule = _optimizer(config)
@@ -229,12 +231,23 @@ def _policy_folder(key: str, path: str) -> Path:
         return Path(path).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         raise ConfigError(
-            f"{key} must be `embedded`, a folder, or a hub id such as Qwen/Qwen2.5-0.5B: got {path!r}, which is not there"
+            f"{key} must be `embedded`, a folder, or a hub id such as Qwen/Qwen2.5-0.5B: got {path!r}. No such folder"
         )
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (HfHubHTTPError, OSError) as error:
         raise ConfigError(f"{key}={path!r} is no folder here, and the hub did not give it: {error}") from error
+
+
+def _check_same_model(path: str, reference: ModelConfig, model: ModelConfig) -> None:
+    sizes = [field.name for field in fields(model) if field.name not in ("bos_id", "eos_ids", "max_positions")]
+    pairs = {name: (getattr(reference, name), getattr(model, name)) for name in sizes}
+    differing = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
+    if differing:
+        raise ConfigError(
+            f"loss.reference must be the policy's own kind of model, whose forward pass it shares: {path} has "
+            f"{'; '.join(differing)}"
+        )
 
 
 def _optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

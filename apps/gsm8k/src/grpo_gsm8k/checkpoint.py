@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from grpo_contracts import GrpoError
+from grpo_gsm8k.run_folder import versions
 from grpo_mesh import digest
 
 FORMAT = 1
@@ -51,9 +52,10 @@ class Checkpoints:
     Args:
         folder: where the checkpoints live, one sub-folder a step.
         keep: how many of the newest to keep; the one with the best accuracy is kept besides.
+        any_version: read checkpoints of incompatible library versions too.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, any_version: bool = False) -> None:
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
@@ -66,7 +68,7 @@ class Checkpoints:
             step_prefix="step",
             enable_async_checkpointing=True,
         )
-        self._folder = folder
+        self._folder, self._any_version = folder, any_version
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: Any, notes: Mapping[str, Any], *, accuracy: float | None = None) -> None:
@@ -83,7 +85,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        body = {"format": FORMAT, "state_digest": digest(state), "notes": dict(notes)}
+        body = {"format": FORMAT, "versions": versions(), "state_digest": digest(state), "notes": dict(notes)}
         sealed = {"body": body, "sha256": _sha256(body)}
         try:
             self._manager.save(
@@ -120,12 +122,13 @@ class Checkpoints:
         """Steps with a checkpoint on disk, ascending."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, like: Any, expected: Mapping[str, Any]) -> Restored | None:
+    def restore(self, like: Any, expected: Mapping[str, Any], *, at: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
             expected: facts of this run (model, tokenizer, data set, ...) that must equal `notes["identity"]`.
+            at: read the checkpoint of this step and no other; None: the newest.
 
         Returns:
             The state and its notes, or None if there is no checkpoint yet.
@@ -134,7 +137,7 @@ class Checkpoints:
             ResumeRefused: the newest whole checkpoint was made by another run; the message shows the difference.
             CheckpointError: there are checkpoints and every one of them is damaged.
         """
-        steps = self.steps
+        steps = [step for step in self.steps if at in (None, step)]
         for step in reversed(steps):
             try:
                 sealed = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
@@ -142,6 +145,7 @@ class Checkpoints:
                 if sealed["sha256"] != _sha256(body):
                     raise ValueError("its notes do not match their checksum")
                 _refuse_strangers(self._folder, step, body, expected)
+                self._check_versions(step, body["versions"])
                 abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
                 state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
                     "state"
@@ -169,8 +173,34 @@ class Checkpoints:
         for later in [s for s in self.steps if s > step]:
             self._manager.delete(later)
 
+    def _check_versions(self, step: int, written: Mapping[str, str]) -> None:
+        """Refuse what other libraries may mean something else by; say what only changes rounding."""
+        here = versions()
+        others = {name: pair for name in written if len(set(pair := (written[name], here.get(name, "none")))) > 1}
+        table = "".join(f"\n  {name}: checkpoint {then}, here {now}" for name, (then, now) in others.items())
+        bad = [name for name, pair in others.items() if _decides(name) and len({_series(part) for part in pair}) > 1]
+        if bad and not self._any_version:
+            raise ResumeRefused(
+                f"the checkpoint of step {step} in {self._folder} was written by library versions that are not "
+                f"compatible with these ({', '.join(bad)}):{table}\nInstall the versions it was written by, or set "
+                "checkpoint.any_version=true to try."
+            )
+        if others:
+            log.warning("the checkpoint of step %s was written by other versions; results may differ:%s", step, table)
+
     def _steps_text(self) -> str:
         return ", ".join(map(str, self.steps)) or "none yet"
+
+
+def _decides(name: str) -> bool:
+    """Whether a library's version decides what the arrays of a checkpoint mean."""
+    return name.startswith("grpo-") or name in ("optax", "orbax-checkpoint")
+
+
+def _series(version: str) -> str:
+    """The part of a version that compatible releases share: 0.3 of 0.3.2, 2 of 2.1."""
+    major, _, rest = version.partition(".")
+    return f"0.{rest.partition('.')[0]}" if major == "0" else major
 
 
 def _sha256(body: Mapping[str, Any]) -> str:

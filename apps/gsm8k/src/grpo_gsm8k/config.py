@@ -14,6 +14,7 @@ __all__ = [
     "Config",
     "Data",
     "Eval",
+    "Health",
     "Log",
     "Loss",
     "Model",
@@ -152,7 +153,10 @@ class Reward(_Section):
     )
     weights: Weights = Field(default=(1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
     timeout: float = Field(
-        default=10.0, gt=0.0, description="seconds a batch of your own function may take before it is killed"
+        default=10.0,
+        gt=0.0,
+        description="seconds a step's completions may take your own function before it is killed; "
+        "after a failure, as much again to judge them one by one",
     )
     max_unscored: Share = Field(
         default=0.1, description="the run stops when more than this share of a step has no reward"
@@ -207,6 +211,26 @@ class Checkpoint(_Section):
         default=20, description="steps between checkpoints; the last step is always saved; 0: no checkpoints"
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept, besides the best one")
+    any_version: bool = Field(
+        default=False, description="go on from a checkpoint even if it was written by incompatible library versions"
+    )
+
+
+class Health(_Section):
+    """When a run that goes wrong says so, or stops."""
+
+    max_skipped: Positive = Field(
+        default=3, description="updates in a row that were not finite, after which the run stops with a capsule"
+    )
+    max_logp_gap: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="mean |sampler - trainer| log-probability of a token, in nats, above which the run warns; "
+        "null: 1e-4 for model.compute_dtype=float32, 0.05 for bfloat16",
+    )
+    silent_steps: Positive = Field(
+        default=5, description="steps in a row without a group whose rewards differ, after which the run warns"
+    )
 
 
 class Log(_Section):
@@ -238,6 +262,9 @@ class Config(_Section):
         default=False,
         description="start again under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster small updates on Linux CPUs)",
     )
+    phase_timeout: float = Field(
+        1800.0, gt=0.0, description="seconds a phase may take on many hosts before the missing ranks are named"
+    )
     run: Run = Run()
     data: Data = Data()
     model: Model = Model()
@@ -247,6 +274,7 @@ class Config(_Section):
     reward: Reward = Reward()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     log: Log = Log()
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,31 +71,47 @@ def learn(run: Assembly, state: TrainState, batch: TrainBatch, step: int) -> tup
         step: of the run, from 0; with the seed it decides how minibatches are drawn.
 
     Returns:
-        The state after, and the metrics of the updates: means over them, maxima where the name ends in `/max`.
+        The state after, and the metrics of the updates: means over them, maxima where the name ends in `/max`, and
+        `skipped_in_a_row`, how many of the last ones were not finite.
+    """
+    results = []
+    for packed in updates(run, state.params, batch, step):
+        state, metrics = run.update(state, place(run, packed))
+        results.append((metrics, packed.fill))
+    return state, _merge([{**jax.device_get(metrics), "packing/fill": fill} for metrics, fill in results])
+
+
+def updates(run: Assembly, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
+    """What each update of one rollout consumes, on the host.
+
+    Args:
+        run: the assembled run.
+        params: before the first update: what old log-probabilities are taken under.
+        batch: the rollout with rewards and advantages.
+        step: of the run, from 0.
+
+    Yields:
+        One packed batch an update.
     """
     config, rollout = run.config, batch.scored.rollout
-    updates = config.loss.epochs * config.loss.minibatches
+    several = config.loss.epochs * config.loss.minibatches > 1
     token_data: dict[str, np.ndarray] = {"sampler_logp": rollout.logp_BT}
     sequence_data: dict[str, np.ndarray] = {}
     (sequence_data if batch.advantage.ndim == 1 else token_data)["advantage"] = batch.advantage
 
-    if updates > 1 or run.reference is not None:
+    if several or run.reference is not None:
         everything = _packed(run, batch, keep_B=None)
-        placed = _place(run, everything)
-        if updates > 1:
-            token_data["old_logp"] = _scored(run, state.params, everything, placed, rollout.tokens_BT.shape)
+        placed = place(run, everything)
+        if several:
+            token_data["old_logp"] = _scored(run, params, everything, placed, rollout.tokens_BT.shape)
         if run.reference is not None:
             token_data["reference_logp"] = _scored(run, run.reference, everything, placed, rollout.tokens_BT.shape)
 
-    results = []
     for epoch in range(config.loss.epochs):
         for keep_B in split_minibatches(
             rollout.group_B, config.loss.minibatches, seed=config.seed, step=step, epoch=epoch
         ):
-            packed = _packed(run, batch, keep_B).with_tokens(**token_data).with_sequences(**sequence_data)
-            state, metrics = run.update(state, _place(run, packed))
-            results.append((metrics, packed.fill))
-    return state, _merge([{**jax.device_get(metrics), "packing/fill": fill} for metrics, fill in results])
+            yield _packed(run, batch, keep_B).with_tokens(**token_data).with_sequences(**sequence_data)
 
 
 def _packed(run: Assembly, batch: TrainBatch, keep_B: np.ndarray | None) -> PackedBatch:
@@ -118,7 +134,7 @@ def _scored(run: Assembly, params: Any, packed: PackedBatch, placed: PackedBatch
     return unpack_tokens(to_host(logp_MRT), packed.micro.source_RT, shape)
 
 
-def _place(run: Assembly, packed: PackedBatch) -> PackedBatch:
+def place(run: Assembly, packed: PackedBatch) -> PackedBatch:
     """Rows and prompts of every micro-batch over the mesh's data axes. Every process packed the same batch."""
     rows = NamedSharding(run.mesh, PartitionSpec(None, BATCH_AXES))
 
@@ -134,4 +150,9 @@ def _merge(results: list[Mapping[str, Any]]) -> dict[str, float]:
         name: float(max(values) if name.endswith("/max") else np.mean(values))
         for name in results[0]
         for values in [[result[name] for result in results]]
-    }
+    } | {"skipped_in_a_row": _last_in_a_row([not result["finite"] for result in results])}
+
+
+def _last_in_a_row(flags: list[bool]) -> float:
+    """How many flags are set at the end of the list."""
+    return float(next((n for n, flag in enumerate(reversed(flags)) if not flag), len(flags)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grpo_contracts import GrpoError
 
@@ -104,7 +104,7 @@ def load_function(name: str) -> RewardFunction:
             f"reward function {name!r}: module {module_name!r} cannot be imported, {missing} was not found. "
             f"Looked in {here} and the environment"
         ) from error
-    function: Any = getattr(module, attribute, None)
+    function = getattr(module, attribute, None)
     if function is None:
         public = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise RewardError(
@@ -113,7 +113,7 @@ def load_function(name: str) -> RewardFunction:
         )
     if not callable(function):
         raise RewardError(f"reward function {name!r} must be callable: got {type(function).__name__}")
-    return function
+    return cast(RewardFunction, function)
 
 
 def _same(found: Decimal | None, gold: Decimal | None) -> float | None:

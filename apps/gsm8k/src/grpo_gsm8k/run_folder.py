@@ -27,8 +27,8 @@ from grpo_gsm8k.run_files import cut_back, lock, read_summary, replace, writing
 __all__ = ["RunFolder", "versions"]
 
 # Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
-_FREE_SECTIONS = ("run.", "log.", "checkpoint.")
-_FREE_KEYS = ("cpu_devices", "mesh", "slice", "compilation_cache", "huge_pages")
+_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "health.")
+_FREE_KEYS = ("cpu_devices", "mesh", "slice", "compilation_cache", "huge_pages", "phase_timeout")
 
 
 class RunFolder:
@@ -101,7 +101,7 @@ class RunFolder:
         if not self._writer:
             return
         with writing(self.path):
-            for name in ("metrics.jsonl", "completions.jsonl"):
+            for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
             (self.path / "summary.json").unlink(missing_ok=True)
             if self.config.log.tensorboard:
@@ -145,6 +145,16 @@ class RunFolder:
         """
         if self._writer and samples:
             self._append("completions.jsonl", [{"step": step, **sample} for sample in samples])
+
+    def reward_failures(self, step: int, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Write what reward functions failed at.
+
+        Args:
+            step: whose completions they were.
+            failures: each as `Rewards.score` reports it.
+        """
+        if self._writer and failures:
+            self._append("reward_failures.jsonl", [{"step": step, **failure} for failure in failures])
 
     def summary(
         self,

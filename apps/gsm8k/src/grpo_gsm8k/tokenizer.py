@@ -86,11 +86,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         The tokenizer, with an end token, a padding token and a chat template.
 
     Raises:
-        TokenizerError: if it has no end token, no token to pad with other than its end token, or no chat template.
+        TokenizerError: if it cannot be read, or has no end token, no token to pad with other than its end token, or
+            no chat template.
     """
     from transformers import AutoTokenizer  # takes a second to import: only where a tokenizer is loaded
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(
+            f"the tokenizer of {path} cannot be loaded: {error}. Are its files there, and whole?"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer of {path} must have an eos_token, which ends a completion: it has none")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -1,0 +1,703 @@
+"""What people and machines get wrong, and the sentence they get: one table, run as tests, printed as FAULTS.md.
+
+`python apps/gsm8k/tests/faults/test_faults.py` writes FAULTS.md anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from grpo_contracts import ContractError, GrpoError, PolicyIdentity
+from grpo_gsm8k import checkpoint
+from grpo_gsm8k.assemble import assemble
+from grpo_gsm8k.capsule import CapsuleError, read_capsule
+from grpo_gsm8k.checkpoint import CheckpointError, Checkpoints, ResumeRefused
+from grpo_gsm8k.config import Config
+from grpo_gsm8k.errors import ConfigError, RunFolderError
+from grpo_gsm8k.health import Health, StaleWeights
+from grpo_gsm8k.layers import load
+from grpo_gsm8k.progress import Progress
+from grpo_gsm8k.records import DataError, read_records
+from grpo_gsm8k.reward import RewardError
+from grpo_gsm8k.reward_workers import RewardWorker
+from grpo_gsm8k.run_folder import RunFolder
+from grpo_gsm8k.startup import before_jax
+from grpo_gsm8k.tokenizer import TokenizerError
+from grpo_mesh import MeshError
+from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
+
+PAGE = Path(__file__).parents[2] / "FAULTS.md"
+GOOD = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
+IDENTITY = {"parameters": "ab" * 32}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table.
+
+    Args:
+        area: what is broken.
+        broken: in which way.
+        error: its exact kind.
+        says: parts of the message, in order: they name the culprit.
+        make: breaks it and runs into it.
+    """
+
+    area: str
+    broken: str
+    error: type[GrpoError]
+    says: tuple[str, ...]
+    make: Callable[[Bench], Any]
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(area: str, broken: str, error: type[GrpoError], *says: str) -> Callable[[Callable[[Bench], Any]], None]:
+    """Add a row."""
+
+    def add(make: Callable[[Bench], Any]) -> None:
+        FAULTS.append(Fault(area, broken, error, says, make))
+
+    return add
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A place to break things in: a folder, a policy, and patches that are undone."""
+
+    folder: Path
+    toy_policy: Path
+    patch: pytest.MonkeyPatch
+
+    def data(self, *lines: bytes | str | dict[str, Any], split: str = "train") -> Path:
+        """A data set's folder."""
+        file = self.folder / "data" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        coded = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
+        file.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in coded))
+        return file.parent
+
+    def policy(self, *lost: str, **config: Any) -> Path:
+        """A copy of the toy policy, without some files and with other entries of its config.json."""
+        copy = self.folder / "policy"
+        shutil.copytree(self.toy_policy, copy, ignore=shutil.ignore_patterns(*lost))
+        if config:
+            self.rewrite(copy / "config.json", **config)
+        return copy
+
+    def rewrite(self, file: Path, **entries: Any) -> None:
+        """Change entries of a JSON file; None removes one."""
+        content = json.loads(file.read_text()) | entries
+        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    def tensors(self, change: Callable[[dict[str, np.ndarray]], Any]) -> Path:
+        """A copy of the toy policy with other tensors."""
+        copy = self.policy()
+        tensors = load_file(copy / "model.safetensors")
+        change(tensors)
+        save_file(tensors, copy / "model.safetensors")
+        return copy
+
+    def config(self, *sets: str) -> Config:
+        """Settings of a small run of the toy policy."""
+        usual = [f"model.path={self.toy_policy}", f"run.dir={self.folder / 'run'}", "log.tensorboard=false", "steps=4"]
+        small = ["data.train_size=40", "rollout.prompts=4", "rollout.group_size=4", "eval.problems=8", "loss.rows=4"]
+        return load([], [*usual, *small, *sets])
+
+    def assemble(self, *sets: str) -> Any:
+        """Go as far as a run goes before it samples."""
+        return assemble(self.config(*sets))
+
+    def checkpoints(self, *steps: int, at: Path | None = None) -> tuple[Checkpoints, Any]:
+        """Checkpoints of a small state."""
+        state = {"w": jax.numpy.arange(4096.0)}
+        kept = Checkpoints(at or self.folder / "checkpoints", keep=9)
+        for step in steps:
+            kept.save(step, state, {"identity": IDENTITY})
+            kept.wait()
+        return kept, state
+
+    @contextlib.contextmanager
+    def mounted(self, options: str) -> Iterator[Path]:
+        """A file system of its own: a small one, or one that cannot be written."""
+        place = self.folder / "mounted"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if not sys.platform.startswith("linux") or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file system needs Linux and root")
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+@fault("Settings", "an unknown key", ConfigError, "unknown key 'group_sise'", "'rollout.group_size'")
+def _(bench: Bench) -> None:
+    bench.config("group_sise=3")
+
+
+@fault("Settings", "text where a number belongs", ConfigError, "steps must be", "'three'")
+def _(bench: Bench) -> None:
+    bench.config("steps=three")
+
+
+@fault("Settings", "a number out of range", ConfigError, "rollout.top_p must be", "1.5")
+def _(bench: Bench) -> None:
+    bench.config("rollout.top_p=1.5")
+
+
+@fault("Settings", "a key twice in a YAML file", ConfigError, "'steps' is given twice", "line 1")
+def _(bench: Bench) -> None:
+    (bench.folder / "mine.yaml").write_text("steps: 3\nsteps: 4\n")
+    load([str(bench.folder / "mine.yaml")])
+
+
+@fault(
+    "Settings", "a preset that does not exist", ConfigError, "must be a YAML file or a preset", "Did you mean laptop?"
+)
+def _(bench: Bench) -> None:
+    load(["labtop"])
+
+
+@fault("Settings", "a KL term without a reference", ConfigError, "loss.kl_coefficient", "loss.reference=initial")
+def _(bench: Bench) -> None:
+    bench.config("loss.kl_coefficient=0.1")
+
+
+@fault("Settings", "a reference without a KL term", ConfigError, "loss.reference is 'initial'", "do nothing")
+def _(bench: Bench) -> None:
+    bench.config("loss.reference=initial")
+
+
+@fault("Settings", "groups of one", ConfigError, "rollout.group_size must be at least 2")
+def _(bench: Bench) -> None:
+    bench.config("rollout.group_size=1")
+
+
+@fault("Settings", "greedy sampling", ConfigError, "rollout.temperature must be above 0")
+def _(bench: Bench) -> None:
+    bench.config("rollout.temperature=0")
+
+
+@fault("Settings", "one bound of the clip range alone", ConfigError, "loss.clip_low and loss.clip_high", "None")
+def _(bench: Bench) -> None:
+    bench.config("loss.clip_low=0.2")
+
+
+@fault("Settings", "minibatches that cut groups", ConfigError, "loss.minibatches must divide rollout.prompts", "got 3")
+def _(bench: Bench) -> None:
+    bench.config("loss.minibatches=3")
+
+
+@fault("Settings", "training rows too short for a completion", ConfigError, "loss.row_length", "got 10")
+def _(bench: Bench) -> None:
+    bench.config("loss.row_length=10")
+
+
+@fault("Settings", "a warm-up longer than the run", ConfigError, "optimizer.warmup_steps must be below", "got 99")
+def _(bench: Bench) -> None:
+    bench.config("optimizer.warmup_steps=99")
+
+
+@fault("Settings", "more weights than reward functions", ConfigError, "reward.weights", "got 3 for 2 functions")
+def _(bench: Bench) -> None:
+    bench.config("reward.weights=[1, 2, 3]")
+
+
+@fault("Settings", "a reward function twice", ConfigError, "must not repeat a function", "answer")
+def _(bench: Bench) -> None:
+    bench.config("reward.functions=[answer, answer]")
+
+
+@fault("Settings", "rewards that all weigh nothing", ConfigError, "reward.weights must not all be 0")
+def _(bench: Bench) -> None:
+    bench.config("reward.weights=[0, 0]")
+
+
+@fault("Settings", "CPU devices for a TPU slice", ConfigError, "cpu_devices=2", "slice=v5e-16")
+def _(bench: Bench) -> None:
+    bench.config("cpu_devices=2", "slice=v5e-16")
+
+
+@fault("Settings", "CPU devices asked for too late", ConfigError, "cpu_devices=3 must be set before jax is imported")
+def _(bench: Bench) -> None:
+    bench.patch.delenv("XLA_FLAGS", raising=False)
+    before_jax(bench.config("cpu_devices=3"))
+
+
+@fault("Settings", "XLA_FLAGS that contradict cpu_devices", ConfigError, "cpu_devices is 3", "XLA_FLAGS asks for 5")
+def _(bench: Bench) -> None:
+    bench.patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=5")
+    before_jax(bench.config("cpu_devices=3"))
+
+
+@fault("Settings", "a compilation cache that is a file", ConfigError, "compilation_cache must be a writable folder")
+def _(bench: Bench) -> None:
+    (bench.folder / "cache").touch()
+    before_jax(bench.config(f"compilation_cache={bench.folder / 'cache'}"))
+
+
+@fault("Settings", "wandb asked for and not installed", ConfigError, "pip install 'grpo-gsm8k[wandb]'")
+def _(bench: Bench) -> None:
+    bench.patch.setitem(sys.modules, "wandb", None)
+    with RunFolder(bench.config("log.wandb=true")) as folder:
+        folder.start(0)
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+@fault("Data", "a line that is not JSON", DataError, "train.jsonl:2 must be one JSON object a line", "column 1")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(GOOD[0], "question: 3")), "train")
+
+
+@fault("Data", "a line cut short", DataError, "train.jsonl:2 must be one JSON object a line")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(GOOD[0], '{"question": "What is')), "train")
+
+
+@fault("Data", "a line that is a list", DataError, "train.jsonl:1 must be a JSON object", "got list")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data("[1, 2]")), "train")
+
+
+@fault("Data", "a line without an answer", DataError, "train.jsonl:1 must have the field 'answer'", "'question'")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data({"question": "What is 3?"})), "train")
+
+
+@fault("Data", "an answer that is a number", DataError, "train.jsonl:1: answer must be a text", "got 3")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data({"question": "What is 3?", "answer": 3})), "train")
+
+
+@fault("Data", "an empty question", DataError, "train.jsonl:2: question must be a text that is not empty", "' '")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(GOOD[0], {"question": " ", "answer": "#### 3"})), "train")
+
+
+@fault("Data", "an empty line", DataError, "train.jsonl:2 must hold a problem: the line is empty")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(GOOD[0], "", GOOD[1])), "train")
+
+
+@fault("Data", "a question twice", DataError, "train.jsonl:3 must not repeat the question of", "train.jsonl:1")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(GOOD[0], GOOD[1], GOOD[0])), "train")
+
+
+@fault("Data", "bytes that are not UTF-8", DataError, "train.jsonl:1 must be UTF-8")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data(b'{"question": "\xff\xfe", "answer": "3"}')), "train")
+
+
+@fault("Data", "an empty file (an epoch of nothing)", DataError, "train.jsonl must hold at least one problem")
+def _(bench: Bench) -> None:
+    read_records(str(bench.data()), "train")
+
+
+@fault("Data", "no test split", DataError, "must hold test.jsonl: it holds train.jsonl")
+def _(bench: Bench) -> None:
+    bench.assemble(f"data.source={bench.data(*GOOD)}")
+
+
+@fault("Data", "a source that does not exist", DataError, "a data source must be", "there is no /nowhere/at/all")
+def _(bench: Bench) -> None:
+    bench.assemble("data.source=/nowhere/at/all")
+
+
+@fault("Data", "a question longer than data.max_prompt_length", DataError, "train.jsonl:2", "at most 128 tokens")
+def _(bench: Bench) -> None:
+    long = {"question": "What is " + "1 + " * 200 + "1?", "answer": "#### 201"}
+    bench.assemble(f"data.source={bench.data(GOOD[0], long)}")
+
+
+# -- model and tokenizer -------------------------------------------------------------------------------------------
+
+
+@fault("Model", "a folder that does not exist", ConfigError, "model.path must be", "got '/nowhere/policy'")
+def _(bench: Bench) -> None:
+    bench.assemble("model.path=/nowhere/policy")
+
+
+@fault("Model", "no config.json", SamplerError, "config.json must exist")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy('config.json')}")
+
+
+@fault("Model", "a config.json that is not JSON", SamplerError, "config.json must be JSON")
+def _(bench: Bench) -> None:
+    policy = bench.policy()
+    (policy / "config.json").write_text('{"model_type": "qwen2"')
+    bench.assemble(f"model.path={policy}")
+
+
+@fault("Model", "an architecture that is not here", UnsupportedModelError, "model_type must be one of", "'mamba'")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy(model_type='mamba')}")
+
+
+@fault("Model", "heads that do not divide", SamplerError, "query_heads must be a multiple of kv_heads", "got 2 and 3")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy(num_key_value_heads=3)}")
+
+
+@fault("Model", "no weights", WeightsError, "must hold model.safetensors", "got neither")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy('*.safetensors')}")
+
+
+@fault("Model", "a weight file cut short", WeightsError, "model.safetensors must be a whole safetensors file")
+def _(bench: Bench) -> None:
+    policy = bench.policy()
+    file = policy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    bench.assemble(f"model.path={policy}")
+
+
+@fault("Model", "a tensor missing", WeightsError, "missing model.layers.0.mlp.up_proj.weight")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.tensors(lambda named: named.pop('model.layers.0.mlp.up_proj.weight'))}")
+
+
+@fault("Model", "a tensor too many", WeightsError, "must hold no tensors but", "model.layers.7.extra")
+def _(bench: Bench) -> None:
+    extra = {"model.layers.7.extra": np.zeros(3, np.float32)}
+    bench.assemble(f"model.path={bench.tensors(lambda named: named.update(extra))}")
+
+
+@fault("Model", "a tensor of another shape", WeightsError, "model.norm.weight must have shape (32,): got (31,)")
+def _(bench: Bench) -> None:
+    other = {"model.norm.weight": np.ones(31, np.float32)}
+    bench.assemble(f"model.path={bench.tensors(lambda named: named.update(other))}")
+
+
+@fault("Model", "a tensor of integers", WeightsError, "model.norm.weight must be one of", "got I32")
+def _(bench: Bench) -> None:
+    other = {"model.norm.weight": np.ones(32, np.int32)}
+    bench.assemble(f"model.path={bench.tensors(lambda named: named.update(other))}")
+
+
+@fault("Model", "a tokenizer of a larger vocabulary", ConfigError, "tokens but its model only 64", "do not belong")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy(vocab_size=64)}")
+
+
+@fault("Model", "no tokenizer", TokenizerError, "cannot be loaded")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy('tokenizer*')}")
+
+
+@fault("Model", "a damaged tokenizer.json", TokenizerError, "cannot be loaded")
+def _(bench: Bench) -> None:
+    policy = bench.policy()
+    (policy / "tokenizer.json").write_text("{")
+    bench.assemble(f"model.path={policy}")
+
+
+@fault("Model", "a tokenizer without a padding token", TokenizerError, "must have a pad_token other than its eos_token")
+def _(bench: Bench) -> None:
+    policy = bench.policy()
+    bench.rewrite(policy / "tokenizer_config.json", pad_token="<|im_end|>")
+    bench.assemble(f"model.path={policy}")
+
+
+@fault("Model", "a tokenizer without a chat template", TokenizerError, "must have a chat_template")
+def _(bench: Bench) -> None:
+    policy = bench.policy("chat_template.jinja")
+    bench.rewrite(policy / "tokenizer_config.json", chat_template=None)
+    bench.assemble(f"model.path={policy}")
+
+
+@fault("Model", "a reference that vanished", ConfigError, "loss.reference must be", "No such folder")
+def _(bench: Bench) -> None:
+    reference = bench.policy()
+    sets = (f"loss.reference={reference}", "loss.kl_coefficient=0.1")
+    shutil.rmtree(reference)
+    bench.assemble(*sets)
+
+
+@fault("Model", "a reference of another shape", ConfigError, "loss.reference must be", "mlp_width 128 there, 64 here")
+def _(bench: Bench) -> None:
+    bench.assemble(f"loss.reference={bench.policy(intermediate_size=128)}", "loss.kl_coefficient=0.1")
+
+
+# -- mesh ----------------------------------------------------------------------------------------------------------
+
+
+@fault("Mesh", "an axis that does not exist", MeshError, "pp")
+def _(bench: Bench) -> None:
+    bench.assemble("mesh=dp:1,pp:2")
+
+
+@fault("Mesh", "sizes that do not make up the devices", MeshError, "1021")
+def _(bench: Bench) -> None:
+    bench.assemble("mesh=dp:1021")
+
+
+@fault("Mesh", "a size of zero", MeshError, "tp")
+def _(bench: Bench) -> None:
+    bench.assemble("mesh=dp:1,tp:0")
+
+
+# -- rewards -------------------------------------------------------------------------------------------------------
+
+
+@fault("Rewards", "a module that does not exist", RewardError, "'no_such_module:grade'", "it was not found")
+def _(bench: Bench) -> None:
+    bench.assemble("reward.functions=[no_such_module:grade]")
+
+
+@fault("Rewards", "a function that does not exist", RewardError, "'graders:grade'", "has no 'grade'; it has", "digits")
+def _(bench: Bench) -> None:
+    bench.assemble("reward.functions=[graders:grade]")
+
+
+@fault("Rewards", "a module that raises", RewardError, "importing its module raised ZeroDivisionError")
+def _(bench: Bench) -> None:
+    (bench.folder / "own_raising.py").write_text("1 / 0\n")
+    bench.patch.chdir(bench.folder)
+    bench.assemble("reward.functions=[own_raising:grade]")
+
+
+@fault("Rewards", "a module that ends its process", RewardError, "'own_ending:grade'", "ended with code 5", "bye")
+def _(bench: Bench) -> None:
+    (bench.folder / "own_ending.py").write_text("import os\nprint('bye', flush=True)\nos._exit(5)\n")
+    bench.patch.chdir(bench.folder)
+    RewardWorker("own_ending:grade", timeout=1.0)
+
+
+@fault("Rewards", "a reward that is no function", RewardError, "'own_number:grade' must be callable: got int")
+def _(bench: Bench) -> None:
+    (bench.folder / "own_number.py").write_text("grade = 3\n")
+    bench.patch.chdir(bench.folder)
+    RewardWorker("own_number:grade", timeout=1.0)
+
+
+# -- run folder ----------------------------------------------------------------------------------------------------
+
+
+@fault("Run folder", "in use by a live process", RunFolderError, "is in use by a live process")
+def _(bench: Bench) -> None:
+    with RunFolder(bench.config()):
+        RunFolder(bench.config())
+
+
+@fault("Run folder", "a run with other settings", ConfigError, "rollout.group_size: 4 there, 8 now")
+def _(bench: Bench) -> None:
+    RunFolder(bench.config()).close()
+    RunFolder(bench.config("rollout.group_size=8"))
+
+
+@fault("Run folder", "a file of that name", RunFolderError, "cannot be written")
+def _(bench: Bench) -> None:
+    (bench.folder / "run").touch()
+    RunFolder(bench.config())
+
+
+@fault("Run folder", "read-only", RunFolderError, "cannot be written", "Read-only file system", "run.dir")
+def _(bench: Bench) -> None:
+    with bench.mounted("ro") as place:
+        RunFolder(bench.config(f"run.dir={place / 'run'}"))
+
+
+@fault("Run folder", "a full disk", RunFolderError, "No space left", "last checkpoint is intact")
+def _(bench: Bench) -> None:
+    with bench.mounted("size=64k") as place, RunFolder(bench.config(f"run.dir={place / 'run'}")) as folder:
+        folder.start(0)
+        folder.completions(1, [{"completion": "x" * 100_000}])
+
+
+@fault("Run folder", "a damaged line of metrics", RunFolderError, "metrics.jsonl line 1 is not a record")
+def _(bench: Bench) -> None:
+    with RunFolder(bench.config()) as folder:
+        (folder.path / "metrics.jsonl").write_text("{]\n")
+        folder.start(3)
+
+
+@fault("Run folder", "a damaged summary", RunFolderError, "summary.json is damaged")
+def _(bench: Bench) -> None:
+    with RunFolder(bench.config()) as folder:
+        (folder.path / "summary.json").write_text("{")
+        assert not folder.finished
+
+
+@fault("Run folder", "damaged settings", RunFolderError, "config.yaml is not the settings of a run")
+def _(bench: Bench) -> None:
+    RunFolder(bench.config()).close()
+    (bench.folder / "run" / "config.yaml").write_text("steps: [\n")
+    RunFolder(bench.config())
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@fault("Checkpoint", "of another policy", ResumeRefused, "step 3", "parameters: checkpoint 'abab", "this run 'cdcd")
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(3)
+    kept.restore(state, {"parameters": "cd" * 32})
+
+
+@fault(
+    "Checkpoint", "of incompatible libraries", ResumeRefused, "grpo-loss: checkpoint 0.0.1, here", "any_version=true"
+)
+def _(bench: Bench) -> None:
+    here = checkpoint.versions()
+    with bench.patch.context() as patch:
+        patch.setattr(checkpoint, "versions", lambda: {**here, "grpo-loss": "0.0.1"})
+        kept, state = bench.checkpoints(3)
+    kept.restore(state, IDENTITY)
+
+
+@fault("Checkpoint", "of another format", ResumeRefused, "has format 0; this program reads 1")
+def _(bench: Bench) -> None:
+    with bench.patch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 0)
+        kept, state = bench.checkpoints(3)
+    kept.restore(state, IDENTITY)
+
+
+@fault("Checkpoint", "a flipped bit in each", CheckpointError, "every checkpoint", "damaged (steps 1, 2)")
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(1, 2)
+    for step in (1, 2):
+        _spoil(bench.folder / "checkpoints" / f"step_{step}", lambda data: bytes([data[0] ^ 1]) + data[1:])
+    kept.restore(state, IDENTITY)
+
+
+@fault("Checkpoint", "each cut short", CheckpointError, "every checkpoint", "damaged (steps 1, 2)")
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(1, 2)
+    for step in (1, 2):
+        _spoil(bench.folder / "checkpoints" / f"step_{step}", lambda data: data[: len(data) // 2])
+    kept.restore(state, IDENTITY)
+
+
+@fault("Checkpoint", "notes that were edited", CheckpointError, "every checkpoint", "damaged (steps 1)")
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(1)
+    for file in (bench.folder / "checkpoints" / "step_1" / "notes").rglob("*"):
+        if file.is_file() and b"abab" in (data := file.read_bytes()):
+            file.write_bytes(data.replace(b"abab", b"abac", 1))
+    kept.restore(state, IDENTITY)
+
+
+@fault("Checkpoint", "a full disk while it is written", CheckpointError, "step 2", "arlier checkpoints are intact")
+def _(bench: Bench) -> None:
+    with bench.mounted("size=1m") as place:
+        kept, state = bench.checkpoints(1, at=place / "kept")
+        filler = place / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        try:
+            kept.save(2, state, {"identity": IDENTITY})
+            kept.wait()
+        finally:
+            restored = Checkpoints(place / "kept", keep=9).restore(state, IDENTITY)
+            assert restored is not None, "nothing may be lost"
+            assert restored.step == 1
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+@fault("Run", "completions of stale weights", StaleWeights, "step 4 with digest cdcd", "step 3 with digest abab")
+def _(bench: Bench) -> None:
+    rollout: Any = type("Rollout", (), {"policy": PolicyIdentity(3, "ab" * 32)})
+    config = bench.config()
+    with RunFolder(config) as folder:
+        Health(config, folder, Progress(4), []).check_rollout(rollout, PolicyIdentity(4, "cd" * 32))
+
+
+@fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule that a run left")
+def _(bench: Bench) -> None:
+    (bench.folder / "capsule.zip").write_bytes(b"PK\x03\x04 and no more")
+    read_capsule(bench.folder / "capsule.zip")
+
+
+def _spoil(checkpoint_folder: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change every file of the arrays."""
+    for file in (checkpoint_folder / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size:
+            file.write_bytes(change(file.read_bytes()))
+
+
+# -- the table as tests and as a page ------------------------------------------------------------------------------
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: _compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: f"{row.area}: {row.broken}")
+def test_the_error_is_the_right_one(
+    row: Fault, tmp_path: Path, toy_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _compiled.clear()
+    with pytest.raises(row.error) as caught:
+        row.make(Bench(tmp_path, toy_policy, monkeypatch))
+    assert type(caught.value) is row.error
+    message = str(caught.value)
+    at = 0
+    for part in row.says:
+        at = message.find(part, at)
+        assert at >= 0, f"{part!r} is not in (the rest of) the message: {message}"
+    if row.area not in ("Checkpoint", "Run"):
+        assert not _compiled, "a fault of the input must be found before anything is compiled"
+
+
+def test_the_table_is_large_and_has_no_row_twice() -> None:
+    assert len(FAULTS) >= 40
+    assert len({(row.area, row.broken) for row in FAULTS}) == len(FAULTS)
+    assert not any(issubclass(row.error, ContractError) for row in FAULTS)  # those are ours to mend
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), f"run: python {os.path.relpath(__file__)}"
+
+
+def page() -> str:
+    """FAULTS.md."""
+    head = inspect.cleandoc(
+        f"""
+        # Faults, and what is said of them
+
+        {len(FAULTS)} ways in which a run cannot work, each with the error it ends in and what its message names. Made
+        from the tests' table by `python apps/gsm8k/tests/faults/test_faults.py`; a test holds it up to date. Faults of
+        settings, data, model, mesh and rewards are found before anything is compiled; none costs a checkpoint.
+        """
+    )
+    lines = [head]
+    for area in dict.fromkeys(row.area for row in FAULTS):
+        lines += [f"\n## {area}\n", "| What is broken | Error | Its message names |", "| --- | --- | --- |"]
+        for row in FAULTS:
+            if row.area == area:
+                says = " … ".join(part.replace("|", "\\|") for part in row.says)
+                lines.append(f"| {row.broken} | `{row.error.__name__}` | {says} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
