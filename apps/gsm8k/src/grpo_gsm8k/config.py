@@ -60,7 +60,7 @@ class Data(_Section):
         default="", description="held-out problems, as data.source; empty: the test split of data.source"
     )
     train_size: Count = Field(default=0, description="training problems to use; 0: all of them")
-    max_prompt_length: Positive = Field(default=128, description="tokens; a longer prompt is refused by name")
+    max_prompt_length: Positive = Field(default=48, description="tokens; a longer prompt is refused by name")
 
 
 class Model(_Section):
@@ -80,9 +80,9 @@ class Model(_Section):
 class Rollout(_Section):
     """How completions are sampled."""
 
-    prompts: Positive = Field(default=16, description="prompts of one step")
+    prompts: Positive = Field(default=32, description="prompts of one step")
     group_size: Positive = Field(default=8, description="samples of one prompt (the group)")
-    max_new_tokens: Positive = Field(default=128, description="tokens; a completion that reaches it is cut and counted")
+    max_new_tokens: Positive = Field(default=64, description="tokens; a completion that reaches it is cut and counted")
     temperature: float = Field(default=1.0, ge=0.0, description="softmax temperature")
     top_k: Count = Field(default=0, description="keep the k likeliest tokens; 0: all")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="keep the likeliest tokens up to this mass; 1: all")
@@ -128,7 +128,7 @@ class Loss(_Section):
     row_length: Count = Field(
         default=0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens"
     )
-    rows: Positive = Field(default=8, description="packed rows of one micro-batch")
+    rows: Positive = Field(default=16, description="packed rows of one micro-batch")
 
 
 class Optimizer(_Section):
@@ -246,9 +246,9 @@ class Config(_Section):
 
     seed: Count = Field(default=0, description="of data order, sampling and everything else random")
     steps: Positive = Field(default=60, description="GRPO steps: one rollout and its updates each")
-    cpu_devices: Count = Field(default=0, description="devices forced out of a CPU host; 0: leave as it is")
+    cpu_devices: Count = Field(default=2, description="devices forced out of a CPU host; 0: leave as it is")
     mesh: Annotated[str, Field(min_length=1)] = Field(
-        default="auto", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
+        default="dp:-1", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
     )
     slice: Annotated[str, Field(pattern=r"^((v4|v5e|v5p|v6e)-[1-9][0-9]*)?$")] = Field(
         default="",

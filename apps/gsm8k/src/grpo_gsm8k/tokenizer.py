@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         TokenizerError: if it cannot be read, or has no end token, no token to pad with other than its end token, or
             no chat template.
     """
+    # Its import advises to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes a second to import: only where a tokenizer is loaded
 
     try:
