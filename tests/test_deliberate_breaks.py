@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deliberate_breaks import BREAKS, Break, break_tree, copy_libraries
 from packaging.version import Version
-
 from tools.release.meaning import GOLDEN, changed_meanings
 from tools.release.surface import Change, compare
 from tools.release.verdict import Level, Verdict
 from tools.release.workspace import ROOT, read_workspace
+
+from deliberate_breaks import BREAKS, Break, break_tree, copy_libraries
 
 
 def surface_of(broken: Break, tree: Path) -> Change:
@@ -47,10 +47,10 @@ def test_an_unbroken_copy_is_found_whole(library: str, tmp_path: Path) -> None:
     assert compare(package.sources, tree[library].sources, package.module) == Change((), ())
 
 
-BEFORE = '''
+BEFORE = """
 from ._inside import Box, area, scale
 __all__ = ["Box", "area", "scale"]
-'''
+"""
 INSIDE = '''
 from dataclasses import dataclass
 from jaxtyping import Array, Float

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tools.release.meaning import GOLDEN, changed_meanings
 from tools.release.workspace import ROOT, read_workspace
 
-sys.path.insert(0, str(ROOT / GOLDEN))
-from replay import MODULES, differences
+from golden.replay import MODULES, differences
 
 LIBRARIES = [library.name for library in read_workspace(ROOT).libraries]
 
@@ -43,26 +43,23 @@ def test_stored_batches_are_plain_zips_of_arrays() -> None:
 @pytest.mark.parametrize(
     ("new", "told"),
     [
-        (np.float32([1, 2, 3]), None),
-        (np.float32([1, 2.00001, 3]), None),
-        (np.float32([1, 2.001, 3]), "x: at [1] of [3] was 2.0, is 2.00"),
-        (np.float32([1, np.nan, 3]), "x: at [1] of [3] was 2.0, is nan"),
-        (np.float64([1, 2, 3]), "x: was float32[3], is float64[3]"),
-        (np.int32([1, 2, 3]), "x: was float32[3], is int32[3]"),
-        (np.float32([[1, 2, 3]]), "x: was float32[3], is float32[1, 3]"),
+        (np.array([1, 2, 3], np.float32), None),
+        (np.array([1, 2.00001, 3], np.float32), None),
+        (np.array([1, 2.001, 3], np.float32), "x: at [1] of [3] was 2.0, is 2.00"),
+        (np.array([1, np.nan, 3], np.float32), "x: at [1] of [3] was 2.0, is nan"),
+        (np.array([1, 2, 3], np.float64), "x: was float32[3], is float64[3]"),
+        (np.array([1, 2, 3], np.int32), "x: was float32[3], is int32[3]"),
+        (np.array([[1, 2, 3]], np.float32), "x: was float32[3], is float32[1, 3]"),
         (None, "x: is not computed any more"),
     ],
 )
 def test_what_counts_as_a_difference(new: np.ndarray | None, told: str | None) -> None:
-    found = list(differences({"x": np.float32([1, 2, 3])}, {} if new is None else {"x": new}))
+    found = list(differences({"x": np.array([1, 2, 3], np.float32)}, {} if new is None else {"x": new}))
     assert not found if told is None else found[0].startswith(told)
 
 
 def test_a_stored_value_is_never_rewritten(tmp_path: Path) -> None:
     """`--write` adds cases; a case that differs stays as it was stored."""
-    import shutil
-    import subprocess
-
     folder = tmp_path / "golden"
     shutil.copytree(ROOT / GOLDEN, folder, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "grpo-contracts.npz"

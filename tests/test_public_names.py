@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 
 import pytest
-
 from tools.release.surface import public_names
 from tools.release.workspace import ROOT, Package, read_workspace
 

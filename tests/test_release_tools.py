@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-
 from tools.release import changelog
 from tools.release.__main__ import main
 from tools.release.agreement import disagreements
@@ -21,7 +20,9 @@ from tools.release.workspace import ROOT, ReleaseError, Workspace, read_workspac
 
 DAY = datetime.date(2026, 12, 1)
 LOG = "# Changelog\n\n## [0.1.0] - 2026-11-23\n\n### Added\n- First release.\n"
-SOURCE = '"""Toy."""\n\n__all__ = ["add"]\n\n\ndef add(x: int, *, y: int = 1) -> int:\n    """Add."""\n    return x + y\n'
+SOURCE = (
+    '"""Toy."""\n\n__all__ = ["add"]\n\n\ndef add(x: int, *, y: int = 1) -> int:\n    """Add."""\n    return x + y\n'
+)
 
 
 def write_package(folder: Path, name: str, dependencies: list[str]) -> None:

@@ -84,9 +84,7 @@ def _completions() -> Any:
     completions = [[4, 30], [8, 8, 8], [30], [1, 2, 3, 30]]
     logp = [[-0.5, -1.0], [-0.25] * 3, [-2.0], [-0.125, -0.5, -0.75, -1.5]]
     law = SamplingLaw(stop_ids=(30,))
-    return from_completions(
-        prompts, completions, logp, group_size=2, law=law, policy=_POLICY, max_new_tokens=5
-    )
+    return from_completions(prompts, completions, logp, group_size=2, law=law, policy=_POLICY, max_new_tokens=5)
 
 
 def _trl() -> Any:

@@ -109,7 +109,7 @@ def _averages() -> dict[str, Any]:
 
 def _fused() -> dict[str, Any]:
     hidden_RTD, unembed_VD = jnp.asarray(wave(2, 4, 8)), jnp.asarray(3 * wave(19, 8, phase=1.0))
-    logp_RT, entropy_RT = gl.token_logp(hidden_RTD, unembed_VD, integers(2, 4, below=19), temperature=0.8)
+    logp_RT, entropy_RT = gl.token_logp(hidden_RTD, unembed_VD, jnp.asarray(integers(2, 4, below=19)), temperature=0.8)
     return {"token_logp": logp_RT, "token_logp entropy": entropy_RT}
 
 

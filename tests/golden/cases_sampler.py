@@ -52,9 +52,9 @@ def _params(config: gs.ModelConfig) -> tuple[Any, Any]:
 
 
 def _hidden() -> dict[str, Any]:
-    tokens_BT = integers(2, 7, below=23)
-    segment_BT = np.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]], np.int32)
-    positions_BT = np.array([[0, 1, 2, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6]], np.int32)
+    tokens_BT = jnp.asarray(integers(2, 7, below=23))
+    segment_BT = jnp.array([[1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1]])
+    positions_BT = jnp.array([[0, 1, 2, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6]])
     cases: dict[str, Any] = {}
     for family, config in CONFIGS.items():
         graphdef, params = _params(config)
@@ -67,11 +67,11 @@ def _hidden() -> dict[str, Any]:
             plain_BTD = model(tokens_BT, positions_BT, segment_BT)
             packed_RTD = model.with_prompts(
                 tokens_BT[:, :3],
-                np.array([3, 2], np.int32),
+                jnp.array([3, 2]),
                 tokens_BT[:, 3:],
-                np.array([[3, 4, 3, 0], [2, 3, 4, 5]], np.int32),
-                np.array([[1, 1, 2, 0], [1, 1, 1, 1]], np.int32),
-                np.array([0, 1], np.int32),
+                jnp.array([[3, 4, 3, 0], [2, 3, 4, 5]]),
+                jnp.array([[1, 1, 2, 0], [1, 1, 1, 1]]),
+                jnp.array([0, 1]),
             )
             return plain_BTD, packed_RTD
 

@@ -1,4 +1,4 @@
-"""Compute a library's golden cases and compare them with the stored: `python replay.py LIBRARY [--part PART] [--write]`.
+"""Compute a library's golden cases and compare with those stored: `python replay.py LIBRARY [--part PART] [--write]`.
 
 Runs with whatever is installed, or on PYTHONPATH; needs numpy and the library alone. Prints a line for each case that
 differs and ends with 1, or ends with 0. `--write` stores cases that are new; a stored one is never changed. To change

@@ -1,4 +1,4 @@
-"""Wrote `batches/*.npz` once, with grpo-contracts 0.1.0. Kept to show what is in them; a stored file is not replaced."""
+"""Wrote `batches/*.npz` once, with grpo-contracts 0.1.0. Kept to show what is in them: a stored file stays."""
 
 from __future__ import annotations
 

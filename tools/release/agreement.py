@@ -32,9 +32,7 @@ def _of_package(workspace: Workspace, package: Package) -> Iterator[str]:
     if len(package.version.release) != 3 or package.version.is_prerelease or package.version.local:
         yield f"version must be MAJOR.MINOR.PATCH: got {package.version}"
     for name, requirement in workspace.own(package).items():
-        yield from (
-            _range(requirement, workspace[name]) if package.is_library else _pin(requirement, workspace[name])
-        )
+        yield from (_range(requirement, workspace[name]) if package.is_library else _pin(requirement, workspace[name]))
     for requirement in workspace.foreign(package):
         operators = {specifier.operator for specifier in requirement.specifier}
         if not operators or not operators <= {">=", "!="} or ">=" not in operators:
@@ -62,7 +60,7 @@ def _range(requirement: Requirement, sister: Package) -> Iterator[str]:
     release = sister.version.release
     next_breaking = Version(f"0.{release[1] + 1}.0" if release[0] == 0 else f"{release[0] + 1}.0.0")
     if requirement.specifier.contains(next_breaking):
-        yield f"requires {requirement}, which admits {next_breaking}, a release that may break it: use ~= or an upper end"
+        yield f"requires {requirement}, which admits {next_breaking}, which may break it: use ~= or an upper end"
 
 
 def _tags(workspace: Workspace, package: Package, text: str) -> Iterator[str]:

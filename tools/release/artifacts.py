@@ -13,6 +13,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from .history import tracked_files
 from .workspace import Package, ReleaseError, Workspace
 
@@ -125,8 +128,12 @@ def _metadata(package: Package, fields: email.message.Message, text: str) -> Ite
         yield "METADATA lacks the classifier 'Typing :: Typed'"
     if fields["Requires-Python"] != package.metadata["requires-python"]:
         yield f"METADATA must require Python {package.metadata['requires-python']}: got {fields['Requires-Python']}"
-    required = [line for line in fields.get_all("Requires-Dist") or [] if "extra ==" not in line]
-    if {line.replace(" ", "") for line in required} != {str(r).replace(" ", "") for r in package.requirements}:
-        yield f"METADATA must require what pyproject.toml does: got {', '.join(required)}"
+    required = [Requirement(line) for line in fields.get_all("Requires-Dist") or [] if "extra ==" not in line]
+    if _normal(required) != _normal(package.requirements):
+        yield f"METADATA must require what pyproject.toml does: got {', '.join(map(str, required))}"
     if len(text.partition("\n\n")[2].split()) < 20:
         yield "the README, its page on an index, says next to nothing"
+
+
+def _normal(requirements: list[Requirement]) -> set[tuple[str, str]]:
+    return {(canonicalize_name(requirement.name), str(requirement.specifier)) for requirement in requirements}

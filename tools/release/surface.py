@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import griffe
 
@@ -95,8 +96,11 @@ def _told(breakage: griffe.Breakage, module: str) -> str:
     return told
 
 
-def _retyped(name: str, before: griffe.Object | griffe.Alias, after: griffe.Object | griffe.Alias) -> Iterator[str]:
-    """Annotations that narrowed where values go in, or widened where they come out."""
+def _retyped(name: str, before: Any, after: Any) -> Iterator[str]:
+    """Annotations that narrowed where values go in, or widened where they come out.
+
+    Both are griffe's objects, or aliases that stand for one in a way its types cannot say.
+    """
     if after.kind != before.kind:
         if after.kind == griffe.Kind.ALIAS:  # imported and listed, but gone from where it was defined
             yield f"{name}: is defined nowhere"
