@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from grpo_contracts import GrpoError, validate
 from grpo_gsm8k import records as records_module
@@ -21,7 +21,7 @@ GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 @pytest.fixture(scope="module")
-def questions(tokenizer: PreTrainedTokenizerBase) -> Questions:
+def questions(tokenizer: Any) -> Questions:
     return tokenize(read_records("embedded", "train", limit=50), tokenizer, max_length=48)
 
 
@@ -116,7 +116,7 @@ def test_gsm8k_itself() -> None:
     assert len(read_records(str(GSM8K), "test")) == 1_319
 
 
-def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Any) -> None:
     asked = questions.ask([3, 1])
     validate(asked.prompts, level="values")
     assert asked.prompts.prompt_id_P.tolist() == [3, 1]
@@ -126,7 +126,7 @@ def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Pre
     assert asked.problems == (questions.records[3], questions.records[1])
 
 
-def test_overlong_prompts_are_refused_or_dropped(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_overlong_prompts_are_refused_or_dropped(tokenizer: Any) -> None:
     records = [
         Record("short", "#### 1", "f:1"),
         Record("long " * 50, "#### 1", "f:2"),
@@ -140,7 +140,7 @@ def test_overlong_prompts_are_refused_or_dropped(tokenizer: PreTrainedTokenizerB
         tokenize(records[1:], tokenizer, max_length=40, overlong="drop")
 
 
-def test_ids_beyond_the_models_vocabulary_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_ids_beyond_the_models_vocabulary_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="below the model's vocabulary of 100"):
         tokenize([Record("apples", "#### 1", "f:1")], tokenizer, max_length=40, vocab_size=100)
 
@@ -188,7 +188,7 @@ def test_state_goes_on_exactly_also_with_other_processes(questions: Questions, t
     assert [index for _ in range(9) for half in halves for index in _ids(half, 1)] == expected
 
 
-def test_opened_by_a_config(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_opened_by_a_config(tokenizer: Any, tmp_path: Path) -> None:
     write_splits(tmp_path, train=30, test=20)
     config = Config.model_validate(
         {"data": {"source": str(tmp_path), "train_size": 25}, "rollout": {"prompts": 6}, "eval": {"problems": 500}}

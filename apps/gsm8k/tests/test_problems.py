@@ -34,6 +34,7 @@ def test_worked_steps_are_right(train: list[Problem]) -> None:
     for problem in train:
         *steps, final = problem.answer.split("\n")
         assert 1 <= len(steps) <= 3
+        value = ""
         for step in steps:
             (left, operator, right, value, written), *more = CALCULATION.findall(step)
             assert not more

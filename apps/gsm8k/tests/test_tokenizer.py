@@ -3,11 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
 
 from grpo_gsm8k.problems import generate
 from grpo_gsm8k.tokenizer import END, PAD, TokenizerError, load_tokenizer, main, make_tokenizer
@@ -23,11 +23,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def tokenizer(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def test_every_generated_text_comes_back(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_generated_text_comes_back(tokenizer: Any) -> None:
     for split in ("train", "test"):
         for problem in generate(split, 1_000, seed=5):
             for text in (problem.question, problem.answer, problem.mistaken or ""):
@@ -36,24 +36,24 @@ def test_every_generated_text_comes_back(tokenizer: PreTrainedTokenizerBase) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(st.characters(codec="ascii", exclude_characters="<|>")))
-def test_any_ascii_text_comes_back(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_any_ascii_text_comes_back(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text())
-def test_no_text_fails(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_no_text_fails(tokenizer: Any, text: str) -> None:
     assert all(0 <= token < len(tokenizer) for token in tokenizer.encode(text))
 
 
-def test_digits_are_single_and_words_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_digits_are_single_and_words_whole(tokenizer: Any) -> None:
     assert tokenizer.tokenize("<<48/2=24>>24") == ["<<", "4", "8", "/", "2", "=", "2", "4", ">>", "2", "4"]
     for problem in generate("test", 300):
         words = re.findall(" [A-Za-z]+", f" {problem.question}")
         assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
 
 
-def test_lengths_fit_the_laptop(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_lengths_fit_the_laptop(tokenizer: Any) -> None:
     for problem in generate("test", 1_000):
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": problem.question}], tokenize=False, add_generation_prompt=True
@@ -62,7 +62,7 @@ def test_lengths_fit_the_laptop(tokenizer: PreTrainedTokenizerBase) -> None:
         assert len(tokenizer.encode(problem.answer)) + 1 <= 64
 
 
-def test_special_tokens_and_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]

@@ -5,10 +5,10 @@ import random
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 import grpo_gsm8k
 from grpo_gsm8k.lessons import Teacher, lessons, teach
@@ -21,7 +21,7 @@ POLICY = Path(grpo_gsm8k.__file__).parent / "policy"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer() -> Any:
     return load_tokenizer(POLICY)
 
 
@@ -40,7 +40,7 @@ def test_form_slips_leave_out_the_mark() -> None:
     assert all("####" not in text for text in texts)
 
 
-def test_lessons_hold_whole_solutions_and_teach_completions_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_lessons_hold_whole_solutions_and_teach_completions_alone(tokenizer: Any) -> None:
     teacher = Teacher(rows=4, drill_rows=2)
     batch = next(lessons(tokenizer, teacher))
     assert batch.tokens_RT.shape == (6, teacher.row_length)
@@ -60,7 +60,7 @@ def test_lessons_hold_whole_solutions_and_teach_completions_alone(tokenizer: Pre
                 assert whole.endswith("=" + learned)
 
 
-def test_lessons_are_a_function_of_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_lessons_are_a_function_of_the_seed(tokenizer: Any) -> None:
     first, again, other = (
         [batch.tokens_RT for batch in islice(lessons(tokenizer, Teacher(seed=seed), block=64), 3)] for seed in (0, 0, 1)
     )
@@ -68,13 +68,13 @@ def test_lessons_are_a_function_of_the_seed(tokenizer: PreTrainedTokenizerBase) 
     assert not np.array_equal(first, other)
 
 
-def test_lessons_and_the_embedded_data_share_no_question(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_lessons_and_the_embedded_data_share_no_question(tokenizer: Any) -> None:
     held_out = {tuple(sorted(problem.numbers)) for problem in generate("test", 500)}
     taught = {tuple(sorted(problem.numbers)) for problem in generate("train", 2_000, seed=1)}
     assert not held_out & taught
 
 
-def test_training_lowers_the_loss(tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_lowers_the_loss(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(steps=12, width=32, mlp_width=64, layers=2, query_heads=2, kv_heads=1, head_size=16)
     teacher = Teacher(rows=2, drill_rows=1)
     train(recipe.model(len(tokenizer), 2), lessons(tokenizer, teacher, block=128), recipe, every=6)
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss(tokenizer: PreTrainedTokenizerBase, capsys: py
     assert late < early
 
 
-def test_the_embedded_policy_is_small_and_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_embedded_policy_is_small_and_whole(tokenizer: Any) -> None:
     files = {path.name: path.stat().st_size for path in POLICY.iterdir()}
     assert set(files) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -107,7 +107,7 @@ def test_the_embedded_tokenizer_is_the_one_the_problems_make(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer: Any) -> None:
     config, params = load(POLICY, dtype=np.float32)
     figures = measure(config, params, tokenizer, problems=256)
     assert 0.2 <= figures.greedy <= 0.55

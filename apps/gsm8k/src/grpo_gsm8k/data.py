@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import grain
 import numpy as np
@@ -91,14 +91,11 @@ def tokenize(
     Raises:
         DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
     """
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": record.question}], tokenize=False, add_generation_prompt=True
-        )
-        for record in records
-    ]
+    asked = [[{"role": "user", "content": record.question}] for record in records]
+    texts = cast("list[str]", tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     # The template has written every special token: the tokenizer must add none of its own.
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    ids = cast("list[list[int]]", encoded["input_ids"])
     fitting = [n for n, row in enumerate(ids) if len(row) <= max_length]
     if overlong == "refuse" and len(fitting) < len(records):
         first = next(n for n, row in enumerate(ids) if len(row) > max_length)
@@ -111,7 +108,8 @@ def tokenize(
         raise DataError(
             f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(records)} does"
         )
-    tokens_NT = np.full((len(fitting), max_length), tokenizer.pad_token_id, np.int32)
+    pad_id = cast("int", tokenizer.pad_token_id)
+    tokens_NT = np.full((len(fitting), max_length), pad_id, np.int32)
     for row, n in enumerate(fitting):
         tokens_NT[row, : len(ids[n])] = ids[n]
     size = len(tokenizer) if vocab_size is None else vocab_size
@@ -122,9 +120,7 @@ def tokenize(
         )
     kept = tuple(records[n] for n in fitting)
     length_N = np.array([len(ids[n]) for n in fitting], np.int32)
-    return Questions(
-        kept, tokens_NT, length_N, size, int(tokenizer.pad_token_id), len(records) - len(fitting), digest(kept)
-    )
+    return Questions(kept, tokens_NT, length_N, size, pad_id, len(records) - len(fitting), digest(kept))
 
 
 class ProblemStream(Iterator[Asked]):

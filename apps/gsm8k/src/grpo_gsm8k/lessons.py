@@ -112,7 +112,7 @@ def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher, *, block: int 
         chosen = list(islice(problems, block))
         asked = [[{"role": "user", "content": problem.question}] for problem in chosen]
         prompts = _ids(tokenizer, tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-        taught = _ids(tokenizer, [teach(problem, teacher, rng) + tokenizer.eos_token for problem in chosen])
+        taught = _ids(tokenizer, [f"{teach(problem, teacher, rng)}{tokenizer.eos_token}" for problem in chosen])
         solutions += _fill_rows([(a + b, len(a)) for a, b in zip(prompts, taught)], teacher.row_length)
         found = [_CALCULATION.findall(text) for p in chosen for text in (p.answer, p.mistaken or "")]
         calculations = rng.sample(pool := [each for few in found for each in few], len(pool))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
-from grpo_contracts import PolicyIdentity, SamplingLaw
+from grpo_contracts import FinishReason, PolicyIdentity, SamplingLaw
 from grpo_gsm8k import reward
 from grpo_gsm8k.data import tokenize
 from grpo_gsm8k.lessons import Lessons, Teacher, lessons
@@ -163,8 +163,9 @@ def measure(config: ModelConfig, params: Any, tokenizer: PreTrainedTokenizerBase
         )
         texts = rewards.texts(rollout, range(len(rollout.tokens_BT)))
         answers = [records[index].answer for index in rollout.group_B]
-        right[group] = np.reshape(reward.answer(completions=texts, answers=answers), (-1, group)).astype(float)
-        form[group] = np.mean(reward.format(completions=texts, finished=[reason == 0 for reason in rollout.finish_B]))
+        right[group] = np.array(reward.answer(completions=texts, answers=answers), float).reshape(-1, group)
+        ended = [reason == FinishReason.STOP for reason in rollout.finish_B]
+        form[group] = np.array(reward.format(completions=texts, finished=ended), float).mean()
     hits = right[8].mean(axis=1)
     return Figures(
         greedy=float(right[1].mean()),
@@ -194,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     vocab_size = make_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
-    config = recipe.model(vocab_size, tokenizer.eos_token_id)
+    config = recipe.model(vocab_size, cast("int", tokenizer.eos_token_id))
     params = train(config, lessons(tokenizer, teacher), recipe)
     save(folder, config, params)
     generation = {
@@ -213,9 +214,10 @@ def main(arguments: Sequence[str]) -> int:
 def _rescaled(params: Any, config: ModelConfig) -> Any:
     """Initial matrices with the inverse root of their fan-in for a spread: 0.02 suits models ten times as wide."""
     residual = (2 * config.layers) ** -0.5  # two additions a block to the residual stream
-    spread = dict.fromkeys(("q", "k", "v", "gate", "up"), config.width**-0.5)
-    spread["o"] = residual * (config.query_heads * config.head_size) ** -0.5
-    spread["down"] = residual * config.mlp_width**-0.5
+    spread = dict.fromkeys(("q", "k", "v", "gate", "up"), config.width**-0.5) | {
+        "o": residual * (config.query_heads * config.head_size) ** -0.5,
+        "down": residual * config.mlp_width**-0.5,
+    }
     layers = {name: leaf * (spread[name] / 0.02) if name in spread else leaf for name, leaf in params["layers"].items()}
     return params | {"layers": layers}
 
@@ -234,7 +236,7 @@ def _optimizer(recipe: Recipe, params: Any) -> optax.GradientTransformation:
     inward, outward = MuonDimensionNumbers((1,), (2, 3)), MuonDimensionNumbers((1, 2), (3,))
     plain = MuonDimensionNumbers((1,), (2,))
     axes = {"q": inward, "k": inward, "v": inward, "o": outward, "gate": plain, "up": plain, "down": plain}
-    numbers = dict.fromkeys(params) | {"layers": {name: axes.get(name) for name in params["layers"]}}
+    numbers: Any = dict.fromkeys(params) | {"layers": {name: axes.get(name) for name in params["layers"]}}
     return muon(
         rate(recipe.learning_rate),
         adam_learning_rate=rate(recipe.adam_rate),
