@@ -1,0 +1,19 @@
+"""The control of the laptop run: right rewards, handed to the wrong completions of the same batch.
+
+    PYTHONPATH=tools hatch run apps/gsm8k:train --set 'reward.functions=[shuffled_reward:shuffled]'
+
+Nothing can be learned from it, so held-out accuracy must not rise.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from grpo_gsm8k.reward import answer
+
+
+def shuffled(*, completions: Sequence[str], answers: Sequence[str], step: int = 0, **_: Any) -> list[float | None]:
+    """The answers' rewards in an order drawn from the step alone."""
+    rewards = answer(completions=completions, answers=answers)
+    random.Random(step).shuffle(rewards)
+    return rewards
