@@ -21,25 +21,10 @@ from typing import Any
 
 import numpy as np
 
+AXES = ("layers", "width", "mlp_width", "query_heads", "kv_heads", "head_size", "vocab_size")
 MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "layers": 4,
-        "width": 128,
-        "mlp_width": 512,
-        "query_heads": 4,
-        "kv_heads": 2,
-        "head_size": 32,
-        "vocab_size": 512,
-    },
-    "small": {
-        "layers": 8,
-        "width": 512,
-        "mlp_width": 1536,
-        "query_heads": 8,
-        "kv_heads": 2,
-        "head_size": 64,
-        "vocab_size": 32_000,
-    },
+    "tiny": dict(zip(AXES, (4, 128, 512, 4, 2, 32, 512))),
+    "small": dict(zip(AXES, (8, 512, 1536, 8, 2, 64, 32_000))),
 }
 GROUP_SIZE, LONGEST_PROMPT, PAD, EOS = 8, 96, 0, 1
 
