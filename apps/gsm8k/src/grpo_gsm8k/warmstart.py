@@ -214,7 +214,13 @@ def main(arguments: Sequence[str]) -> int:
 def _rescaled(params: Any, config: ModelConfig) -> Any:
     """Initial matrices with the inverse root of their fan-in for a spread: 0.02 suits models ten times as wide."""
     residual = (2 * config.layers) ** -0.5  # two additions a block to the residual stream
-    spread = dict.fromkeys(("q", "k", "v", "gate", "up"), config.width**-0.5) | {
+    inward = config.width**-0.5
+    spread = {
+        "q": inward,
+        "k": inward,
+        "v": inward,
+        "gate": inward,
+        "up": inward,
         "o": residual * (config.query_heads * config.head_size) ** -0.5,
         "down": residual * config.mlp_width**-0.5,
     }
