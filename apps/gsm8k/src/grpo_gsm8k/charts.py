@@ -199,8 +199,9 @@ def _linear(value: float, low: float, high: float, start: float, end: float) -> 
 def _ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers that enclose [low, high]."""
     if high - low < 1e-12 * max(1.0, abs(high)):
-        spread = abs(high) * 0.1 or 1.0
-        low, high = low - spread, high + spread
+        # A curve that stays at 0 is a count or a share: it has no room below.
+        spread = abs(high) * 0.1
+        low, high = (low - spread, high + spread) if spread else (0.0, 1.0)
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
