@@ -118,8 +118,12 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
             f"Use {config.loss.rows + -config.loss.rows % shards}"
         )
     folder = _policy_folder("model.path", config.model.path)
-    tokenizer = load_tokenizer(folder)
     model = ModelConfig.from_file(folder)
+    reference_folder = None
+    if config.loss.reference not in ("none", "initial"):
+        reference_folder = _policy_folder("loss.reference", config.loss.reference)
+        _check_same_model(config.loss.reference, ModelConfig.from_file(reference_folder), model)
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.vocab_size:
         raise ConfigError(
             f"the tokenizer of {config.model.path} has {len(tokenizer)} tokens but its model only {model.vocab_size}: "
@@ -144,9 +148,7 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
     reference, reference_identity = None, "none"
     if config.loss.reference == "initial":
         reference, reference_identity = jax.tree.map(jnp.copy, params), parameters
-    elif config.loss.reference != "none":
-        reference_folder = _policy_folder("loss.reference", config.loss.reference)
-        _check_same_model(config.loss.reference, ModelConfig.from_file(reference_folder), model)
+    elif reference_folder is not None:
         _, reference = load(reference_folder, dtype=dtype, sharding=placed)
         reference_identity = digest(reference)
 
@@ -215,7 +217,8 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
             f"policy   {config.model.path}: {model.family}, {_count(shapes):,} parameters, {dtype.name}, "
             f"attention {config.model.attention}",
             f"problems {config.data.source}: {len(problems.questions.records):,} to train on, "
-            f"{len(questions.problems):,} held out",
+            f"{len(questions.problems):,} held out"
+            + (f", {problems.questions.dropped:,} over-long ones dropped" if problems.questions.dropped else ""),
             f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh "
             + " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items()),
             f"steps    {config.steps}, each {config.rollout.prompts} prompts x {config.rollout.group_size} samples",
@@ -240,8 +243,9 @@ def _policy_folder(key: str, path: str) -> Path:
 
 
 def _check_same_model(path: str, reference: ModelConfig, model: ModelConfig) -> None:
-    sizes = [field.name for field in fields(model) if field.name not in ("bos_id", "eos_ids", "max_positions")]
-    pairs = {name: (getattr(reference, name), getattr(model, name)) for name in sizes}
+    ours, theirs = asdict(model), asdict(reference)
+    ignored = ("bos_id", "eos_ids", "max_positions")  # the forward pass does not read them
+    pairs = {name: (theirs[name], ours[name]) for name in ours if name not in ignored}
     differing = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
     if differing:
         raise ConfigError(

@@ -60,7 +60,10 @@ class Data(_Section):
         default="", description="held-out problems, as data.source; empty: the test split of data.source"
     )
     train_size: Count = Field(default=0, description="training problems to use; 0: all of them")
-    max_prompt_length: Positive = Field(default=48, description="tokens; a longer prompt is refused by name")
+    max_prompt_length: Positive = Field(default=48, description="tokens of the longest prompt")
+    overlong: Literal["refuse", "drop"] = Field(
+        default="refuse", description="longer prompts: refuse the data set, naming the first; or drop and count them"
+    )
 
 
 class Model(_Section):
@@ -149,7 +152,7 @@ class Reward(_Section):
     """What a completion is worth."""
 
     functions: Names = Field(
-        default=("answer", "format"), description="`answer`, `format`, or your own as module:function"
+        default=("answer", "format"), description="`answer`, `flexible`, `format`, or your own as module:function"
     )
     weights: Weights = Field(default=(1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
     timeout: float = Field(
@@ -182,11 +185,13 @@ class Reward(_Section):
             raise ValueError(f"reward.functions must not repeat a function: got {', '.join(self.functions)}")
         for name in self.functions:
             module, colon, function = name.partition(":")
-            if name in ("answer", "format") or (
+            if name in ("answer", "flexible", "format") or (
                 colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
             ):
                 continue
-            raise ValueError(f"reward.functions must hold `answer`, `format` or module:function: got {name!r}")
+            raise ValueError(
+                f"reward.functions must hold `answer`, `flexible`, `format` or module:function: got {name!r}"
+            )
         if not any(self.weights):
             raise ValueError(
                 "reward.weights must not all be 0: every advantage would be 0 and nothing would be learned"

@@ -187,7 +187,13 @@ def open_problems(
         DataError: if they cannot be read or do not fit.
     """
     records = read_records(config.data.source, "train", limit=config.data.train_size)
-    questions = tokenize(records, tokenizer, max_length=config.data.max_prompt_length, vocab_size=vocab_size)
+    questions = tokenize(
+        records,
+        tokenizer,
+        max_length=config.data.max_prompt_length,
+        overlong=config.data.overlong,
+        vocab_size=vocab_size,
+    )
     return ProblemStream(questions, count=config.rollout.prompts, seed=config.seed)
 
 
@@ -206,5 +212,11 @@ def held_out(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: 
         DataError: if they cannot be read or do not fit.
     """
     records = read_records(config.data.test_source or config.data.source, "test", limit=config.eval.problems)
-    questions = tokenize(records, tokenizer, max_length=config.data.max_prompt_length, vocab_size=vocab_size)
+    questions = tokenize(
+        records,
+        tokenizer,
+        max_length=config.data.max_prompt_length,
+        overlong=config.data.overlong,
+        vocab_size=vocab_size,
+    )
     return questions.ask(range(len(questions.records)))
