@@ -126,7 +126,8 @@ def _run(
             health.stop(done, run, state.params, batch, metrics)
         if stopping:
             checkpoints.wait()
-            progress.note(f"asked to stop: step {done} is done and saved; the same command goes on from here")
+            kept = "saved" if config.checkpoint.every else "lost, because checkpoint.every is 0"
+            progress.note(f"asked to stop: step {done} is done and {kept}; the same command goes on")
             return EXIT_PREEMPTED
 
     checkpoints.wait()
@@ -139,6 +140,7 @@ def _run(
         skipped_updates=int(state.skipped),
         warnings=health.warnings,
         compiled_programs=run.sampler.compile_count,
+        state_digest=digest(state),
     )
     progress.note(run.verdict(notes["accuracy"], seconds))
     return 0
