@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tools.release import fresh
@@ -38,29 +40,34 @@ def test_the_files_hold_what_they_should(name: str, wheels: Path) -> None:
     assert twine_check([wheels / package.sdist, wheels / package.wheel]) == []
 
 
-@pytest.mark.parametrize("resolution", ["highest", "lowest-direct"])
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_a_library_alone_passes_its_own_tests(
-    name: str, resolution: fresh.Resolution, wheels: Path, tmp_path: Path
-) -> None:
+def test_a_library_alone_passes_its_own_tests(name: str, wheels: Path, tmp_path: Path) -> None:
+    """At the newest and at the lowest versions of its dependencies, side by side: compiling keeps one core busy."""
     package = WORKSPACE[name]
-    python = fresh.create(tmp_path / "environment")
-    fresh.install_package(python, WORKSPACE, package, wheels, resolution=resolution)
-    # Before the tests' own requirements come, which might bring what the library forgot to declare.
-    subprocess.run([str(python), "-I", "-c", f"import {package.module}"], check=True)
-    assert tmp_path in fresh.where(python, package.module).parents
-    fresh.install(python, WORKSPACE.test_requirements(package))
-    outcome = fresh.run_tests(python, fresh.unpack_tests(wheels / package.sdist, tmp_path / "tests"))
-    assert outcome.passed, outcome.output
-    # Old versions of what it stands on must not change what it means either.
-    assert changed_meanings(ROOT / GOLDEN, name, python=python) == []
+
+    def alone(resolution: fresh.Resolution) -> tuple[fresh.Outcome, list[str]]:
+        folder = tmp_path / resolution
+        python = fresh.create(folder / "environment")
+        fresh.install_package(python, WORKSPACE, package, wheels, resolution=resolution)
+        # Before the tests' own requirements come, which might bring what the library forgot to declare.
+        subprocess.run([str(python), "-I", "-c", f"import {package.module}"], check=True)
+        assert folder in fresh.where(python, package.module).parents
+        fresh.install_test_requirements(python, WORKSPACE, package)
+        outcome = fresh.run_tests(python, fresh.unpack_tests(wheels / package.sdist, folder / "tests"))
+        # Old versions of what it stands on must not change what it means either.
+        return outcome, changed_meanings(ROOT / GOLDEN, name, python=python)
+
+    with ThreadPoolExecutor(2) as both:
+        for outcome, changed in both.map(alone, get_args(fresh.Resolution)):
+            assert outcome.passed, outcome.output
+            assert changed == []
 
 
 def test_the_app_passes_with_its_exact_pins(wheels: Path, tmp_path: Path) -> None:
     app = WORKSPACE.app
     python = fresh.create(tmp_path / "environment")
     fresh.install_package(python, WORKSPACE, app, wheels)
-    fresh.install(python, WORKSPACE.test_requirements(app))
+    fresh.install_test_requirements(python, WORKSPACE, app)
     outcome = fresh.run_tests(python, fresh.unpack_tests(wheels / app.sdist, tmp_path / "tests"), APP_TESTS)
     assert outcome.passed, outcome.output
 

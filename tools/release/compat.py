@@ -144,7 +144,7 @@ def _app(tree: Workspace, released: dict[str, Package], wheels: Path, scratch: P
     build([tree.app, *released.values()], wheels)
     python = fresh.create(scratch / "environment")
     fresh.install_package(python, tree, tree.app, wheels)
-    fresh.install(python, tree.test_requirements(tree.app))
+    fresh.install_test_requirements(python, tree, tree.app)
     return python, fresh.unpack_tests(wheels / tree.app.sdist, scratch / "app")
 
 

@@ -52,6 +52,11 @@ def install(python: Path, requirements: Sequence[str], *, resolution: Resolution
     uv("pip", "install", "--quiet", "--python", str(python), "--resolution", resolution, *requirements)
 
 
+def install_test_requirements(python: Path, workspace: Workspace, package: Package) -> None:
+    """Install what a package's tests need beside it; what is there already stays as it is."""
+    install(python, workspace.test_requirements(package))
+
+
 def swap(python: Path, wheel: Path) -> None:
     """Put one wheel in the place of its installed version, whatever the others' pins say."""
     uv("pip", "install", "--quiet", "--python", str(python), "--no-deps", "--reinstall", str(wheel))
@@ -98,7 +103,7 @@ def run_tests(python: Path, folder: Path, tests: Sequence[str] = ("tests",), *, 
     """Run a package's fast tests in a fresh environment, away from the source tree.
 
     Args:
-        python: interpreter with the package and pytest.
+        python: interpreter with the package and its tests' requirements.
         folder: where `unpack_tests` put them.
         tests: files or folders in it.
         timeout: seconds.
