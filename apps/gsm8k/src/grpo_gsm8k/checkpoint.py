@@ -93,7 +93,7 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(sealed)),
                 metrics=None if accuracy is None else {"accuracy": accuracy},
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # tensorstore says ValueError; it may also be the write before
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self._folder}: {error}. "
                 f"Earlier checkpoints are intact: {self._steps_text()}."

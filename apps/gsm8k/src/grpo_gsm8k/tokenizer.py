@@ -22,6 +22,8 @@ from grpo_gsm8k.problems import generate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 PAD, TURN, END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # Qwen2's splitting rule, letter for letter: transformers 5 uses it whatever tokenizer.json says.
@@ -94,6 +96,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes a second to import: only where a tokenizer is loaded
 
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make one without a vocabulary, from config.json alone.
+        raise TokenizerError(f"{path} must hold a tokenizer, one of {', '.join(_TOKENIZER_FILES)}: it holds none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -117,7 +117,14 @@ class Bench:
     def config(self, *sets: str) -> Config:
         """Settings of a small run of the toy policy."""
         usual = [f"model.path={self.toy_policy}", f"run.dir={self.folder / 'run'}", "log.tensorboard=false", "steps=4"]
-        small = ["data.train_size=40", "rollout.prompts=4", "rollout.group_size=4", "eval.problems=8", "loss.rows=4"]
+        small = [
+            "data.train_size=40",
+            "rollout.prompts=4",
+            "rollout.group_size=4",
+            "eval.problems=8",
+            "loss.rows=4",
+            "cpu_devices=0",
+        ]
         return load([], [*usual, *small, *sets])
 
     def assemble(self, *sets: str) -> Any:
@@ -326,7 +333,13 @@ def _(bench: Bench) -> None:
     bench.assemble("data.source=/nowhere/at/all")
 
 
-@fault("Data", "a question longer than data.max_prompt_length", DataError, "train.jsonl:2", "at most 128 tokens")
+@fault(
+    "Data",
+    "a question longer than data.max_prompt_length",
+    DataError,
+    "train.jsonl:2: a prompt must have at most",
+    "longest has 815",
+)
 def _(bench: Bench) -> None:
     long = {"question": "What is " + "1 + " * 200 + "1?", "answer": "#### 201"}
     bench.assemble(f"data.source={bench.data(GOOD[0], long)}")
@@ -403,7 +416,7 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.policy(vocab_size=64)}")
 
 
-@fault("Model", "no tokenizer", TokenizerError, "cannot be loaded")
+@fault("Model", "no tokenizer", TokenizerError, "must hold a tokenizer, one of tokenizer.json")
 def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.policy('tokenizer*')}")
 
@@ -602,7 +615,9 @@ def _(bench: Bench) -> None:
     kept.restore(state, IDENTITY)
 
 
-@fault("Checkpoint", "a full disk while it is written", CheckpointError, "step 2", "arlier checkpoints are intact")
+@fault(
+    "Checkpoint", "a full disk while it is written", CheckpointError, "No space left on device", "Earlier checkpoints"
+)
 def _(bench: Bench) -> None:
     with bench.mounted("size=1m") as place:
         kept, state = bench.checkpoints(1, at=place / "kept")
