@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,22 @@ from grpo_gsm8k.objective import make_forward, make_loss
 from grpo_gsm8k.placement import RULES
 from grpo_loss import MicroBatch, PackedBatch, PackShape, TrainState, init_state, make_score, make_update
 from grpo_mesh import BATCH_AXES, CompileReport, compile_report, replicated, shardings, state_shardings
-from grpo_sampler import ModelConfig, Sampler, abstract
+from grpo_sampler import ModelConfig, Sampler, abstract, merge
 
-__all__ = ["Blueprint", "Measured", "Program", "Work", "blueprint", "bytes_per_device", "measure", "model_config"]
+__all__ = [
+    "PHASES",
+    "Blueprint",
+    "Measured",
+    "Program",
+    "Work",
+    "blueprint",
+    "bytes_per_device",
+    "head_chunk",
+    "measure",
+    "model_config",
+]
 
+PHASES = ("start", "rollout", "evaluation", "scoring", "update")
 _SHIPPED = Path(__file__).parent / "model_configs"
 # What the TPU compiler says of a program that does not fit.
 _REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
@@ -146,9 +158,7 @@ def blueprint(config: Config, model: ModelConfig, mesh: Mesh) -> Blueprint:
         sampler=Sampler(
             model,
             # Stop ids are values that a program reads, no part of it.
-            SamplingLaw(
-                temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p
-            ),
+            SamplingLaw(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p),
             max_prompt_length=config.data.max_prompt_length,
             max_new_tokens=rollout.max_new_tokens,
             slots=rollout.slots or sequences,
@@ -254,21 +264,23 @@ class Measured:
         return self.beside + (self.refused if self.report is None else self.report.peak)
 
 
-def measure(plan: Blueprint, *, evaluation: bool = True) -> Iterator[Measured]:
+def measure(plan: Blueprint, *, phases: Container[str] = PHASES) -> Iterator[Measured]:
     """Compiles the programs of a run, one after the other.
 
     Args:
         plan: the run.
-        evaluation: whether to compile those of evaluations as well.
+        phases: whose programs to compile.
 
     Yields:
         What each needs and does.
     """
-    weights = 0
-    for program in _programs(plan, evaluation, lambda: weights):
+    outputs: dict[str, int] = {}
+    for program in _programs(plan, outputs):
+        if program.phase not in phases:
+            continue
         measured = _compile(plan, program)
-        if program.name == "weights" and measured.report is not None:
-            weights = measured.report.outputs
+        if measured.report is not None:
+            outputs[program.name] = measured.report.outputs
         yield measured
 
 
@@ -285,8 +297,8 @@ def head_chunk(vocabulary: int) -> int:
     return min(1024, max(128, 1 << (max(1, 2**27 // vocabulary).bit_length() - 1)))
 
 
-def _programs(plan: Blueprint, evaluation: bool, weights: Callable[[], int]) -> Iterator[Program]:
-    """In the order of a run. `weights` tells what decoding's copy of the parameters takes, once that is known."""
+def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
+    """In the order of a run. `outputs` holds the result sizes of the programs compiled so far, by name."""
     config, shards = plan.config, plan.shards
     rollout, loss = config.rollout, config.loss
     state, params, reference = (bytes_per_device(tree) for tree in (plan.state, plan.state.params, plan.reference))
@@ -305,8 +317,8 @@ def _programs(plan: Blueprint, evaluation: bool, weights: Callable[[], int]) -> 
         splash = (4, plan.model.query_heads, _tile(config.data.max_prompt_length))
         beside = {
             "weights": lambda: state - params + reference,
-            "cache": lambda: state + reference + weights(),
-            "shrink": lambda: state + reference + weights(),
+            "cache": lambda: state + reference + outputs.get("weights", 0),
+            "shrink": lambda: state + reference + outputs.get("weights", 0),
         }
         for name, compile_now in compiles.items():
             if phase == "evaluation" and name == "weights":
@@ -322,7 +334,7 @@ def _programs(plan: Blueprint, evaluation: bool, weights: Callable[[], int]) -> 
             )
 
     yield from decoding("rollout", rollout.group_size, rollout.prompts * rollout.group_size, None)
-    if evaluation and (config.eval.every or config.eval.before or config.eval.after):
+    if config.eval.every or config.eval.before or config.eval.after:
         yield from decoding("evaluation", 1, config.eval.problems, SamplingLaw(temperature=0.0))
 
     shape = plan.pack_shape
@@ -366,14 +378,10 @@ def _compile(plan: Blueprint, program: Program) -> Measured:
         if told is None:
             raise
         needed = int(float(told[1]) * _UNITS[told[2]])
-        return Measured(
-            program.name, program.phase, program.beside, time.monotonic() - begin, None, needed, Work()
-        )
+        return Measured(program.name, program.phase, program.beside, time.monotonic() - begin, None, needed, Work())
     seconds = time.monotonic() - begin
     report, work = _work(plan, compiled, program)
-    return Measured(
-        program.name, program.phase, program.beside, seconds, report, 0, work.times(program.runs(compiled))
-    )
+    return Measured(program.name, program.phase, program.beside, seconds, report, 0, work.times(program.runs(compiled)))
 
 
 def _work(plan: Blueprint, compiled: Compiled, program: Program) -> tuple[CompileReport, Work]:
@@ -455,6 +463,4 @@ def _on(shapes: Any, placed: Any) -> Any:
 
 
 def _attention(graphdef: Any, shapes: Any) -> str:
-    from grpo_sampler import merge
-
     return merge(graphdef, shapes).attention
