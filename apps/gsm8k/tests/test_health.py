@@ -66,9 +66,10 @@ class Watched:
 
     def __init__(self, folder: Path, *sets: str) -> None:
         config = load([], [f"run.dir={folder / 'run'}", "log.tensorboard=false", *sets])
-        self.shown, self.warnings = io.StringIO(), []
+        self.shown = io.StringIO()
         self.folder = RunFolder(config)
-        self.health = Health(config, self.folder, Progress(9, stream=self.shown), self.warnings)
+        self.health = Health(config, self.folder, Progress(9, stream=self.shown), {})
+        self.warnings = self.health.warnings
         self.steps = 0
 
     def step(self, **wrong: float) -> dict[str, float]:
@@ -80,7 +81,7 @@ class Watched:
     ("wrong", "after", "text"),
     [
         ({"frac_reward_zero_std": 1.0}, 5, "no group's rewards differ since 5 steps"),
-        ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=128 and was cut"),
+        ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=64 and was cut"),
         ({"sampling_logp_difference__mean": 1e-3}, 1, "0.001 nats a token on average, more than 0.0001"),
         ({"sampling_logp_difference__mean": float("nan")}, 1, "differ by nan"),
         ({"finite": 0.5}, 1, "was skipped; 3 in a row stop the run"),

@@ -118,8 +118,10 @@ def test_a_second_run_in_the_same_folder_is_refused(
     first = start(arguments, tmp_path / "first")
     while first.poll() is None and "step 1/" not in (tmp_path / "first").read_text():
         time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # alive, and not done before the second one looks
     second = start(arguments, tmp_path / "second")
     assert second.wait(600) != 0
+    first.send_signal(signal.SIGCONT)
     assert "in use by a live process" in (tmp_path / "second").read_text()
     assert first.wait(600) == 0
     assert result(tmp_path / "run") == result(whole[0])

@@ -85,7 +85,13 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        body = {"format": FORMAT, "versions": versions(), "state_digest": digest(state), "notes": dict(notes)}
+        # Written in the background, while the run goes on changing its notes: what is sealed must be a copy.
+        body = {
+            "format": FORMAT,
+            "versions": versions(),
+            "state_digest": digest(state),
+            "notes": json.loads(json.dumps(notes)),
+        }
         sealed = {"body": body, "sha256": _sha256(body)}
         try:
             self._manager.save(

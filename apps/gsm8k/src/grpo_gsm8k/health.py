@@ -41,15 +41,16 @@ class Health:
         config: `health` and what decides how far sampler and trainer may differ.
         folder: of the run.
         progress: where warnings are shown.
-        warnings: of the run so far; new ones are added.
+        memory: what a resumed run must know, plain JSON kept with its checkpoints; empty for a new run.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, progress: Progress, warnings: list[str]) -> None:
-        self.warnings = warnings
+    def __init__(self, config: Config, folder: RunFolder, progress: Progress, memory: dict[str, Any]) -> None:
+        self.warnings: list[str] = memory.setdefault("warnings", [])
+        self._streak: dict[str, int] = memory.setdefault("streak", {})
+        self._memory = memory
+        memory.setdefault("skipped", 0)
         self._config, self._folder, self._progress = config, folder, progress
         self._failures: Counter[str] = Counter()
-        self._streak: Counter[str] = Counter()
-        self._skipped = 0
         rollout = config.rollout
         # Filters make the sampler's law another one than the trainer's: their gap then says nothing about arithmetic.
         self._compares = rollout.top_k == 0 and rollout.top_p == 1 and rollout.min_p == 0
@@ -96,7 +97,7 @@ class Health:
         health = self._config.health
         updates = self._config.loss.epochs * self._config.loss.minibatches
         last = int(learned["skipped_in_a_row"])
-        self._skipped = self._skipped + last if last == updates else last
+        self._memory["skipped"] = self._memory["skipped"] + last if last == updates else last
         gap = learned.get("sampling_logp_difference/mean", 0.0)
         self._say(
             step,
@@ -133,7 +134,7 @@ class Health:
     @property
     def failing(self) -> bool:
         """Whether so many updates in a row were skipped that the run must stop, once its state is saved."""
-        return self._skipped >= self._config.health.max_skipped
+        return self._memory["skipped"] >= self._config.health.max_skipped
 
     def stop(self, step: int, run: Assembly, params: Any, batch: TrainBatch, learned: Mapping[str, float]) -> None:
         """End the run with a capsule of the step that failed.
@@ -162,14 +163,14 @@ class Health:
         if jax.process_index() == 0:
             write_capsule(path, capsule, batch)
         raise Diverged(
-            f"{self._skipped} updates in a row up to step {step} had a loss, gradient or step that is not finite "
-            f"(health.max_skipped={self._config.health.max_skipped}). The parameters are as before them, saved as "
-            f"{self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
+            f"{self._memory['skipped']} updates in a row up to step {step} had a loss, gradient or step that is not "
+            f"finite (health.max_skipped={self._config.health.max_skipped}). The parameters are as before them, saved "
+            f"as {self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
             f"hatch run apps/gsm8k:replay {path}"
         )
 
     def _say(self, step: int, name: str, wrong: bool, text: str, *, after: int = 1) -> None:
-        self._streak[name] = self._streak[name] + 1 if wrong else 0
+        self._streak[name] = self._streak.get(name, 0) + 1 if wrong else 0
         if self._streak[name] == after:
             self.warnings.append(f"step {step}: {text}")
             self._progress.note(f"warning: step {step}: {text}")

@@ -60,7 +60,7 @@ def _run(
     run: Assembly, folder: RunFolder, checkpoints: Checkpoints, stop: Any, progress: Progress, started: float
 ) -> int:
     config, state, problems = run.config, run.state, run.problems
-    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "warnings": []}
+    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "health": {}}
     if restored := checkpoints.restore(state, run.identity):
         state, notes = restored.state, restored.notes
         problems.set_state(notes["problems"])
@@ -70,7 +70,7 @@ def _run(
     folder.start(first)
     progress.resume(first)
     seconds_before = notes["seconds"]
-    health = Health(config, folder, progress, notes["warnings"])
+    health = Health(config, folder, progress, notes["health"])
 
     if config.eval.before and "before" not in notes["accuracy"]:
         with Clock(progress, limit=config.phase_timeout).phase("evaluation"):

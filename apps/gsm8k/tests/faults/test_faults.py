@@ -642,7 +642,7 @@ def _(bench: Bench) -> None:
     rollout: Any = type("Rollout", (), {"policy": PolicyIdentity(3, "ab" * 32)})
     config = bench.config()
     with RunFolder(config) as folder:
-        Health(config, folder, Progress(4), []).check_rollout(rollout, PolicyIdentity(4, "cd" * 32))
+        Health(config, folder, Progress(4), {}).check_rollout(rollout, PolicyIdentity(4, "cd" * 32))
 
 
 @fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule that a run left")
