@@ -90,7 +90,8 @@ def _weigh(workspace: Workspace, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         artifacts.build(workspace.libraries, scratch / "wheels", wheels_only=True)
-        print(weigh.table(list(weigh.weigh(workspace, scratch / "wheels", scratch / "environments"))))
+        for line in weigh.table(weigh.weigh(workspace, scratch / "wheels", scratch / "environments")):
+            print(line, flush=True)
     return 0
 
 

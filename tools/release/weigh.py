@@ -5,14 +5,14 @@ from __future__ import annotations
 import resource
 import statistics
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import fresh
 from .workspace import Package, Workspace
 
-_REPEATS = 7
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def weigh_environment(python: Path, package: Package) -> Weight:
     )
 
 
-def table(weights: list[Weight]) -> str:
-    """The weights as a Markdown table."""
-    head = "| library | itself, kB | with all it needs, MB | dependencies | import, ms | of processor time, ms |"
-    rows = [
-        f"| {w.library} | {w.own_bytes / 1e3:.0f} | {w.all_bytes / 1e6:.0f} | {w.dependencies} "
-        f"| {w.import_ms:.0f} | {w.import_cpu_ms:.0f} |"
-        for w in weights
-    ]
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+def table(weights: Iterable[Weight]) -> Iterator[str]:
+    """The weights as the lines of a Markdown table, each as soon as it is measured."""
+    yield "| library | itself, kB | with all it needs, MB | dependencies | import, ms | of processor time, ms |"
+    yield "|---|---|---|---|---|---|"
+    for w in weights:
+        yield (
+            f"| {w.library} | {w.own_bytes / 1e3:.0f} | {w.all_bytes / 1e6:.0f} | {w.dependencies} "
+            f"| {w.import_ms:.0f} | {w.import_cpu_ms:.0f} |"
+        )
 
 
 def _cost(python: Path, code: str) -> tuple[float, float]:
