@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 POLICY = Path(__file__).parents[1] / "apps/gsm8k/src/grpo_gsm8k/policy"

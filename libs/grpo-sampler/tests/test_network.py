@@ -135,8 +135,8 @@ def test_blocks_of_rows_that_keep_to_their_own_prompts(tiny):
     graphdef, params = tiny
     batch, _ = packed()
     slots = len(batch[0])
-    twice = [np.concatenate([array, array]) for array in batch]
-    twice[5] = np.concatenate([batch[5], batch[5] + slots])
+    twice = [jnp.concatenate([array, array]) for array in batch]
+    twice[5] = jnp.concatenate([batch[5], batch[5] + slots])
     model = merge(graphdef, params)
     np.testing.assert_array_equal(model.with_prompts(*twice, shards=2), model.with_prompts(*twice))
     with pytest.raises(SamplerError, match="shards=3"):

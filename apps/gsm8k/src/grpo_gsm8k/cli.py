@@ -149,6 +149,7 @@ def _exit() -> NoReturn:
     code = main()
     if code and "grpo_mesh" in sys.modules:
         import jax
+
         from grpo_mesh import leave
 
         if jax.process_count() > 1 and code != EXIT_PREEMPTED:
