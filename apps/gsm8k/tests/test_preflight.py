@@ -7,7 +7,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from grpo_loss._token_logp import _default_chunk
 
 from grpo_gsm8k import cli
 from grpo_gsm8k.assemble import assemble
@@ -15,20 +14,13 @@ from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.layers import load, preset_names
 from grpo_gsm8k.placement import RULES
 from grpo_gsm8k.preflight import preflight
+from grpo_gsm8k.preflight_blueprint import blueprint, model_config
 from grpo_gsm8k.preflight_local import Comparison
-from grpo_gsm8k.preflight_programs import (
-    Measured,
-    Program,
-    Work,
-    blueprint,
-    bytes_per_device,
-    head_chunk,
-    measure,
-    model_config,
-)
-from grpo_gsm8k.preflight_programs import _work as work_of
+from grpo_gsm8k.preflight_programs import Measured
 from grpo_gsm8k.preflight_report import EFFICIENCY, GIB, Phase, judge, table
 from grpo_gsm8k.preflight_search import Candidate, candidates
+from grpo_gsm8k.preflight_work import Splash, Work, head_chunk, work_of
+from grpo_loss._token_logp import _default_chunk
 from grpo_mesh import CompileReport, MeshError, find_slice, make_mesh, parse_mesh, shardings
 from grpo_sampler import abstract
 
@@ -89,11 +81,11 @@ def test_the_blueprint_is_what_a_run_assembles(toy_policy):
     described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), (plan.state))
     assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), run.state)
     assert plan.pack_shape == run.pack_shape
-    for name in ("config", "slots", "max_prompt_length", "max_new_tokens", "_compute_dtype", "_unroll", "_buckets"):
+    for name in ("config", "slots", "sizes", "max_prompt_length", "max_new_tokens", "min_new_tokens"):
         assert getattr(plan.sampler, name) == getattr(run.sampler, name)
 
 
-def test_two_nested_loops_are_counted_at_their_own_number_of_turns(plan):
+def test_two_nested_loops_are_counted_at_their_own_number_of_turns():
     width = 32
 
     def nested(turns, x):
@@ -104,9 +96,14 @@ def test_two_nested_loops_are_counted_at_their_own_number_of_turns(plan):
 
     shapes = [jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((width, width), jnp.float32)]
     compiled = jax.jit(nested).lower(*shapes).compile()
-    program = Program("nested", "update", lambda: compiled, 0, trips=(5, 7))
-    _, work = work_of(plan, compiled, program)
+    _, work = work_of(compiled, trips=(5, 7))
     assert work.flops == 2 * width**3 * (1 + 5 * (2 + 7))
+
+
+def test_the_splash_kernel_is_counted_in_its_own_tiles():
+    splash = Splash(rows=4, heads=14, head_size=64, length=511)
+    assert splash.flops("splash_mha_fwd_segmented_no_residuals") == 2 * 2 * 4 * 14 * 64 * 512**2 / 2
+    assert splash.flops("another_kernel") == 0
 
 
 def test_work_adds_up():
@@ -187,7 +184,7 @@ def test_candidates_divide():
 def test_tp_that_does_not_divide_the_heads_is_refused():
     _, shapes = abstract(model_config("Qwen/Qwen2.5-0.5B"))
     mesh = jax.sharding.AbstractMesh((1, 1, 4), ("dp", "fsdp", "tp"))
-    with pytest.raises(MeshError, match="layers/k.*must divide by tp = 4"):
+    with pytest.raises(MeshError, match=r"layers/k.*must divide by tp = 4"):
         shardings(shapes, mesh, RULES)
 
 

@@ -40,7 +40,8 @@ def preflight(config: Config, *, search: bool = False) -> int:
 
 
 def _slice(config: Config) -> int:
-    from grpo_gsm8k.preflight_programs import blueprint, measure, model_config
+    from grpo_gsm8k.preflight_blueprint import blueprint, model_config
+    from grpo_gsm8k.preflight_programs import measure
     from grpo_gsm8k.preflight_report import judge, table
     from grpo_mesh import find_slice, make_mesh, slice_devices
 

@@ -15,7 +15,8 @@ from grpo_contracts import PolicyIdentity, TrainBatch
 from grpo_gsm8k.assemble import Assembly, assemble
 from grpo_gsm8k.config import Config
 from grpo_gsm8k.learn import advantages, learn
-from grpo_gsm8k.preflight_programs import Measured, blueprint, measure, model_config
+from grpo_gsm8k.preflight_blueprint import blueprint, model_config
+from grpo_gsm8k.preflight_programs import Measured, measure
 from grpo_gsm8k.preflight_report import programs_table
 from grpo_mesh import digest
 

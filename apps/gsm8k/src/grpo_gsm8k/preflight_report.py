@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_gsm8k.preflight_programs import Blueprint, Measured, Work, bytes_per_device
+from grpo_gsm8k.preflight_blueprint import Blueprint, bytes_per_device
+from grpo_gsm8k.preflight_programs import Measured
+from grpo_gsm8k.preflight_work import Work
 from grpo_mesh import Slice
 
 __all__ = ["EFFICIENCY", "GIB", "Phase", "Verdict", "judge", "programs_table", "table"]

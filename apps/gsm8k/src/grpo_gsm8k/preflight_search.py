@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from grpo_contracts import GrpoError
 from grpo_gsm8k.config import Config
-from grpo_gsm8k.preflight_programs import Blueprint, Measured, blueprint, bytes_per_device, measure, model_config
+from grpo_gsm8k.preflight_blueprint import Blueprint, blueprint, bytes_per_device, model_config
+from grpo_gsm8k.preflight_programs import Measured, measure
 from grpo_gsm8k.preflight_report import GIB, Verdict, judge
 from grpo_mesh import find_slice, make_mesh, slice_devices
 from grpo_sampler import ModelConfig
