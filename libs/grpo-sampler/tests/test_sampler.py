@@ -210,13 +210,14 @@ def _rows(rollout: Rollout, rows: Any) -> Rollout:
     return dataclasses.replace(rollout, **arrays)
 
 
-def test_nothing_compiles_after_warm_up(params):
+@pytest.mark.parametrize("batches", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_nothing_compiles_after_warm_up(params, batches):
     sampler = sampler_of(max_new_tokens=6, slots=16, prompt_buckets=(6, 12))
     sampler.warmup(params, group_sizes=(4, 1))
     warm, rng = sampler.compile_count, np.random.default_rng(0)
     print(f"programs compiled by warm-up: {warm}")
     with _no_compilation():
-        for step in range(500):
+        for step in range(batches):
             lengths = rng.integers(1, 13, rng.integers(1, 9))
             law = SamplingLaw(temperature=float(rng.uniform(0, 2)), stop_ids=tuple(rng.integers(0, 23, 3).tolist()))
             sampler.generate(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from grpo_sampler._config import ModelConfig
@@ -215,6 +216,10 @@ def decode(
         age_C = (column - jnp.arange(columns)) % columns
         hidden_SD, cache = _forward(weights, cache, rows, token_S, position_S, emitted_S, age_C, column, config)
         logits_SV = jnp.einsum("SD,VD->SV", hidden_SD, weights.unembed, preferred_element_type=jnp.float32)
+        if in_step:
+            # One gather a step. Left split over the vocabulary, a filter's search reduces over the mesh in each of its
+            # thirty comparisons, and latency, not bytes, is what a step pays for.
+            logits_SV = lax.with_sharding_constraint(logits_SV, PartitionSpec(None, None))
         bits_S2 = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys_S, emitted_S))
         forbid_S = emitted_S < min_new if filtered else None
         token_S, logp_S, policy_logp_S = draw(logits_SV, bits_S2, law, forbid_S, filtered=filtered)

@@ -187,8 +187,8 @@ def _kept_weights(allowed_BV: Array, law: LawArrays) -> tuple[Array, Array]:
 def _largest(holds: Callable[[Array], Array], like_B: Array) -> Array:
     """The largest float in [0, 1] for which a condition, true at 0 and once false always false, still holds.
 
-    Thirty comparisons settle the thirty bits of the float: no sort of the vocabulary, and on a sharded vocabulary
-    thirty scalars a row are reduced instead of the logits gathered.
+    Thirty comparisons settle the thirty bits of the float: no sort of the vocabulary, and the same work whatever the
+    logits are.
     """
 
     def step(i: Array, bits_B: Array) -> Array:
