@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,8 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
     state_placed = state_shardings(jax.eval_shape(start, params), params, mesh, RULES)
     state = jax.jit(start, out_shardings=state_placed, donate_argnums=0)(params)
 
-    stop_ids = (tokenizer.eos_token_id,)
+    # `load_tokenizer` has made sure of both; transformers types them for every kind of tokenizer.
+    stop_ids, pad_id = (cast(int, tokenizer.eos_token_id),), cast(int, tokenizer.pad_token_id)
     sequences = config.rollout.prompts * config.rollout.group_size
     sampler = Sampler(
         model,
@@ -171,7 +172,7 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
         max_prompt_length=config.data.max_prompt_length,
         max_new_tokens=config.rollout.max_new_tokens,
         slots=config.rollout.slots or sequences,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         mesh=mesh,
     )
@@ -205,7 +206,7 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
         ),
         score=make_score(forward),
         gradient=jax.jit(partial(accumulate, forward, loss)),
-        learning_rate=lambda updates: float(schedule(updates)),
+        learning_rate=lambda updates: float(jnp.asarray(schedule(updates))),
         identity={
             "parameters": parameters,
             "reference": reference_identity,

@@ -268,7 +268,7 @@ class Config(_Section):
         description="start again under GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (faster small updates on Linux CPUs)",
     )
     phase_timeout: float = Field(
-        1800.0, gt=0.0, description="seconds a phase may take on many hosts before the missing ranks are named"
+        default=1800.0, gt=0.0, description="seconds a phase may take on many hosts before the missing ranks are named"
     )
     run: Run = Run()
     data: Data = Data()
