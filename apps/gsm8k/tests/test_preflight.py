@@ -144,7 +144,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     text = table(judge(plan, [program("update", "update", 17.0)], find_slice("v5e-1")))
     assert "DOES NOT FIT v5e-1" in text
     assert "change loss.rows=1: smaller micro-batches" in text
-    assert "change a slice of 2 chips: parameters and optimizer take 5.52 GiB of a device here, and 1.25 GiB" in text
+    assert "change slice=v5e-4: parameters and optimizer take 5.52 GiB of a device here, and 1.25 GiB" in text
     assert "remat" not in text  # on already
     text = table(judge(plan, [program("decode", "rollout", 20.0)], find_slice("v5e-4")))
     assert "change rollout.slots=64" in text

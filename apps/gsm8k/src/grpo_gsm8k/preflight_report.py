@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from grpo_gsm8k.preflight_blueprint import Blueprint, bytes_per_device
 from grpo_gsm8k.preflight_programs import Measured
 from grpo_gsm8k.preflight_work import Work
-from grpo_mesh import Slice
+from grpo_mesh import MeshError, Slice, find_slice
 
 __all__ = ["EFFICIENCY", "GIB", "Phase", "Verdict", "judge", "programs_table", "table"]
 
@@ -128,11 +128,11 @@ class Verdict:
             )
         if self.plan.mesh.shape["dp"] > 1:
             lines.append(f"mesh=dp:1,fsdp:-1,tp:{tensor}: no second copy of parameters and optimizer state")
-        larger = 2 ** math.ceil(math.log2(self.peak / self.target.chip.usable_bytes))
-        lines.append(
-            f"a slice of {self.target.chips * max(2, larger)} chips: parameters and optimizer take "
-            f"{_gib(settled)} of a device here, and {_gib(over)} are missing"
-        )
+        if larger := _larger(self.target, self.peak / self.target.chip.usable_bytes):
+            lines.append(
+                f"slice={larger}: parameters and optimizer take {_gib(settled)} of a device here, and {_gib(over)} are "
+                "missing"
+            )
         return lines
 
 
@@ -182,6 +182,18 @@ def programs_table(programs: Sequence[Measured]) -> str:
         rows.append((program.name, *figures, _gib(program.beside), _gib(program.peak), f"{program.seconds:.1f} s"))
     head = ("program", "arguments", "new results", "temporaries", "beside it", "peak", "compiled in")
     return _grid(head, rows)
+
+
+def _larger(target: Slice, times: float) -> str:
+    """The next slice of this chip that is rented and has so many times the memory; empty if there is none."""
+    chips = target.chips * 2 ** max(1, math.ceil(math.log2(times)))
+    while chips <= 256:
+        name = f"{target.chip.name}-{chips * (2 if target.chip.names_cores else 1)}"
+        try:
+            return find_slice(name).name
+        except MeshError:
+            chips *= 2
+    return ""
 
 
 def _memory(verdict: Verdict) -> str:
