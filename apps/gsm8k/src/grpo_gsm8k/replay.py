@@ -129,7 +129,7 @@ def _update(run: Assembly, state: TrainState, packed: PackedBatch) -> Iterator[s
                 f"{int(micro.positions_RT[m, r, t]) + 1}"
             )
     for m in range(live):
-        one = PackedBatch(jax.tree.map(itemgetter(slice(m, m + 1)), packed.micro), np.int32(1))
+        one = PackedBatch(jax.tree.map(itemgetter(slice(m, m + 1)), packed.micro), np.asarray(1, np.int32))
         gradient, terms = run.gradient(state.params, place(run, one))
         if not np.isfinite(terms.numerator):
             yield f"loss of micro-batch {m + 1} of {live}: {float(terms.numerator)}"
@@ -161,6 +161,6 @@ def _leaves(name: str, tree: Any) -> Iterator[str]:
 def _rows(name: str, array: np.ndarray) -> Iterator[str]:
     bad = ~np.isfinite(array)
     if bad.any():
-        where = tuple(int(axis[0]) for axis in np.nonzero(bad))
+        where = [int(axis[0]) for axis in np.nonzero(bad)]
         at = f", position {where[1]}" if len(where) > 1 else ""
-        yield f"{name} {where[0]}{at}: {array[where]}, and {int(bad.sum()) - 1} more"
+        yield f"{name} {where[0]}{at}: {array[tuple(where)]}, and {int(bad.sum()) - 1} more"

@@ -35,7 +35,7 @@ from grpo_gsm8k.progress import Progress
 from grpo_gsm8k.records import DataError, read_records
 from grpo_gsm8k.reward import RewardError
 from grpo_gsm8k.reward_workers import RewardWorker
-from grpo_gsm8k.run_folder import RunFolder
+from grpo_gsm8k.run_folder import RunFolder, versions
 from grpo_gsm8k.startup import before_jax
 from grpo_gsm8k.tokenizer import TokenizerError
 from grpo_mesh import MeshError
@@ -575,7 +575,7 @@ def _(bench: Bench) -> None:
     "Checkpoint", "of incompatible libraries", ResumeRefused, "grpo-loss: checkpoint 0.0.1, here", "any_version=true"
 )
 def _(bench: Bench) -> None:
-    here = checkpoint.versions()
+    here = versions()
     with bench.patch.context() as patch:
         patch.setattr(checkpoint, "versions", lambda: {**here, "grpo-loss": "0.0.1"})
         kept, state = bench.checkpoints(3)
@@ -661,9 +661,14 @@ def _spoil(checkpoint_folder: Path, change: Callable[[bytes], bytes]) -> None:
 # -- the table as tests and as a page ------------------------------------------------------------------------------
 
 _compiled: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **__: _compiled.append(event) if event.endswith("backend_compile_duration") else None
-)
+
+
+def _hear(event: str, duration_secs: float, **_: str | int) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_hear)
 
 
 @pytest.mark.parametrize("row", FAULTS, ids=lambda row: f"{row.area}: {row.broken}")
