@@ -294,7 +294,7 @@ def _said(verdict: Verdict) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 2 else f"{size / 2**20:.1f} MiB"
 
 
 def _si(value: float, unit: str) -> str:
