@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from tools.release import fresh
 from tools.release.artifacts import build, inspect, twine_check
-from tools.release.compat import compatibility, table
+from tools.release.compat import APP_TESTS, compatibility, table
 from tools.release.history import extract
 from tools.release.meaning import GOLDEN, changed_meanings
 from tools.release.verdict import Level
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 WORKSPACE = read_workspace(ROOT)
 LIBRARIES = [library.name for library in WORKSPACE.libraries]
-# The whole loop on a toy policy, and what is between it and the user; the rest of the app's tests run in its own tree.
-APP_TESTS = ("tests/test_train.py", "tests/test_cli.py", "tests/test_config.py")
+# The loop on a toy policy, and what is between it and the user. The rest of the app's tests run in its own tree.
+PINNED_TESTS = (*APP_TESTS, "tests/test_cli.py", "tests/test_config.py")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_app_passes_with_its_exact_pins(wheels: Path, tmp_path: Path) -> Non
     python = fresh.create(tmp_path / "environment")
     fresh.install_package(python, WORKSPACE, app, wheels)
     fresh.install_test_requirements(python, WORKSPACE, app)
-    outcome = fresh.run_tests(python, fresh.unpack_tests(wheels / app.sdist, tmp_path / "tests"), APP_TESTS)
+    outcome = fresh.run_tests(python, fresh.unpack_tests(wheels / app.sdist, tmp_path / "tests"), PINNED_TESTS)
     assert outcome.passed, outcome.output
 
 

@@ -14,8 +14,8 @@ from .history import extract, git, tag_of
 from .verdict import Level, Verdict, judge, raised
 from .workspace import Package, ReleaseError, Workspace, read_workspace
 
-# The app's whole loop on a toy policy, through all four libraries.
-APP_TESTS = ("tests/test_train.py",)
+# The app's whole loop on a toy policy, through all four libraries: rollout, update, checkpoint, evaluation.
+APP_TESTS = ("tests/test_train.py::test_a_run_leaves_what_it_promises",)
 
 
 @dataclass(frozen=True)

@@ -113,15 +113,19 @@ def run_tests(python: Path, folder: Path, tests: Sequence[str] = ("tests",), *, 
     # Editable installs and PYTHONPATH would let the source tree in.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"JAX_PLATFORMS": "cpu"}
     command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-c", str(settings), "--rootdir", str(folder), *tests],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*command, "-c", str(settings), "--rootdir", str(folder), *tests],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        told = f"did not end within {timeout:.0f} s"
+        return Outcome(False, told, f"{told}\n{error.stdout or ''}{error.stderr or ''}")
     lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
     return Outcome(done.returncode == 0, lines[-1].strip("= "), done.stdout + done.stderr)
 
