@@ -197,7 +197,7 @@ def test_huge_pages_start_again_once(quiet_environment, monkeypatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda program, arguments, environment: started.append((arguments, environment)))
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.check=1"
-    config = load([], ["huge_pages=true", "compilation_cache="])
+    config = load([], ["huge_pages=true", "compilation_cache=", "cpu_devices=0"])
     startup.with_huge_pages(config, ["train", "--set", "huge_pages=true"])
     (arguments, environment), *_ = started
     assert arguments[1:] == ["-m", "grpo_gsm8k.cli", "train", "--set", "huge_pages=true"]

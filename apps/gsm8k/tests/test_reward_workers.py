@@ -45,7 +45,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
 
 @pytest.fixture(scope="module")
 def moody() -> RewardWorker:
-    return RewardWorker("graders:moody", timeout=2.0)
+    return RewardWorker("graders:moody", timeout=8.0)
 
 
 def test_what_a_function_returns_and_prints(moody: RewardWorker) -> None:
@@ -59,8 +59,8 @@ def test_what_a_function_returns_and_prints(moody: RewardWorker) -> None:
         ("exit", "exception", "raised SystemExit: enough"),
         ("die", "crash", "ended with code 3"),
         ("segfault", "crash", "died of SIGSEGV"),
-        ("hang", "timeout", "longer than 0.25 s"),
-        ("spin", "timeout", "longer than 0.25 s"),
+        ("hang", "timeout", "longer than 1 s"),
+        ("spin", "timeout", "longer than 1 s"),
         ("nan", "shape", "finite numbers or None: got nan"),
         ("text", "shape", "finite numbers or None: got '1.0'"),
     ],
@@ -119,7 +119,7 @@ def test_what_a_function_started_dies_with_it() -> None:
 
 
 def test_a_worker_serves_any_thread() -> None:
-    worker = RewardWorker("graders:moody", timeout=0.5)
+    worker = RewardWorker("graders:moody", timeout=4.0)
     results: list[Any] = []
     threads = [
         threading.Thread(target=lambda text=text: results.append(worker.judge(given(text))[0]))

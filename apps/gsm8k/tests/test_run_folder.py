@@ -112,7 +112,7 @@ def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
 def test_other_settings_are_refused(config):
     with RunFolder(config()):
         pass
-    with pytest.raises(ConfigError, match=r"rollout.prompts: 16 there, 8 now"):
+    with pytest.raises(ConfigError, match=r"rollout.prompts: 32 there, 8 now"):
         RunFolder(config("rollout.prompts=8"))
     with pytest.raises(ConfigError, match="steps: 60 there, 30 now"):
         RunFolder(config("steps=30"))
