@@ -110,7 +110,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         details = row.verdict.lines() if row.verdict else []
         if row.app is not None and not row.app.passed:
-            details.append(f"app        {row.app.summary}")
+            details.append(f"app        {row.app.reason}")
         lines += [f"{row.library}: {detail}" for detail in details]
     return "\n".join(lines)
 

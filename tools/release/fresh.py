@@ -31,6 +31,12 @@ class Outcome:
     summary: str
     output: str
 
+    @property
+    def reason(self) -> str:
+        """The last error pytest shows, or its summary."""
+        errors = [line[2:].strip() for line in self.output.splitlines() if line.startswith("E  ")]
+        return errors[-1] if errors else self.summary
+
 
 def create(folder: Path) -> Path:
     """Make an empty environment of this Python version and return its interpreter."""
