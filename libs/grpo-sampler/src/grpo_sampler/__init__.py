@@ -1,5 +1,6 @@
 """The policy network and the rollout engine: exact log-probabilities, fast decoding, in JAX."""
 
+from grpo_sampler._backend import SamplerBackend
 from grpo_sampler._config import Llama3Scaling, ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
 from grpo_sampler._law import law_arrays, law_log_probabilities
@@ -12,6 +13,7 @@ __all__ = [
     "Llama3Scaling",
     "ModelConfig",
     "Sampler",
+    "SamplerBackend",
     "SamplerError",
     "Transformer",
     "UnsupportedModelError",

@@ -50,10 +50,9 @@ class Sampler:
     Every prompt is computed once and shared by its group; sequences that end leave, waiting ones enter, and a draining
     batch shrinks. Shapes come from a small fixed set: per group size one program for each of a few batch sizes.
 
-    What a sequence draws depends on (seed, step, prompt id, sample, position) alone. Among programs of one shape its
-    tokens and log-probabilities are bit for bit the same whatever its slot and neighbours; between shapes (another
-    number of live rows, slots or devices) logits differ by float32 rounding, so log-probabilities agree to about 1e-6
-    and a token differs only where its uniform number falls into that gap.
+    A sequence's random numbers depend on (seed, step, prompt id, sample, position) alone. The same call gives the same
+    bits. In another order, slot, company, batch shape or mesh logits may differ by float32 rounding, so
+    log-probabilities agree to about 1e-6 and a token differs only where its uniform number falls into that gap.
 
     Args:
         config: the model.
@@ -125,7 +124,7 @@ class Sampler:
         self.slots, self.sizes, self.pad_id, self.mesh = slots, sizes, pad_id, mesh
         self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
         self._columns = -(-max_new_tokens // 8) * 8
-        self._compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype
         self._attention = attention
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._unroll = platform == "cpu" if unroll is None else unroll
@@ -319,7 +318,7 @@ class Sampler:
         return engine.run(params, request, shapes, first)
 
     def _engine(self, params: Any, bucket: int) -> Engine:
-        dtype = self._compute_dtype or params["embed"].dtype
+        dtype = self.compute_dtype or params["embed"].dtype
         placement = Placement(self.mesh, params)
         attention = resolve_attention(
             "xla" if placement.in_step else self._attention, self.config, jnp.dtype(dtype), self.mesh

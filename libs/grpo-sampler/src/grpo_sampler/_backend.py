@@ -1,0 +1,58 @@
+"""The sampler as a rollout backend."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_contracts import PolicyIdentity, Prompts, Rollout
+from grpo_sampler._errors import SamplerError
+from grpo_sampler._sampler import Sampler
+
+
+class SamplerBackend:
+    """`Sampler` behind `grpo_contracts.RolloutBackend`.
+
+    Args:
+        sampler: says the model, the law, the limits and the mesh.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._held: tuple[Any, PolicyIdentity] | None = None
+
+    def start(self) -> None:
+        """Takes nothing: programs compile when first needed, and a cache lives as long as its call."""
+
+    def update_weights(self, params: Any, policy: PolicyIdentity) -> None:
+        """Copies the parameters on their devices, in the type that decoding computes in.
+
+        Args:
+            params: as for `Sampler.generate`; may be donated afterwards.
+            policy: which parameters they are.
+        """
+        self._held = None  # first, so that there are never two copies
+        dtype = self._sampler.compute_dtype
+        self._held = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params), policy
+
+    def generate(self, prompts: Prompts, *, group_size: int, seed: int, step: int) -> Rollout:
+        """Draws a group of completions of each prompt, as `Sampler.generate` does.
+
+        Args:
+            prompts: P prompts.
+            group_size: completions of each, G.
+            seed: 0 to 2**64 - 1.
+            step: optimizer step.
+        Returns:
+            P * G rows.
+        Raises:
+            SamplerError: no weights yet, or a request that cannot be met.
+        """
+        if self._held is None:
+            raise SamplerError("a backend must have weights before it generates: call update_weights(params, policy).")
+        params, policy = self._held
+        return self._sampler.generate(params, prompts, group_size=group_size, seed=seed, step=step, policy=policy)
+
+    def close(self) -> None:
+        """Lets the weights go."""
+        self._held = None
