@@ -83,6 +83,8 @@ def _compared(run: Assembly, programs: list[Measured]) -> list[Comparison]:
     statistics = run.mesh.local_devices[0].memory_stats()
     if statistics is None and not _RESET.exists():
         return []
+    # All sizes of a draining batch at once: a compiler at work in the background would be measured as the rollout's.
+    run.sampler.warmup(run.state.params, group_sizes=(run.config.rollout.group_size,))
     state, _, _ = _step(run, run.state, 0, lambda phase, work: work())
     if statistics is not None:
         peak = sum(device.memory_stats()["peak_bytes_in_use"] for device in run.mesh.local_devices)
