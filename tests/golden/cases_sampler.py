@@ -62,7 +62,7 @@ def _hidden() -> dict[str, Any]:
             cases[f"{family} shape of {jax.tree_util.keystr(path)}"] = np.array(leaf.shape)
 
         @jax.jit
-        def run(params: Any, graphdef: Any = graphdef) -> tuple[jax.Array, jax.Array]:
+        def run(params: Any, graphdef: Any = graphdef) -> tuple[jax.Array, ...]:
             model = gs.merge(graphdef, params)
             plain_BTD = model(tokens_BT, positions_BT, segment_BT)
             packed_RTD = model.with_prompts(
@@ -73,9 +73,9 @@ def _hidden() -> dict[str, Any]:
                 jnp.array([[1, 1, 2, 0], [1, 1, 1, 1]]),
                 jnp.array([0, 1]),
             )
-            return plain_BTD, packed_RTD
+            return plain_BTD, packed_RTD, model.unembedding
 
-        plain_BTD, packed_RTD = run(params)
+        plain_BTD, packed_RTD, cases[f"{family} unembedding"] = run(params)
         # What stands at pads is nobody's promise.
         cases[f"{family} hidden"] = np.where((segment_BT > 0)[..., None], plain_BTD, 0)
         cases[f"{family} with_prompts"] = np.asarray(packed_RTD)[[0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 0, 1, 2, 3]]

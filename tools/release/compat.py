@@ -98,7 +98,8 @@ def compatibility(
         fresh.swap(python, wheel)
         app = fresh.run_tests(python, folder, tests)
         fresh.swap(python, wheels / package.wheel)
-        yield Row(name, package.version, new.version, judge(package.folder.parents[1], candidate, name), app)
+        verdict = judge(package.folder.parents[1], candidate, name, python=python)
+        yield Row(name, package.version, new.version, verdict, app)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from .workspace import read_workspace
+from .workspace import ReleaseError, read_workspace
 
 GOLDEN = Path("tests/golden")
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
 def changed_meanings(
@@ -32,11 +34,14 @@ def changed_meanings(
     Returns:
         One sentence for each case whose shape, type or value differs, or one with the last line of the error if the
         cases cannot be computed at all. Empty where nothing stored changed, or nothing was stored.
+
+    Raises:
+        ReleaseError: the interpreter lacks a third party that the library needs.
     """
     if not (golden / f"{library}.npz").exists():
         return []
     command = [str(python), str(golden / "replay.py"), library, *(() if part is None else ("--part", part))]
-    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", JAX_TRACEBACK_FILTERING="off")
     if tree is not None:
         environment["PYTHONPATH"] = os.pathsep.join(str(path.sources) for path in read_workspace(tree).libraries)
     done = subprocess.run(command, cwd=golden, env=environment, capture_output=True, text=True, check=False)
@@ -44,4 +49,8 @@ def changed_meanings(
         return []
     if done.returncode == 1 and done.stdout.strip():
         return done.stdout.strip().splitlines()
-    return [f"the golden cases cannot be computed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    missing = _MISSING.match(last)
+    if missing and missing[1] != library.replace("-", "_"):  # says something of this environment, not of the library
+        raise ReleaseError(f"{python} must have {missing[1]} to compute the golden cases: use `hatch run release:...`.")
+    return [f"the golden cases cannot be computed: {last}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from enum import IntEnum
@@ -57,20 +58,21 @@ class Verdict:
         ]
 
 
-def judge(released: Path, candidate: Workspace, library: str) -> Verdict:
+def judge(released: Path, candidate: Workspace, library: str, *, python: Path | str = sys.executable) -> Verdict:
     """Compare a library in the working tree with a released tree.
 
     Args:
         released: the tree at the release, with its own golden cases.
         candidate: the working tree.
         library: name of the package.
+        python: an interpreter with what the libraries require.
 
     Raises:
-        ReleaseError: one of the trees does not hold it.
+        ReleaseError: one of the trees does not hold it, or the interpreter lacks something.
     """
     package = candidate[library]
     change = compare(read_workspace(released)[library].sources, package.sources, package.module)
-    meanings = changed_meanings(released / GOLDEN, library, tree=candidate.root)
+    meanings = changed_meanings(released / GOLDEN, library, tree=candidate.root, python=python)
     return Verdict(change.breaking, tuple(meanings), change.added)
 
 
