@@ -64,7 +64,8 @@ STOPPING = SamplingLaw(stop_ids=(5,))
 
 @functools.cache  # programs compile once for all tests
 def sampler_of(**options: Any) -> Sampler:
-    defaults: dict[str, Any] = {"max_prompt_length": 12, "max_new_tokens": 16, "slots": 16}
+    # Two sizes are enough to shrink; each more is a second of compilation.
+    defaults: dict[str, Any] = {"max_prompt_length": 12, "max_new_tokens": 16, "slots": 16, "sizes": 2}
     return Sampler(CONFIG, **defaults | options)
 
 
@@ -135,7 +136,7 @@ def test_greedy_is_the_training_forwards_argmax(model, params):
 def test_sequences_follow_the_exact_joint_distribution(model, params, record_property):
     """Two tokens in a row against all 529 pairs, whose probabilities the network gives."""
     law = SamplingLaw(temperature=1.3)
-    sampler = sampler_of(law=law, max_new_tokens=2, slots=512)
+    sampler = sampler_of(law=law, max_new_tokens=2, slots=512, sizes=1)
     prompts = prompts_of([4])
     counts = np.zeros((23, 23))
     for step in range(20):
@@ -212,7 +213,7 @@ def _rows(rollout: Rollout, rows: Any) -> Rollout:
 
 @pytest.mark.parametrize("batches", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warm_up(params, batches):
-    sampler = sampler_of(max_new_tokens=6, slots=16, prompt_buckets=(6, 12))
+    sampler = sampler_of(max_new_tokens=6, prompt_buckets=(6, 12), sizes=2 if batches == 60 else 4)
     sampler.warmup(params, group_sizes=(4, 1))
     warm, rng = sampler.compile_count, np.random.default_rng(0)
     print(f"programs compiled by warm-up: {warm}")
