@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     def fail(_: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(file_module.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save(batch, saved)
     assert saved.read_bytes() == before
