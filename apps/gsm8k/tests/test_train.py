@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from grpo_gsm8k.assemble import assemble
 from grpo_gsm8k.checkpoint import Checkpoints, ResumeRefused
@@ -15,7 +16,7 @@ from grpo_gsm8k.config import Config
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.layers import load
 from grpo_gsm8k.train import train
-from grpo_mesh import digest
+from grpo_mesh import AXES, digest
 
 
 def settings(policy: Path, folder: Path, *more: str) -> Config:
@@ -169,13 +170,15 @@ def test_dry_run_samples_nothing(toy_policy: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "dry").exists()
 
 
-def test_rows_that_do_not_divide_over_devices_are_refused(toy_policy: Path, tmp_path: Path) -> None:
-    config = settings(toy_policy, tmp_path / "rows")
-    run = assemble(config)
-    assert run.mesh.size >= 1
-    if run.mesh.size > 1:
-        with pytest.raises(ConfigError, match=r"loss\.rows"):
-            assemble(settings(toy_policy, tmp_path / "rows", f"loss.rows={run.mesh.size + 1}"))
+def test_rows_that_do_not_divide_over_devices_are_refused(
+    toy_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def three_devices(*_: Any) -> AbstractMesh:
+        return AbstractMesh((3, 1, 1), AXES)
+
+    monkeypatch.setattr("grpo_gsm8k.assemble.make_mesh", three_devices)
+    with pytest.raises(ConfigError, match=r"loss\.rows must be a multiple of dp·fsdp = 3 .* got 4\. Use 6"):
+        assemble(settings(toy_policy, tmp_path / "rows"))
 
 
 def test_the_data_order_does_not_depend_on_interruptions(toy_policy: Path, tmp_path: Path) -> None:
