@@ -4,20 +4,18 @@
 A header names the format, its version and the stage, and mirrors the batch: sizes, law, identity and names as JSON,
 `{"array": name}` where an array stands, null where an optional one is absent.
 A minor version adds fields with defaults, a major one changes the meaning of what was there.
+
+json and zipfile are imported where they are used: whoever only passes batches around shall not wait for them.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
-import uuid
-import zipfile
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +30,12 @@ VERSION = (1, 0)
 _HEADER = "header.json"
 _LONGEST_HEADER = 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same batch is the same bytes, whenever it is written
-_NPY = re.compile(
+_NPY = (
     rb"\{'descr': '([<|][bif][148])', 'fortran_order': (False|True), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
 )
-_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyError, zipfile.BadZipFile)
-"""What zipfile and json raise on missing, truncated, encrypted or forged files."""
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyError, TypeError)
+"""What zipfile raises, beside its own error, on missing, truncated, encrypted or forged files and on no path at all."""
 
 
 def save(batch: Stage, path: str | os.PathLike[str]) -> None:
@@ -51,26 +49,31 @@ def save(batch: Stage, path: str | os.PathLike[str]) -> None:
         ContractError: the batch's fields are wrong, or its arrays cannot be read here.
         OSError: the file cannot be written.
     """
+    import json
+    from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
     validate(batch)
     host = fetch(batch)
     arrays: dict[str, np.ndarray] = {}
     body = _encode(host, "", arrays)
     header = {"format": FORMAT, "version": "{}.{}".format(*VERSION), "stage": type(batch).__name__, "batch": body}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    target = os.fsdecode(path)
+    folder, last = os.path.split(target)
+    partial = os.path.join(folder, f".{last}.{os.urandom(16).hex()}.partial")
     try:
-        with partial.open("xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(zipfile.ZipInfo(_HEADER, _EPOCH), json.dumps(header, indent=1, allow_nan=False))
+        with open(partial, "xb") as file:
+            with ZipFile(file, "w", ZIP_STORED) as archive:
+                archive.writestr(ZipInfo(_HEADER, _EPOCH), json.dumps(header, indent=1, allow_nan=False))
                 for name, array in arrays.items():
                     member = io.BytesIO()
                     np.lib.format.write_array(member, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-                    archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), member.getbuffer())
+                    archive.writestr(ZipInfo(f"{name}.npy", _EPOCH), member.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        os.replace(partial, target)
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.exists(partial):
+            os.unlink(partial)
 
 
 def load(path: str | os.PathLike[str], *, level: str = "values") -> Any:
@@ -86,6 +89,8 @@ def load(path: str | os.PathLike[str], *, level: str = "values") -> Any:
     Raises:
         ContractError: the file cannot be read, is no batch, is of an unknown version, or breaks a rule.
     """
+    import json
+
     members = _members(path)
     try:
         header = json.loads(members.pop(_HEADER))
@@ -102,22 +107,24 @@ def load(path: str | os.PathLike[str], *, level: str = "values") -> Any:
 
 def _members(path: Any) -> dict[str, bytes]:
     """The zip's members. Stored ones only, no longer than the file: nothing unfolds into more than was sent."""
+    from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
     try:
-        path = Path(path)
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
+        path = os.fsdecode(path)
+        size = os.stat(path).st_size
+        with ZipFile(path) as archive:
             listed = archive.infolist()
             names = [info.filename for info in listed]
             if _HEADER not in names or len(set(names)) != len(names):
                 raise broken("file", None, "members", f"a zip of {_HEADER} and arrays, each name once", names)
-            if any(info.compress_type != zipfile.ZIP_STORED for info in listed):
+            if any(info.compress_type != ZIP_STORED for info in listed):
                 raise broken("file", None, "stored", "an uncompressed zip", "compressed members")
             if sum(info.file_size for info in listed) > size or archive.getinfo(_HEADER).file_size > _LONGEST_HEADER:
                 raise broken("file", None, "size", "as long as its members say", f"{size} bytes")
             return {name: archive.read(name) for name in names}
     except ContractError:
         raise
-    except (*_UNREADABLE, TypeError) as error:
+    except (*_UNREADABLE, BadZipFile) as error:
         reason = f"{type(error).__name__}: {error}"
         raise broken("file", None, "readable", "a zip file that can be read whole", reason) from error
 
@@ -146,7 +153,7 @@ def _read_header(header: Any) -> tuple[type[Stage], tuple[int, int]]:
 def _read_npy(name: str, data: bytes) -> np.ndarray:
     """An array from a `.npy` member. The header is matched against the one form numpy writes, never evaluated."""
     start = 10 + int.from_bytes(data[8:10], "little")
-    match = _NPY.fullmatch(data[10:start])
+    match = re.fullmatch(_NPY, data[10:start])
     if not name.endswith(".npy") or data[:8] != b"\x93NUMPY\x01\x00" or match is None:
         raise broken("file", name, "npy", "a version 1.0 .npy array of plain numbers", "something else")
     descr, fortran, dims = match.groups()
