@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_contracts import SamplingLaw
+from grpo_sampler._cache import Cache, empty_cache
 from grpo_sampler._config import ModelConfig
-from grpo_sampler._decode import Cache, Emitted, Rows, Weights, decode, empty_cache, keep, prefill, weights_from
+from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weights_from
 from grpo_sampler._kernels import Attention
-from grpo_sampler._law import is_filtered, law_arrays
+from grpo_sampler._law import is_filtered
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
+from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
 CHUNK = 32  # steps between two looks from the host
-SHARDED_CHUNK = 8  # shards that decode without talking cannot come back early together: they look more often
 PREFILL = 4  # prompts of a shard computed at once
 
 
@@ -54,9 +55,7 @@ class Chunk(NamedTuple):
 
     request_S: np.ndarray
     had_S: np.ndarray
-    token_iS: np.ndarray
-    logp_iS: np.ndarray
-    policy_logp_iS: np.ndarray
+    emitted: Emitted
     finished: Finished
 
 
@@ -69,20 +68,28 @@ class Engine:
         shapes = jax.eval_shape(self._weights_function, self._params)
         self._weights = jax.tree.map(_abstract, shapes, self._weight_shardings())
         leaves, tree = jax.tree.flatten(self._params)
+        self._floors: dict[int, jax.Array] = {}
         self._key = (plan, placement.mesh, tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
 
     def start_compiling(self, shapes: tuple[Shape, ...], *, filtered: bool, first: int = 0) -> list[Any]:
-        """Compiles what a batch that starts in `shapes[first]` may need, in the order of need.
+        """Compiles what a batch that starts in `shapes[first]` needs until its first shrinking.
 
         Returns:
             Futures of the compiled programs.
         """
-        futures = [self._weights_program(), self._empty_program(shapes[first]), self._prefill_program(shapes[first])]
-        for i, shape in enumerate(shapes[first:], first):
-            futures.append(self._decode_program(shape, filtered))
-            if i + 1 < len(shapes):
-                futures.append(self._keep_program(shape, shapes[i + 1]))
-        return futures
+        shape = shapes[first]
+        begin = (self._weights_program, partial(self._decode_program, shape, filtered))
+        return [start() for start in (*begin, partial(self._prefill_program, shape), partial(self._empty_program, shape))]
+
+    def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int) -> list[Any]:
+        """Compiles what the step from `shapes[level]` to the next smaller one needs.
+
+        Returns:
+            Futures of the compiled programs; none for the smallest.
+        """
+        if level + 1 == len(shapes):
+            return []
+        return [self._decode_program(shapes[level + 1], filtered), self._keep_program(shapes[level], shapes[level + 1])]
 
     def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[[], Any]]:
         """The largest program of each kind, by name, each compiled when called (at once if it is there already)."""
@@ -108,7 +115,6 @@ class Engine:
         Yields:
             Chunks, until every sequence has ended.
         """
-        law = law_arrays(request.law, self.plan.config.vocab_size, request.min_new)
         filtered = is_filtered(request.law, request.min_new)
         self.start_compiling(shapes, filtered=filtered, first=first)
         slots = Slots(
@@ -124,55 +130,65 @@ class Engine:
             params = jax.device_put(params, _shardings(self._params))  # nothing moves if it is there already
         weights = self._weights_program().result()(params)
         cache = self._empty_program(shapes[first]).result()()
-        column = np.zeros(self.placement.shards, np.int32)
-        seed_N = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
+        vocabulary = self.plan.config.vocab_size
+        call = self._send(
+            write_call(request.law, vocabulary, seed=request.seed, step=request.step, min_new=request.min_new)
+        )
+        table, column_N = None, np.zeros(self.placement.shards, np.int32)
         level = first
         while slots.waiting or slots.live.any():
-            if slots.waiting:
-                cache = self._fill(weights, cache, slots.seat(), slots.shape, request)
+            if slots.waiting and (slots.live.sum(1) < slots.shape.rows).any():
+                cache, table = self._fill(weights, cache, slots.seat(), slots.shape, request), None
             while not slots.waiting and level + 1 < len(shapes) and slots.live.sum(1).max() <= shapes[level + 1].rows:
                 program = self._keep_program(shapes[level], shapes[level + 1]).result()
                 level += 1
-                cache = program(cache, *slots.shrink(shapes[level]))
-            cache, emitted = self._decode_program(slots.shape, filtered).result()(
-                weights,
-                cache,
-                slots.rows(),
-                law,
-                seed_N,
-                np.uint32(request.step),
-                np.int32(request.min_new),
-                column,
-                *self._until(slots, shapes, level),
+                cache, table = program(cache, self._send(slots.shrink(shapes[level]), split=True)), None
+            if table is None:
+                table = self._send(write_table(slots.rows(column_N)).reshape(-1), split=True)
+            cache, table, record = self._decode_program(slots.shape, filtered).result()(
+                weights, cache, table, call, self._until(slots, shapes, level)
             )
-            column = emitted.column_1
-            token_iS, logp_iS, policy_logp_iS = jax.device_get(emitted[:3])
-            request_S, had_S, finished = slots.absorb(token_iS, request.law.stop_ids)
-            yield Chunk(request_S, had_S, token_iS, logp_iS, policy_logp_iS, finished)
+            if slots.live.sum() < slots.live.size:  # somebody has finished: the next size is coming
+                self.start_shrinking(shapes, filtered=filtered, level=level)
+            emitted, taken_N = self._read(record)
+            column_N = (column_N + taken_N) % self.plan.columns
+            request_S, had_S, finished = slots.absorb(emitted.token_IS, request.law.stop_ids)
+            yield Chunk(request_S, had_S, emitted, finished)
 
-    def _until(self, slots: Slots, shapes: tuple[Shape, ...], level: int) -> tuple[np.int32, np.int32]:
+    def _send(self, array: np.ndarray, *, split: bool = False) -> jax.Array:
+        """Host to device: to every shard its part of the first axis, or all of it to each."""
+        sharding = self.placement.rows() if split else self.placement.replicated
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    def _read(self, record: jax.Array) -> tuple[Emitted, np.ndarray]:
+        """A chunk's record, and how many steps each shard took: what it left untouched still holds -1."""
+        token_IS, *bits_IS = np.asarray(record)
+        taken_IN = (bits_IS[0] != -1).reshape(len(token_IS), self.placement.shards, -1)[..., 0]
+        return Emitted(token_IS, *(bits.view(np.float32) for bits in bits_IS)), taken_IN.sum(0, dtype=np.int32)
+
+    def _until(self, slots: Slots, shapes: tuple[Shape, ...], level: int) -> jax.Array:
         """How many steps the next chunk may take, and the number of live rows at which it comes back early."""
-        if self.placement.shards > 1 and not self.placement.in_step:
-            last = not slots.waiting and level + 1 == len(shapes)
-            return np.int32(CHUNK if last else SHARDED_CHUNK), np.int32(0)
         if slots.waiting:
-            return np.int32(CHUNK), np.int32(slots.live.sum(1).max() - max(1, slots.shape.rows // 8))
-        return np.int32(CHUNK), np.int32(shapes[level + 1].rows if level + 1 < len(shapes) else 0)
+            floor = int(slots.live.sum(1).max()) - max(1, slots.shape.rows // 8)
+        else:
+            floor = shapes[level + 1].rows if level + 1 < len(shapes) else 0
+        if floor not in self._floors:
+            self._floors[floor] = self._send(np.array([CHUNK, floor], np.int32))
+        return self._floors[floor]
 
     def _fill(self, weights: Weights, cache: Cache, fills: list[Fill], shape: Shape, request: Request) -> Cache:
         by_shard = [[fill for fill in fills if fill.shard == shard] for shard in range(self.placement.shards)]
         width = self._prefill_width(shape)
         for begin in range(0, max(map(len, by_shard)), width):
-            tokens = np.zeros((self.placement.shards, width, self.plan.prompt), np.int32)
-            length = np.zeros((self.placement.shards, width), np.int32)
-            unit = np.full((self.placement.shards, width), shape.units, np.int32)
+            prompts = np.zeros((self.placement.shards, width, self.plan.prompt + 2), np.int32)
+            prompts[..., -1] = shape.units
             for shard, mine in enumerate(by_shard):
                 for i, fill in enumerate(mine[begin : begin + width]):
                     count = request.length_P[fill.prompt] - 1
-                    tokens[shard, i, :count] = request.tokens_PT[fill.prompt, :count]
-                    length[shard, i], unit[shard, i] = count, fill.unit
-            program = self._prefill_program(shape).result()
-            cache = program(weights, cache, tokens.reshape(-1, self.plan.prompt), length.reshape(-1), unit.reshape(-1))
+                    prompts[shard, i, :count] = request.tokens_PT[fill.prompt, :count]
+                    prompts[shard, i, -2:] = count, fill.unit
+            sent = self._send(prompts.reshape(-1, self.plan.prompt + 2), split=True)
+            cache = self._prefill_program(shape).result()(weights, cache, sent)
         return cache
 
     # Programs: each is a pure function of `_decode`, split over the shards, with shapes and shardings fixed.
@@ -187,8 +203,10 @@ class Engine:
             layers: Any = (once,) * config.layers
         else:
             layers = jax.tree.map(place, params["layers"])
-        unembed = params["embed" if config.tied else "unembed"]
-        return Weights(place(params["embed"]), place(unembed), place(params["final_norm"]), layers)
+        unembed: Any = None
+        if self.plan.unroll or not config.tied:
+            unembed = place(params["embed" if config.tied else "unembed"], transposed=self.plan.unroll)
+        return Weights(place(params["embed"]), unembed, place(params["final_norm"]), layers)
 
     def _weights_program(self) -> Any:
         def compile_now() -> Any:
@@ -237,15 +255,11 @@ class Engine:
             axes = self._cache_axes(cache)
             function = self.placement.split(
                 partial(prefill, config=self.plan.config, attention=self.plan.attention),
-                (jax.tree.map(lambda _: None, self._weights), axes, 0, 0, 0),
+                (jax.tree.map(lambda _: None, self._weights), axes, 0),
                 axes,
             )
-            ints = partial(self._shared, dtype=jnp.int32)
             jitted = jax.jit(function, donate_argnums=1, out_shardings=_shardings(cache))
-            lowered = jitted.lower(
-                self._weights, cache, ints((count, self.plan.prompt)), ints((count,)), ints((count,))
-            )
-            return lowered.compile()
+            return jitted.lower(self._weights, cache, self._ints((count, self.plan.prompt + 2), split=True)).compile()
 
         return self._programs.start(("prefill", self._key, shape), compile_now)
 
@@ -253,41 +267,40 @@ class Engine:
         def compile_now() -> Any:
             before, after, N = self._cache(old), self._cache(new), self.placement.shards
             axes = self._cache_axes(before)
-            function = self.placement.split(keep, (axes, 0, 0), axes)
-            ints = partial(self._shared, dtype=jnp.int32)
+            function = self.placement.split(partial(keep, units=new.units), (axes, 0), axes)
             jitted = jax.jit(function, out_shardings=_shardings(after))
-            return jitted.lower(before, ints((N * new.units,)), ints((N * new.rows,))).compile()
+            return jitted.lower(before, self._ints((N * (new.units + new.rows),), split=True)).compile()
 
         return self._programs.start(("keep", self._key, old, new), compile_now)
 
     def _decode_program(self, shape: Shape, filtered: bool) -> Any:
         def compile_now() -> Any:
-            N, shared = self.placement.shards, self._shared
-            cache = self._cache(shape)
+            cache, placement = self._cache(shape), self.placement
             axes = self._cache_axes(cache)
-            ints = partial(shared, dtype=jnp.int32)
-            S = (N * shape.rows,)
-            per_row = [ints(S)] * 4 + [shared(S, jnp.bool_)] + [ints(S)] * 3
-            rows = Rows._make([*per_row, ints((N * shape.units, shape.share)), ints((N * shape.units,))])
-            law = jax.tree.map(lambda leaf: shared(leaf.shape, leaf.dtype), law_arrays(SamplingLaw(), 1))
-            none = partial(jax.tree.map, lambda _: None)
-            function = self.placement.split(
+            function = placement.split(
                 partial(
-                    decode, config=self.plan.config, capacity=CHUNK, filtered=filtered, in_step=self.placement.in_step
+                    decode,
+                    config=self.plan.config,
+                    sizes=(shape.rows, shape.units, shape.share),
+                    capacity=CHUNK,
+                    filtered=filtered,
+                    shard_axes=placement.row_axes if placement.shards > 1 else (),
+                    tensor=placement.tensor > 1,
                 ),
-                (none(self._weights), axes, Rows._make([0] * len(rows)), none(law), None, None, None, 0, None, None),
-                (axes, Emitted(1, 1, 1, 0)),
+                (jax.tree.map(lambda _: None, self._weights), axes, 0, None, None),
+                (axes, 0, 2),
             )
-            column = _abstract(ints((N,)), self.placement.rows())
-            emitted = Emitted._make([*(self.placement.replicated,) * 3, self.placement.rows()])
-            jitted = jax.jit(function, donate_argnums=1, out_shardings=(_shardings(cache), emitted))
-            scalars = (shared((2,), jnp.uint32), shared((), jnp.uint32), ints(()))
-            return jitted.lower(self._weights, cache, rows, law, *scalars, column, ints(()), ints(())).compile()
+            table = self._ints((placement.shards * table_size(*shape),), split=True)
+            # Where processes share the work, each has to read all of the record.
+            record = placement.replicated if jax.process_count() > 1 else placement.rows(2)
+            jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(_shardings(cache), table.sharding, record))
+            return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,))).compile()
 
         return self._programs.start(("decode", self._key, shape, filtered), compile_now)
 
-    def _shared(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.placement.replicated)
+    def _ints(self, shape: tuple[int, ...], *, split: bool = False) -> jax.ShapeDtypeStruct:
+        sharding = self.placement.rows() if split else self.placement.replicated
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

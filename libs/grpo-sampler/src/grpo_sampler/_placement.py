@@ -41,11 +41,6 @@ class Placement:
         """Devices that split each product."""
         return 1 if self.mesh is None else self.mesh.shape.get(TENSOR_AXIS, 1)
 
-    @property
-    def in_step(self) -> tuple[str, ...]:
-        """Axes whose shards must take the same number of steps: all of them once a product needs collectives."""
-        return self.row_axes if self.tensor > 1 else ()
-
     def rows(self, axis: int = 0, heads: int | None = None) -> Sharding:
         """Sharding of an array whose `axis` counts rows or units, and whose next axis counts `heads`."""
         if self.mesh is None:
@@ -61,12 +56,19 @@ class Placement:
             return sharding
         return self.replicated
 
-    def weight(self, leaf: Any, drop: int = 0) -> Sharding:
-        """Sharding of a weight for decoding: what training gave it, kept on the tensor axis only."""
+    def weight(self, leaf: Any, drop: int = 0, transposed: bool = False) -> Sharding:
+        """Sharding of a weight for decoding: what training gave it, kept on the tensor axis only.
+
+        Args:
+            leaf: the weight as training has it.
+            drop: leading axes that decoding's does not have.
+            transposed: decoding's has its two axes the other way round.
+        """
         if self.mesh is None or not isinstance(getattr(leaf, "sharding", None), NamedSharding):
             return self.replicated
         kept = [TENSOR_AXIS if TENSOR_AXIS in _names(entry) else None for entry in leaf.sharding.spec]
-        return NamedSharding(self.mesh, PartitionSpec(*kept[drop:]))
+        kept = (kept + [None] * (leaf.ndim - len(kept)))[drop:]
+        return NamedSharding(self.mesh, PartitionSpec(*(kept[::-1] if transposed else kept)))
 
     def split(self, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         """Runs a function of one shard on every shard.

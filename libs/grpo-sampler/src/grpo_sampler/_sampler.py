@@ -129,6 +129,7 @@ class Sampler:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._unroll = platform == "cpu" if unroll is None else unroll
         self._programs = Programs()
+        self._engines: dict[Any, Engine] = {}
         law_arrays(self.law, config.vocab_size, min_new_tokens)
 
     @property
@@ -163,6 +164,7 @@ class Sampler:
                         for first in range(len(shapes)):
                             if shapes[first].share == group_size:
                                 futures += engine.start_compiling(shapes, filtered=filtered, first=first)
+                            futures += engine.start_shrinking(shapes, filtered=filtered, level=first)
         for future in futures:
             future.result()
 
@@ -226,12 +228,12 @@ class Sampler:
         logp_BT, policy_logp_BT = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)
         length_B = np.zeros(B, np.int32)
         for chunk in self._chunks(params, request):
-            i, row = np.nonzero(chunk.token_iS >= 0)
+            i, row = np.nonzero(chunk.emitted.token_IS >= 0)
             b = chunk.request_S[row]
             t = prompt_length_B[b] + chunk.had_S[row] + i
-            tokens_BT[b, t] = chunk.token_iS[i, row]
-            logp_BT[b, t] = chunk.logp_iS[i, row]
-            policy_logp_BT[b, t] = chunk.policy_logp_iS[i, row]
+            tokens_BT[b, t] = chunk.emitted.token_IS[i, row]
+            logp_BT[b, t] = chunk.emitted.logp_IS[i, row]
+            policy_logp_BT[b, t] = chunk.emitted.policy_logp_IS[i, row]
             length_B[chunk.finished.request_F] = chunk.finished.length_F
         total_B = prompt_length_B + length_B
         last_B = tokens_BT[np.arange(B), total_B - 1]
@@ -289,11 +291,11 @@ class Sampler:
         token_BT = np.zeros((B, self.max_new_tokens), np.int32)
         logp_BT, policy_logp_BT = (np.zeros((B, self.max_new_tokens), np.float32) for _ in range(2))
         for chunk in self._chunks(params, request):
-            i, row = np.nonzero(chunk.token_iS >= 0)
+            i, row = np.nonzero(chunk.emitted.token_IS >= 0)
             b, t = chunk.request_S[row], chunk.had_S[row] + i
-            token_BT[b, t] = chunk.token_iS[i, row]
-            logp_BT[b, t] = chunk.logp_iS[i, row]
-            policy_logp_BT[b, t] = chunk.policy_logp_iS[i, row]
+            token_BT[b, t] = chunk.emitted.token_IS[i, row]
+            logp_BT[b, t] = chunk.emitted.logp_IS[i, row]
+            policy_logp_BT[b, t] = chunk.emitted.policy_logp_IS[i, row]
             for b, n in zip(chunk.finished.request_F.tolist(), chunk.finished.length_F.tolist()):
                 stopped = token_BT[b, n - 1] in request.law.stop_ids
                 yield FinishedSequence(
@@ -318,13 +320,17 @@ class Sampler:
         return engine.run(params, request, shapes, first)
 
     def _engine(self, params: Any, bucket: int) -> Engine:
-        dtype = self.compute_dtype or params["embed"].dtype
-        placement = Placement(self.mesh, params)
-        attention = resolve_attention(
-            "xla" if placement.in_step else self._attention, self.config, jnp.dtype(dtype), self.mesh
-        )
-        plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
-        return Engine(plan, placement, self._programs, params)
+        leaves, tree = jax.tree.flatten(params)
+        key = bucket, tree, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+        if key not in self._engines:
+            dtype = self.compute_dtype or params["embed"].dtype
+            placement = Placement(self.mesh, params)
+            attention = resolve_attention(
+                "xla" if placement.tensor > 1 else self._attention, self.config, jnp.dtype(dtype), self.mesh
+            )
+            plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
+            self._engines[key] = Engine(plan, placement, self._programs, params)
+        return self._engines[key]
 
     def _shard_slots(self, engine: Engine) -> int:
         return -(-self.slots // engine.placement.shards)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_sampler._decode import Rows
+from grpo_sampler._table import Rows
 
 
 class Shape(NamedTuple):
@@ -139,27 +139,31 @@ class Slots:
             room -= 1
         return fills
 
-    def rows(self) -> Rows:
-        """The table as the device wants it, shards side by side."""
+    def rows(self, column_N: np.ndarray) -> Rows:
+        """The table as the device wants it; every field has a leading axis N.
+
+        Args:
+            column_N: the next column of each shard's ring.
+        """
         N, U, g = self.shards, self.shape.units, self.shape.share
         live = self.live
         prompt = np.where(live, self.request // self.group_size, 0)
         row_of = np.zeros((N, U * g), np.int32)
         shard, row = np.nonzero(live)
         row_of[shard, self.place[shard, row]] = row
-        shared = np.where(self.unit_prompt >= 0, self._length_P[self.unit_prompt] - 1, 0)
-        fields = (
-            self.token,
-            self._length_P[prompt] - 1 + self.emitted,
-            self.emitted,
-            self._limit_B[np.where(live, self.request, 0)],
-            live,
-            self._prompt_id_P[prompt],
-            np.where(live, self.request % self.group_size, 0),
-            self.place,
+        return Rows(
+            token_S=self.token,
+            start_S=self._length_P[prompt] - 1,
+            emitted_S=self.emitted,
+            limit_S=self._limit_B[np.where(live, self.request, 0)],
+            live_S=live,
+            prompt_id_S=self._prompt_id_P[prompt],
+            sample_S=np.where(live, self.request % self.group_size, 0),
+            place_S=self.place,
+            row_Ug=row_of,
+            shared_length_U=np.where(self.unit_prompt >= 0, self._length_P[self.unit_prompt] - 1, 0),
+            column=column_N,
         )
-        flat = [field.reshape(-1).astype(bool if field.dtype == bool else np.int32) for field in fields]
-        return Rows._make([*flat, row_of.reshape(N * U, g), shared.reshape(-1).astype(np.int32)])
 
     def absorb(self, token_iS: np.ndarray, stop_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, Finished]:
         """Books what a chunk emitted and frees the slots of sequences that ended.
@@ -181,13 +185,13 @@ class Slots:
         request[ended] = -1
         return before_S, had_S, finished
 
-    def shrink(self, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    def shrink(self, shape: Shape) -> np.ndarray:
         """Moves to a smaller shape.
 
         Args:
             shape: with at least as many rows as any shard has live ones.
         Returns:
-            (unit_U, row_S): which old unit and row each new one keeps; within its shard.
+            Which old unit each new one keeps, then which old row; within its shard, shards one after the other.
         """
         N = self.shards
         unit_src, row_src = np.zeros((N, shape.units), np.int32), np.zeros((N, shape.rows), np.int32)
@@ -211,4 +215,4 @@ class Slots:
                 if shape.share == 1
                 else np.searchsorted(units, units_of) * share + old["place"][shard, rows] % share
             )
-        return unit_src.reshape(-1), row_src.reshape(-1)
+        return np.concatenate([unit_src, row_src], axis=1).reshape(-1)

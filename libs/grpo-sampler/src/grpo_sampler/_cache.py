@@ -1,0 +1,145 @@
+"""The cache of decoding, and attention over it.
+
+A prompt's keys and values lie in one *unit*, which the rows of its group share. A row's own lie in a ring of columns:
+in each step all rows write the same column, whenever each of them began, so a step is one slice update and no scatter.
+A row that has emitted n tokens sees the last n + 1 columns written. Until the ring has gone round once, what is live is
+a prefix of it, and attention reads the shortest of a few prefixes that holds it.
+
+Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, M query heads of one key/value head.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from grpo_sampler._config import ModelConfig
+from grpo_sampler._table import Rows
+
+_MASKED = -1e30
+# Columns up to which the whole ring is always read: a shorter prefix saves less than its copy costs.
+_WHOLE = 256
+
+
+class Cache(NamedTuple):
+    """Keys and values. Each field is a tuple of L arrays (unrolled) or one array with a leading L axis."""
+
+    shared_keys: Any  # [U, K, E, Tp]
+    shared_values: Any  # [U, K, Tp, E]
+    own_keys: Any  # [S, K, E, C]
+    own_values: Any  # [S, K, C, E]
+
+
+class Seen(NamedTuple):
+    """What the rows see of the cache in one step, the same in every layer."""
+
+    shared_UT: Array
+    own_SC: Array
+    window: Array  # index into `windows`
+
+
+def empty_cache(
+    config: ModelConfig, dtype: jnp.dtype, unroll: bool, *, units: int, prompt: int, rows: int, columns: int
+) -> Cache:
+    """A cache of zeros: whatever is masked must at least be finite."""
+    K, E = config.kv_heads, config.head_size
+    shapes = Cache((units, K, E, prompt), (units, K, prompt, E), (rows, K, E, columns), (rows, K, columns, E))
+    if unroll:
+        return Cache(*(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for shape in shapes))
+    return Cache(*(jnp.zeros((config.layers, *shape), dtype) for shape in shapes))
+
+
+def windows(columns: int) -> tuple[int, ...]:
+    """Lengths of the prefixes of a ring that attention may read, shortest first, the whole last."""
+    lengths = [columns]
+    while lengths[0] > _WHOLE:
+        lengths.insert(0, -(-lengths[0] // 16) * 8)
+    return tuple(lengths)
+
+
+def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
+    """What each row sees in the step that writes `column`.
+
+    Args:
+        rows: before the step.
+        column: of the ring.
+        columns: of the whole ring.
+        prompt: padded prompt length.
+    Returns:
+        Masks, and the prefix of the ring that holds every live column.
+    """
+    age_C = (column - jnp.arange(columns)) % columns
+    # A row that reaches back past column 0 has keys at the ring's end.
+    used = jnp.where(jnp.where(rows.live_S, rows.emitted_S, 0).max() <= column, column + 1, columns)
+    return Seen(
+        jnp.arange(prompt) < rows.shared_length_U[:, None],
+        age_C <= rows.emitted_S[:, None],
+        jnp.searchsorted(jnp.asarray(windows(columns)), used),
+    )
+
+
+def write(own: tuple[Array, Array], k_SKE: Array, v_SKE: Array, column: Array, at: tuple) -> tuple[Array, Array]:
+    """One column of every row. `at` is empty (arrays of this layer) or (layer index,) (stacked arrays)."""
+    lead, zero = (None,) * len(at), jnp.int32(0)
+    keys = lax.dynamic_update_slice(own[0], k_SKE[(*lead, ..., None)], (*at, zero, zero, zero, column))
+    values = lax.dynamic_update_slice(own[1], v_SKE[(*lead, ..., None, slice(None))], (*at, zero, zero, column, zero))
+    return keys, values
+
+
+def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Array], own: tuple[Array, Array]) -> Array:
+    """One softmax over a row's shared prompt and its own ring; neither is copied, heads are grouped, not repeated.
+
+    Args:
+        q_SHE: queries, unscaled.
+        rows: which row sits in which unit.
+        seen: from `seen`.
+        shared: keys and values of the units.
+        own: keys and values of the rows, this step's included.
+    Returns:
+        Mixed values, in q's type.
+    """
+    S, H, E = q_SHE.shape
+    K = shared[0].shape[1]
+    U, g = rows.row_Ug.shape
+    M = H // K
+    scale = 1 / math.sqrt(E)
+    q_SKME = q_SHE.reshape(S, K, M, E)
+
+    # Prompt: the g rows of a unit are one batch of queries against one set of keys.
+    q_UgKME = (q_SKME if U * g == S else jnp.take(q_SKME, rows.row_Ug.reshape(-1), 0, mode="clip")).reshape(
+        U, g, K, M, E
+    )
+    q_UKNE = jnp.swapaxes(q_UgKME, 1, 2).reshape(U, K, g * M, E)
+    from_prompt = _part("UKNE,UKET->UKNT", "UKNT,UKTE->UKNE", q_UKNE, *shared, seen.shared_UT, scale)
+
+    def to_rows(x_UKN: Array) -> Array:
+        x_PKM = jnp.swapaxes(x_UKN.reshape(U, K, g, M, -1), 1, 2).reshape(U * g, K, M, -1)
+        return x_PKM if U * g == S else jnp.take(x_PKM, rows.place_S, 0, mode="clip")
+
+    def from_ring(length: int) -> tuple[Array, Array, Array]:
+        keys, values, mask_SC = own[0][..., :length], own[1][:, :, :length], seen.own_SC[:, :length]
+        return _part("SKME,SKEC->SKMC", "SKMC,SKCE->SKME", q_SKME, keys, values, mask_SC, scale)
+
+    prefixes = [lambda length=length: from_ring(length) for length in windows(own[0].shape[-1])]
+    top_s, sum_s, mixed_s = (to_rows(x) for x in from_prompt)
+    top_o, sum_o, mixed_o = prefixes[0]() if len(prefixes) == 1 else lax.switch(seen.window, prefixes)
+    top_o, sum_o = top_o[..., None], sum_o[..., None]
+    top = jnp.maximum(top_s, top_o)
+    share_s, share_o = jnp.exp(top_s - top), jnp.exp(top_o - top)
+    mixed = (mixed_s * share_s + mixed_o * share_o) / (sum_s * share_s + sum_o * share_o)
+    return mixed.reshape(S, H, E).astype(q_SHE.dtype)
+
+
+def _part(
+    scores: str, mixes: str, q: Array, keys: Array, values: Array, mask: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """Maximum, sum of exponentials and mixed values of one part of a softmax; sum 0 where nothing is seen."""
+    mask = mask[:, None, None]
+    logits = jnp.where(mask, jnp.einsum(scores, q, keys, preferred_element_type=jnp.float32) * scale, _MASKED)
+    top = logits.max(-1)
+    weight = jnp.where(mask, jnp.exp(logits - top[..., None]), 0)
+    mixed = jnp.einsum(mixes, weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return top, weight.sum(-1), mixed

@@ -1,0 +1,86 @@
+"""What goes to the device beside weights and cache, each as one array of integers: a transfer costs by the piece.
+
+The table holds the rows' state and stays on the device from chunk to chunk; the host keeps a copy of its own, and sends
+it again when rows have come or moved. The call holds the law and the identity of the randomness.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from grpo_contracts import SamplingLaw
+from grpo_sampler._law import STOP_CAPACITY, LawArrays, law_arrays
+
+
+class Rows(NamedTuple):
+    """The rows' state between steps. int32, `live_S` bool in a program."""
+
+    token_S: Any  # what the row reads next
+    start_S: Any  # absolute position of the first token it read: the prompt's last
+    emitted_S: Any  # tokens of the completion so far
+    limit_S: Any  # tokens at which the completion ends
+    live_S: Any
+    prompt_id_S: Any
+    sample_S: Any
+    place_S: Any  # unit * g + seat
+    row_Ug: Any  # the row in each seat
+    shared_length_U: Any  # prompt tokens in each unit
+    column: Any  # the ring's next column
+
+
+class Call(NamedTuple):
+    """What one batch is drawn from."""
+
+    law: LawArrays
+    seed_N: Any  # uint32, two words
+    step: Any  # uint32
+    min_new: Any  # int32
+
+
+def table_size(rows: int, units: int, share: int) -> int:
+    """Integers in a shard's table."""
+    return 8 * rows + units * share + units + 1
+
+
+def write_table(rows: Rows) -> np.ndarray:
+    """A table for each shard, [N, n]; every field has a leading axis N."""
+    return np.concatenate([np.asarray(field, np.int32).reshape(len(field), -1) for field in rows], axis=1)
+
+
+def read_table(table_n: Int[Array, "n"], rows: int, units: int, share: int) -> Rows:
+    """One shard's table inside a program."""
+    ends = np.cumsum([rows] * 8 + [units * share, units])
+    fields = jnp.split(table_n, ends)
+    fields[4] = fields[4].astype(bool)
+    return Rows._make([*fields[:8], fields[8].reshape(units, share), fields[9], fields[10][0]])
+
+
+def renew_table(table_n: Int[Array, "n"], rows: Rows) -> Int[Array, "n"]:
+    """The table after some steps, inside a program; only what decoding changes is written."""
+    count = rows.token_S.shape[0]
+    table_n = table_n.at[:count].set(rows.token_S)
+    table_n = table_n.at[2 * count : 3 * count].set(rows.emitted_S)
+    table_n = table_n.at[4 * count : 5 * count].set(rows.live_S.astype(jnp.int32))
+    return table_n.at[-1].set(rows.column)
+
+
+CALL_SIZE = 8 + STOP_CAPACITY
+
+
+def write_call(law: SamplingLaw, vocab_size: int, *, seed: int, step: int, min_new: int) -> np.ndarray:
+    """The call as int32 [CALL_SIZE]: floats and unsigned words by their bits."""
+    arrays = law_arrays(law, vocab_size, min_new)
+    floats = np.array([arrays.temperature, arrays.top_p, arrays.min_p], np.float32).view(np.int32)
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF, step], np.uint32).view(np.int32)
+    return np.concatenate([floats, words, np.array([arrays.top_k, min_new], np.int32), arrays.stop_ids])
+
+
+def read_call(call_n: Int[Array, "n"]) -> Call:
+    """`write_call` undone, inside a program."""
+    temperature, top_p, min_p = lax.bitcast_convert_type(call_n[:3], jnp.float32)
+    words = lax.bitcast_convert_type(call_n[3:6], jnp.uint32)
+    law = LawArrays(temperature, call_n[6], top_p, min_p, call_n[8:])
+    return Call(law, words[:2], words[2], call_n[7])
