@@ -1,0 +1,68 @@
+"""Records that TRL and verl really made become rollouts that say what their engines drew.
+
+The records were stored by `oracles/write_trainer_records.py`; `hatch run oracles:test` makes them anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_contracts import PolicyIdentity, SamplingLaw, from_trl, from_verl, validate
+
+STORED = Path(__file__).parent / "oracles" / "trainer_records.npz"
+ADAPTERS = {"trl": from_trl, "verl": from_verl}
+# The records are float32, and so is the forward over padded rows that TRL scores them with.
+ROUNDING = 2e-5
+
+
+def stored_cases() -> dict[str, dict[str, Any]]:
+    with np.load(STORED, allow_pickle=False) as archive:
+        cases = json.loads(str(archive["cases"]))
+        for name, case in cases.items():
+            start = f"{name}/"
+            case["record"] = {key[len(start) :]: archive[key] for key in archive.files if key.startswith(start)}
+    return cases
+
+
+def check(name: str, case: dict[str, Any]) -> None:
+    """Adapt one record, and compare each row with what was drawn."""
+    arguments = dict(case["arguments"])
+    law = SamplingLaw(**arguments.pop("law"))
+    if "policy_logp" in arguments:
+        arguments["policy_logp"] = np.array(arguments["policy_logp"], np.float32)
+    policy = PolicyIdentity(7, "0abc")
+    rollout = ADAPTERS[name.partition(",")[0]](case["record"], law=law, policy=policy, **arguments)
+    validate(rollout, "values")
+    assert len(rollout.tokens_BT) == len(case["prompts"])
+    ended = []
+    for b, (prompt, completion) in enumerate(zip(case["prompts"], case["completions"])):
+        start, end = rollout.prompt_length_B[b], rollout.total_length_B[b]
+        assert rollout.tokens_BT[b, :start].tolist() == prompt
+        assert rollout.tokens_BT[b, start:end].tolist() == completion
+        # TRL masks a truncated row before it scores it, and records 0 for each of its tokens: the truth is lost there.
+        logp = case["logp"][b] if case["in_loss"][b] else [0.0] * len(completion)
+        np.testing.assert_allclose(rollout.logp_BT[b, start:end], logp, rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(rollout.policy_logp_BT[b, start:end], case["policy_logp"][b], rtol=0, atol=ROUNDING)
+        assert rollout.loss_mask_BT[b].any() == case["in_loss"][b]
+        ended.append(completion[-1] in law.stop_ids)
+    assert (rollout.finish_B == [0 if stopped else 1 for stopped in ended]).all()
+    prompt_of_group = {int(g): case["prompts"][b] for b, g in enumerate(rollout.group_B)}
+    assert [prompt_of_group[int(g)] for g in rollout.group_B] == case["prompts"]
+    assert len(prompt_of_group) == len(case["prompts"]) // rollout.group_size
+
+
+@pytest.mark.parametrize("name", stored_cases())
+def test_a_trainers_own_record_says_what_was_drawn(name: str) -> None:
+    check(name, stored_cases()[name])
+
+
+def test_the_records_hold_both_endings_and_masked_rows() -> None:
+    cases = stored_cases().values()
+    stops = {last in case["arguments"]["law"]["stop_ids"] for case in cases for *_, last in case["completions"]}
+    assert stops == {True, False}
+    assert {alive for case in cases for alive in case["in_loss"]} == {True, False}
