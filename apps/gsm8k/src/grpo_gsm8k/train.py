@@ -120,6 +120,7 @@ def _run(
         due = last or stopping or _due(done, config.checkpoint.every)
         if health.failing or (config.checkpoint.every and due):
             notes |= {"problems": problems.get_state(), "seconds": seconds_before + time.monotonic() - started}
+            notes["config"] = config.model_dump(mode="json")
             with clock.phase("checkpoint"):
                 checkpoints.save(done, state, notes, accuracy=metrics.get("eval/accuracy"))
         if health.failing:
