@@ -691,9 +691,9 @@ KILLS = [
         "test_kills.py::test_a_second_run_in_the_same_folder_is_refused",
     ),
     (
-        "a checkpoint that one of two processes cannot read",
+        "a damaged checkpoint, under two processes",
         "named; both go on from the one before",
-        "test_kills.py::test_what_one_process_cannot_read_all_step_over",
+        "test_kills.py::test_two_processes_step_over_a_damaged_checkpoint",
     ),
     (
         "fewer or more devices or processes than before",
