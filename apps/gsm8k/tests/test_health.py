@@ -7,6 +7,7 @@ import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -290,3 +291,26 @@ def test_one_checkpoint_and_no_other(tmp_path: Path) -> None:
     assert first.state["w"].tolist() == [1, 1]
     assert checkpoints.restore(like, IDENTITY["identity"], at=7) is None
     assert issubclass(CheckpointError, RuntimeError)
+
+
+def test_what_one_process_cannot_read_all_step_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from grpo_gsm8k import checkpoint
+
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": jax.numpy.full(2, step)}, IDENTITY)
+    checkpoints.wait()
+    # Process 1 of 2 reads the notes of step 2 but not its arrays; this one reads everything.
+    told = iter([False, True, False, False])
+    monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, tree=jax.tree))
+    monkeypatch.setattr(
+        "grpo_gsm8k.checkpoint.multihost_utils.process_allgather", lambda mine: np.asarray([bool(mine), next(told)])
+    )
+    restored = checkpoints.restore({"w": jax.numpy.zeros(2, jax.numpy.int32)}, IDENTITY["identity"])
+    assert restored is not None
+    assert restored.step == 1
+    assert restored.state["w"].tolist() == [1, 1]
+    assert "step_2 is damaged (process 1 could not read its part)" in caplog.text
+    assert list(told) == []

@@ -43,12 +43,10 @@ def settings(policy: Path, folder: Path, *more: str) -> Config:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock wrote."""
+    """The lines of metrics.jsonl without what a clock wrote, and what else a process counts for itself."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k != "time" and not k.startswith("seconds") and "per_second" not in k}
-        for line in lines
-    ]
+    own = ("time", "seconds", "compiled")
+    return [{k: v for k, v in line.items() if not k.startswith(own) and "per_second" not in k} for line in lines]
 
 
 def last_state_digest(config: Config, folder: Path) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from grpo_contracts import GrpoError
@@ -145,28 +149,17 @@ class Checkpoints:
         """
         steps = [step for step in self.steps if at in (None, step)]
         for step in reversed(steps):
-            try:
-                sealed = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
-                body = sealed["body"]
-                if sealed["sha256"] != _sha256(body):
-                    raise ValueError("its notes do not match their checksum")
+            folder, state = self._manager.directory / f"step_{step}", None
+            body, damage = _attempt(partial(_read_notes, folder / "notes"))
+            if not damage:
                 _refuse_strangers(self._folder, step, body, expected)
                 self._check_versions(step, body["versions"])
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
-                    "state"
-                ]
-                if digest(state) != body["state_digest"]:
-                    raise ValueError("its arrays do not match their checksum")
-            except ResumeRefused:
-                raise
-            except _DAMAGE as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                log.warning(
-                    "checkpoint %s is damaged (%s); trying the one before it", self._folder / f"step_{step}", first
-                )
-                continue
-            return Restored(step, state, body["notes"])
+                state, damage = _attempt(partial(_read_state, folder / "state", like))
+            if not damage and digest(state) != body["state_digest"]:
+                damage = "its arrays do not match their checksum"
+            if not damage:
+                return Restored(step, state, body["notes"])
+            log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, damage)
         if steps:
             raise CheckpointError(
                 f"every checkpoint in {self._folder} is damaged (steps {self._steps_text()}). "
@@ -196,6 +189,39 @@ class Checkpoints:
 
     def _steps_text(self) -> str:
         return ", ".join(map(str, self.steps)) or "none yet"
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What `read` gives, or what is wrong with the files: the same verdict in every process of a job.
+
+    Each process reads its own part, and damage may be in one of them. They agree before they go on, or those that
+    succeeded would wait in the next collective operation for those that did not.
+    """
+    found, damage = None, ""
+    try:
+        found = read()
+    except _DAMAGE as error:
+        damage = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if jax.process_count() > 1:
+        bad = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(damage))))
+        if len(bad) and not damage:
+            damage = f"process {bad[0]} could not read its part"
+    return found, damage
+
+
+# Not by the manager, whose reading ends in a barrier: a process that failed would never come to it.
+def _read_notes(folder: Any) -> dict[str, Any]:
+    with closing(ocp.JsonCheckpointHandler()) as handler:
+        sealed = handler.restore(folder)
+    if sealed["sha256"] != _sha256(sealed["body"]):
+        raise ValueError("its notes do not match their checksum")
+    return sealed["body"]
+
+
+def _read_state(folder: Any, like: Any) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    with closing(ocp.StandardCheckpointHandler()) as handler:
+        return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
 
 
 def _decides(name: str) -> bool:

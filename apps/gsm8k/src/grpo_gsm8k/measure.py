@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from grpo_contracts import FinishReason, Scored, TrainBatch
@@ -24,19 +26,37 @@ class Clock:
     Args:
         progress: told which phase is under way.
         limit: seconds a phase may take in a job of several processes, before it ends with the ranks that are missing.
+        totals: seconds of each phase over all steps; every phase is added to it.
     """
 
-    def __init__(self, progress: Progress, *, limit: float) -> None:
-        self._progress, self._limit = progress, limit
+    def __init__(self, progress: Progress, *, limit: float, totals: dict[str, float]) -> None:
+        self._progress, self._limit, self._totals = progress, limit, totals
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block under this name; host work and device work alike, since every phase ends on the host."""
+    def phase(self, name: str, *, together: bool = True) -> Iterator[None]:
+        """Time the block under this name; host work and device work alike, since every phase ends on the host.
+
+        Args:
+            name: of the phase.
+            together: whether the processes of a job meet at its beginning; False for what the first one does alone.
+        """
         begun = time.perf_counter()
-        with self._progress.phase(name), deadline(name, self._limit):
+        with self._progress.phase(name), deadline(name, self._limit) if together else nullcontext():
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        took = time.perf_counter() - begun
+        for seconds in (self.seconds, self._totals):
+            seconds[name] = seconds.get(name, 0.0) + took
+
+
+_events: Counter[str] = Counter()
+
+
+def _hear(event: str, duration_secs: float, **_: Any) -> None:
+    _events[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_hear)
 
 
 def step_metrics(batch: TrainBatch, learned: Mapping[str, float], clock: Clock) -> dict[str, float]:
@@ -78,6 +98,8 @@ def step_metrics(batch: TrainBatch, learned: Mapping[str, float], clock: Clock) 
         "tokens_per_second": float(length_B.sum()) / total,
         "rollout/tokens_per_second": float(length_B.sum()) / seconds["rollout"],
         "update/tokens_per_second": float(length_B.sum()) / seconds["update"],
+        # By this process, or found in the compilation cache: constant once every shape has come.
+        "compiled_programs": float(_events["/jax/core/compile/backend_compile_duration"]),
         "seconds": total,
         **{f"seconds/{name}": value for name, value in seconds.items()},
     }

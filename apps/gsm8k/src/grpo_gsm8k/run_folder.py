@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -234,8 +235,9 @@ class RunFolder:
                 os.close(descriptor)
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Installed versions of Python, the app and everything it declares."""
+    """Installed versions of Python, the app and everything it declares; not to be changed."""
     found = {"python": ".".join(map(str, sys.version_info[:3])), "grpo-gsm8k": metadata.version("grpo-gsm8k")}
     declared = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in metadata.requires("grpo-gsm8k") or []]
     for name in sorted([*declared, "jaxlib", "libtpu"]):

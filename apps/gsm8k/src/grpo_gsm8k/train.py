@@ -60,9 +60,9 @@ def _run(
     run: Assembly, folder: RunFolder, checkpoints: Checkpoints, stop: Any, progress: Progress, started: float
 ) -> int:
     config, state, problems = run.config, run.state, run.problems
-    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "health": {}}
+    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "phases": {}, "health": {}}
     if restored := checkpoints.restore(state, run.identity):
-        state, notes = restored.state, restored.notes
+        state, notes = restored.state, notes | restored.notes
         problems.set_state(notes["problems"])
         checkpoints.forget_after(restored.step)
         progress.note(f"going on after step {restored.step} of {folder.path}")
@@ -73,14 +73,14 @@ def _run(
     health = Health(config, folder, progress, notes["health"])
 
     if config.eval.before and "before" not in notes["accuracy"]:
-        with Clock(progress, limit=config.phase_timeout).phase("evaluation"):
+        with Clock(progress, limit=config.phase_timeout, totals=notes["phases"]).phase("evaluation"):
             result = evaluate(run, state.params)
         notes["accuracy"]["before"] = result.record()
         folder.log(0, result.metrics())
         progress.note(f"before: {result}")
 
     for step in range(first, config.steps):
-        clock = Clock(progress, limit=config.phase_timeout)
+        clock = Clock(progress, limit=config.phase_timeout, totals=notes["phases"])
         with clock.phase("rollout"):
             asked = next(problems)
             policy = PolicyIdentity(step, digest(state.params))
@@ -111,14 +111,16 @@ def _run(
             notes["accuracy"]["after" if last else "latest"] = result.record()
             metrics |= result.metrics()
             progress.note(f"step {done}: {result}")
-        folder.log(done, metrics)
-        folder.completions(done, sample_records(run, scored, asked, count=config.log.completions))
-        progress.step(done, metrics)
+        with clock.phase("logging", together=False):
+            folder.log(done, metrics)
+            folder.completions(done, sample_records(run, scored, asked, count=config.log.completions))
+            progress.step(done, metrics)
 
         stopping = stop.requested() and not last
         due = last or stopping or _due(done, config.checkpoint.every)
         if health.failing or (config.checkpoint.every and due):
             notes |= {"problems": problems.get_state(), "seconds": seconds_before + time.monotonic() - started}
+            notes["config"] = config.model_dump(mode="json")
             with clock.phase("checkpoint"):
                 checkpoints.save(done, state, notes, accuracy=metrics.get("eval/accuracy"))
         if health.failing:
@@ -135,6 +137,7 @@ def _run(
     folder.summary(
         steps=config.steps,
         seconds=seconds,
+        seconds_by_phase={name: round(total, 3) for name, total in notes["phases"].items()},
         device=run.device,
         accuracy=notes["accuracy"],
         skipped_updates=int(state.skipped),

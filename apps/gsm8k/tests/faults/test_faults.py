@@ -658,6 +658,56 @@ def _spoil(checkpoint_folder: Path, change: Callable[[bytes], bytes]) -> None:
             file.write_bytes(change(file.read_bytes()))
 
 
+# -- signals and kills: in processes of their own ------------------------------------------------------------------
+
+_STAGES = "rollout, reward, update, evaluation, while a checkpoint is written or read"
+_SAME = "the same command goes on; every step once; samples, metrics, parameters and optimizer state bit for bit"
+
+# What happens, how the run goes on, and the test that lets it happen.
+KILLS = [
+    (
+        f"SIGKILL at any instant of {_STAGES}",
+        _SAME,
+        "test_kills.py::test_killed_at_random_instants",
+    ),
+    (
+        "the same to either or both of two processes",
+        _SAME,
+        "test_kills.py::test_killed_at_random_instants",
+    ),
+    (
+        "SIGTERM or SIGINT",
+        f"the step is finished and saved, exit 75; {_SAME}",
+        "test_kills.py::test_a_signal_saves_and_the_same_command_goes_on",
+    ),
+    (
+        "a second signal, even to a process that hangs",
+        "exit 128 + its number, at once",
+        "test_preemption.py::test_a_second_signal_ends_a_process_that_is_stuck",
+    ),
+    (
+        "a second start of a run that is alive",
+        "refused; the first one is not disturbed",
+        "test_kills.py::test_a_second_run_in_the_same_folder_is_refused",
+    ),
+    (
+        "a damaged checkpoint, under two processes",
+        "named; both go on from the one before",
+        "test_kills.py::test_two_processes_step_over_a_damaged_checkpoint",
+    ),
+    (
+        "fewer or more devices or processes than before",
+        "goes on: same problems and samples, numbers up to the order of float sums",
+        "test_kills.py::test_a_run_goes_on_on_other_devices",
+    ),
+    (
+        "a trainer killed while it waits for a reward",
+        "its reward processes end with it",
+        "test_reward_workers.py::test_no_orphan_outlives_a_killed_trainer",
+    ),
+]
+
+
 # -- the table as tests and as a page ------------------------------------------------------------------------------
 
 _compiled: list[str] = []
@@ -694,6 +744,12 @@ def test_the_table_is_large_and_has_no_row_twice() -> None:
     assert not any(issubclass(row.error, ContractError) for row in FAULTS)  # those are ours to mend
 
 
+def test_every_kill_of_the_page_has_its_test() -> None:
+    for *_, address in KILLS:
+        file, _, name = address.partition("::")
+        assert f"def {name}(" in (PAGE.parent / "tests" / file).read_text(encoding="utf-8"), address
+
+
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), f"run: python {os.path.relpath(__file__)}"
 
@@ -704,9 +760,10 @@ def page() -> str:
         f"""
         # Faults, and what is said of them
 
-        {len(FAULTS)} ways in which a run cannot work, each with the error it ends in and what its message names. Made
-        from the tests' table by `python apps/gsm8k/tests/faults/test_faults.py`; a test holds it up to date. Faults of
-        settings, data, model, mesh and rewards are found before anything is compiled; none costs a checkpoint.
+        {len(FAULTS)} ways in which a run cannot work, each with the error it ends in and what its message names, and
+        {len(KILLS)} in which it is interrupted. Made from the tests' tables by
+        `python apps/gsm8k/tests/faults/test_faults.py`; a test holds it up to date. Faults of settings, data, model,
+        mesh and rewards are found before anything is compiled; none costs a checkpoint.
         """
     )
     lines = [head]
@@ -716,6 +773,8 @@ def page() -> str:
             if row.area == area:
                 says = " … ".join(part.replace("|", "\\|") for part in row.says)
                 lines.append(f"| {row.broken} | `{row.error.__name__}` | {says} |")
+    lines += ["\n## Signals and kills\n", "| What happens | How the run goes on | Test |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {how} | `{address}` |" for what, how, address in KILLS]
     return "\n".join(lines) + "\n"
 
 
