@@ -1,4 +1,4 @@
-"""The whole app as a job of two processes with two devices each, against one process with four."""
+"""The whole app, spread: over eight devices by every kind of mesh, and over two processes; the same run comes out."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 SCRIPT = Path(__file__).parent / "train_in_a_job.py"
 SETTINGS = [
     "steps=2", "data.train_size=40", "rollout.prompts=4", "rollout.group_size=4", "rollout.max_new_tokens=16",
-    "loss.rows=4", "eval.problems=8", "eval.every=0", "eval.before=false", "eval.after=false", "checkpoint.every=2",
-    "log.tensorboard=false", "mesh=fsdp:-1", f"reward.functions=[{SCRIPT.stem}:share_of_digits]",
+    "loss.rows=8", "eval.problems=8", "eval.every=0", "eval.before=false", "eval.after=false", "checkpoint.every=2",
+    "log.tensorboard=false", "log.completions=16", f"reward.functions=[{SCRIPT.stem}:share_of_digits]",
 ]  # fmt: skip
 
 
@@ -38,21 +38,54 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(clocks) and "per_second" not in k} for line in lines]
 
 
-@pytest.mark.slow
-def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path: Path) -> None:
-    launch(1, 1, "make-policy", str(tmp_path / "policy"))
-    for processes, devices in ((1, 4), (2, 2)):
-        folder = tmp_path / str(processes)
-        launch(processes, devices, f"model.path={tmp_path / 'policy'}", f"run.dir={folder}", *SETTINGS)
-    one, two = tmp_path / "1", tmp_path / "2"
+def largest_difference(left: Path, right: Path, name: str) -> tuple[float, float]:
+    """Of the arrays in two files: the largest difference, and the largest number."""
+    with np.load(left / name) as ours, np.load(right / name) as theirs:
+        assert ours.files == theirs.files
+        differences = [float(np.abs(ours[key] - theirs[key]).max()) for key in ours.files]
+        return max(differences), max(float(np.abs(theirs[key]).max()) for key in ours.files)
 
-    # Same tokens, to the last; the rest to f32 rounding, for no order of summation over processes is promised.
-    assert (one / "completions.jsonl").read_text() == (two / "completions.jsonl").read_text()
-    alone, together = metrics(one), metrics(two)
-    assert [line["step"] for line in together] == [1, 2]
-    for left, right in zip(alone, together, strict=True):
-        assert right == pytest.approx(left, rel=1e-5, abs=1e-7)
-    with np.load(one / "weights.npz") as left, np.load(two / "weights.npz") as right:
-        assert left.files == right.files
-        for name in left.files:
-            np.testing.assert_allclose(right[name], left[name], rtol=0, atol=1e-6, err_msg=name)
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("policies") / "toy"
+    launch(1, 1, "make-policy", str(folder))
+    return f"model.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def alone(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with one device."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    launch(1, 1, policy, f"run.dir={folder}", "mesh=fsdp:-1", *SETTINGS)
+    return folder
+
+
+def same_run(folder: Path, other: Path) -> str:
+    """Same tokens, to the last; the rest to f32 rounding, for no order of summation over devices is promised."""
+    assert (folder / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
+    steps, others = metrics(folder), metrics(other)
+    assert [line["step"] for line in steps] == [1, 2]
+    for step, its in zip(steps, others, strict=True):
+        assert step == pytest.approx(its, rel=1e-5, abs=1e-6)
+    gradient, scale = largest_difference(folder, other, "gradient.npz")
+    assert gradient <= 2e-6 * max(1.0, scale)
+    weights, _ = largest_difference(folder, other, "weights.npz")
+    assert weights <= 1e-6
+    loss = max(abs(step["loss"] - its["loss"]) for step, its in zip(steps, others))
+    return f"loss {loss:.1e}, gradient {gradient:.1e} of {scale:.2g}, weights {weights:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp:8", "fsdp:8", "fsdp:4,tp:2", "dp:2,fsdp:2,tp:2"])
+def test_eight_devices_train_as_one(mesh: str, policy: str, alone: Path, tmp_path: Path) -> None:
+    launch(1, 8, policy, f"run.dir={tmp_path / 'run'}", f"mesh={mesh}", *SETTINGS)
+    print(f"{mesh}: {same_run(tmp_path / 'run', alone)}")
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_train_as_one_of_four(policy: str, tmp_path: Path) -> None:
+    for processes, devices in ((1, 4), (2, 2)):
+        run = f"run.dir={tmp_path / str(processes)}"
+        launch(processes, devices, policy, run, "mesh=fsdp:-1", *SETTINGS)
+    print(f"two processes: {same_run(tmp_path / '2', tmp_path / '1')}")

@@ -128,13 +128,17 @@ class Checkpoints:
         """Steps with a checkpoint on disk, ascending."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, like: Any, expected: Mapping[str, Any], *, at: int | None = None) -> Restored | None:
+    def restore(
+        self, like: Any, expected: Mapping[str, Any], *, at: int | None = None, donate: bool = False
+    ) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
             expected: facts of this run (model, tokenizer, data set, ...) that must equal `notes["identity"]`.
             at: read the checkpoint of this step and no other; None: the newest.
+            donate: the arrays of `like` are deleted before one that is there is read: a device that a state fills
+                cannot hold it twice.
 
         Returns:
             The state and its notes, or None if there is no checkpoint yet.
@@ -144,6 +148,9 @@ class Checkpoints:
             CheckpointError: there are checkpoints and every one of them is damaged.
         """
         steps = [step for step in self.steps if at in (None, step)]
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for leaf in jax.tree.leaves(like) if donate and steps else ():
+            leaf.delete()
         for step in reversed(steps):
             try:
                 sealed = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
@@ -152,7 +159,6 @@ class Checkpoints:
                     raise ValueError("its notes do not match their checksum")
                 _refuse_strangers(self._folder, step, body, expected)
                 self._check_versions(step, body["versions"])
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
                 state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
                     "state"
                 ]
