@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +93,84 @@ def test_two_processes_of_two_devices_train_as_one_of_four(policy: str, tmp_path
         run = f"run.dir={tmp_path / str(processes)}"
         launch(processes, devices, policy, run, "mesh=fsdp:-1", *SETTINGS)
     print(f"two processes: {same_run(tmp_path / '2', tmp_path / '1')}")
+
+
+def start(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """A job without a launcher, as on many hosts: nobody stops the others when one ends. One command a rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"GRPO_COORDINATOR": f"127.0.0.1:{port}", "GRPO_PROCESS_COUNT": str(len(commands))}
+    places = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | job | places | {"GRPO_PROCESS_ID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
+def settings(*given: str) -> list[str]:
+    return [part for setting in (*SETTINGS, "cpu_devices=0", "mesh=fsdp:-1", *given) for part in ("--set", setting)]
+
+
+def outcome(process: subprocess.Popen[str], since: float) -> tuple[int, str, float]:
+    output, _ = process.communicate(timeout=580)
+    return process.returncode, output, time.monotonic() - since
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_of_a_run_ends_the_other(victim: int, policy: str, tmp_path: Path) -> None:
+    command = ["-m", "grpo_gsm8k.cli", "train", *settings(policy, f"run.dir={tmp_path / 'run'}", "steps=100000")]
+    children = start([command, command])
+    try:
+        written = tmp_path / "run" / "metrics.jsonl"
+        while not (written.exists() and written.read_text().count("\n") >= 2):
+            assert all(child.poll() is None for child in children), children[0].communicate()[0]
+            time.sleep(0.1)
+        children[victim].send_signal(signal.SIGKILL)
+        code, output, seconds = outcome(children[1 - victim], time.monotonic())
+    finally:
+        for child in children:
+            child.kill()
+    print(f"rank {victim} killed: the other ended with code {code} after {seconds:.1f} s")
+    assert code not in (0, None), output[-3000:]
+    assert "another task died" in output
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_an_update_is_named_by_the_other(policy: str, tmp_path: Path) -> None:
+    hanging = [str(SCRIPT), "hang", policy, f"run.dir={tmp_path / 'run'}", "mesh=fsdp:-1", "phase_timeout=30"]
+    children = start([[*hanging, *SETTINGS]] * 2)
+    try:
+        code, output, _ = outcome(children[0], time.monotonic())
+        seconds = outcome(children[1], time.monotonic())[2]
+    finally:
+        for child in children:
+            child.kill()
+    print(f"hung: rank 0 ended with code {code}, the hanging one {seconds:.1f} s later")
+    assert code == 124, output[-3000:]
+    assert re.search(r"phase 'update' must end within 30 s; .*rank 1 \(at train_in_a_job\.py:\d+ in <lambda>\)", output)
+
+
+@pytest.mark.slow
+def test_a_process_with_another_setting_is_named_by_both(policy: str, tmp_path: Path) -> None:
+    command = ["-m", "grpo_gsm8k.cli", "train"]
+    run = settings(policy, f"run.dir={tmp_path / 'run'}")
+    began = time.monotonic()
+    children = start([[*command, *run], [*command, *run, "--set", "optimizer.learning_rate=1e-5"]])
+    try:
+        outcomes = [outcome(child, began) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for rank, (code, output, seconds) in enumerate(outcomes):
+        print(f"another setting: rank {rank} ended with code {code}, {seconds:.1f} s after the start")
+        assert code == 1, output[-3000:]
+        assert "odd: rank 1" in output
+        assert "config.optimizer.learning_rate: rank 0: 0.0003; rank 1: 1e-05" in output

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from flax import nnx
 
 import grpo_mesh
 from grpo_contracts import PolicyIdentity, TrainBatch
+from grpo_gsm8k import train as training
 from grpo_gsm8k.assemble import Assembly, assemble
 from grpo_gsm8k.checkpoint import Checkpoints
 from grpo_gsm8k.layers import load
 from grpo_gsm8k.learn import advantages, place, updates
 from grpo_gsm8k.tokenizer import make_tokenizer
-from grpo_gsm8k.train import train
 from grpo_sampler import ModelConfig, Transformer, save, split
 
 
@@ -41,7 +42,7 @@ def make_policy(folder: Path) -> None:
 
 def run(job: grpo_mesh.Job, settings: list[str]) -> None:
     config = load([], settings)
-    if code := train(config):
+    if code := training.train(config):
         grpo_mesh.leave(code, "training did not finish")
     assembled = assemble(config)
     keep(job, Path(config.run.dir) / "gradient.npz", first_gradient(assembled))
@@ -64,6 +65,13 @@ def first_gradient(assembled: Assembly) -> Any:
     return jax.tree.map(lambda leaf: leaf / terms.denominator, gradient)
 
 
+def hang(job: grpo_mesh.Job, settings: list[str]) -> None:
+    """Trains until the last rank never comes back from its first update."""
+    if job.rank == job.processes - 1:
+        training.learn = lambda *_: time.sleep(600)
+    training.train(load([], settings))
+
+
 def keep(job: grpo_mesh.Job, file: Path, tree: Any) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(grpo_mesh.to_host(tree))[0]
     if job.rank == 0:
@@ -76,5 +84,7 @@ if __name__ == "__main__":
     this_job = grpo_mesh.initialize(heartbeat=30, timeout=120)
     if sys.argv[1] == "make-policy":
         make_policy(Path(sys.argv[2]))
+    elif sys.argv[1] == "hang":
+        hang(this_job, sys.argv[2:])
     else:
         run(this_job, sys.argv[1:])

@@ -63,7 +63,7 @@ def _slice(config: Config) -> int:
     programs = []
     for program in measure(plan):
         programs.append(program)
-        print(f"compiled {program.name} in {program.seconds:.1f} s", flush=True)
+        print(f"compiled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
     verdict = judge(plan, programs, target)
     print(f"\n{table(verdict)}")
     return 0 if verdict.fits else 1
