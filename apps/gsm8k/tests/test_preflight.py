@@ -225,4 +225,4 @@ def test_a_small_run_is_compiled_for_a_slice(slice_name, toy_policy, capsys):
     assert "attention splash in training" in printed
     assert f"fits {slice_name}" in printed
     for name in ("prefill", "decode", "scoring", "update", "evaluation decode"):
-        assert f"compiled {name} in" in printed
+        assert f"compiled {name} in " in printed
