@@ -83,7 +83,7 @@ def _before_libtpu(slice_name: str) -> Iterator[str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{target.chip.gcloud}-{size}",
-        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {_READABLE}".strip(),
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '').replace(_READABLE, '')} {_READABLE}".strip(),
     }.items():
         os.environ[name] = value
         yield f"environment  {name}={value} (preflight: the compiler alone, no chips)"
