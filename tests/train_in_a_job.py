@@ -1,7 +1,8 @@
-"""One process of the job in `test_many_hosts.py`: makes or trains a toy policy, and prints what the weights became."""
+"""One process of the jobs in `test_many_hosts.py`: makes or trains a toy policy, and keeps gradients and weights."""
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 from flax import nnx
 
 import grpo_mesh
-from grpo_gsm8k.assemble import assemble
+from grpo_contracts import PolicyIdentity, TrainBatch
+from grpo_gsm8k import train as training
+from grpo_gsm8k.assemble import Assembly, assemble
 from grpo_gsm8k.checkpoint import Checkpoints
 from grpo_gsm8k.layers import load
+from grpo_gsm8k.learn import advantages, place, updates
 from grpo_gsm8k.tokenizer import make_tokenizer
-from grpo_gsm8k.train import train
 from grpo_sampler import ModelConfig, Transformer, save, split
 
 
@@ -39,16 +42,41 @@ def make_policy(folder: Path) -> None:
 
 def run(job: grpo_mesh.Job, settings: list[str]) -> None:
     config = load([], settings)
-    if code := train(config):
+    if code := training.train(config):
         grpo_mesh.leave(code, "training did not finish")
     assembled = assemble(config)
+    keep(job, Path(config.run.dir) / "gradient.npz", first_gradient(assembled))
     restored = Checkpoints(Path(config.run.dir) / "checkpoints", keep=1).restore(assembled.state, assembled.identity)
     assert restored is not None
-    weights = grpo_mesh.to_host(restored.state.params)
+    keep(job, Path(config.run.dir) / "weights.npz", restored.state.params)
+
+
+def first_gradient(assembled: Assembly) -> Any:
+    """Of the first step's loss, before it is clipped: the metrics tell its norm alone."""
+    config, params = assembled.config, assembled.state.params
+    asked, policy = next(assembled.problems), PolicyIdentity(0, grpo_mesh.digest(params))
+    rollout = assembled.sampler.generate(
+        params, asked.prompts, group_size=config.rollout.group_size, seed=config.seed, step=0, policy=policy
+    )
+    scored = assembled.rewards.score(rollout, asked)
+    batch = TrainBatch(scored, advantages(scored, config))
+    packed = next(updates(assembled, params, batch, 0))
+    gradient, terms = assembled.gradient(params, place(assembled, packed))
+    return jax.tree.map(lambda leaf: leaf / terms.denominator, gradient)
+
+
+def hang(job: grpo_mesh.Job, settings: list[str]) -> None:
+    """Trains until the last rank never comes back from its first update."""
+    if job.rank == job.processes - 1:
+        training.learn = lambda *_: time.sleep(600)
+    training.train(load([], settings))
+
+
+def keep(job: grpo_mesh.Job, file: Path, tree: Any) -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(grpo_mesh.to_host(tree))[0]
     if job.rank == 0:
-        leaves = jax.tree_util.tree_flatten_with_path(weights)[0]
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-        np.savez(Path(config.run.dir) / "weights.npz", **dict(zip(names, (leaf for _, leaf in leaves))))
+        np.savez(file, **dict(zip(names, (leaf for _, leaf in leaves))))
 
 
 if __name__ == "__main__":
@@ -56,5 +84,7 @@ if __name__ == "__main__":
     this_job = grpo_mesh.initialize(heartbeat=30, timeout=120)
     if sys.argv[1] == "make-policy":
         make_policy(Path(sys.argv[2]))
+    elif sys.argv[1] == "hang":
+        hang(this_job, sys.argv[2:])
     else:
         run(this_job, sys.argv[1:])

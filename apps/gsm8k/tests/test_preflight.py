@@ -215,7 +215,7 @@ def test_the_update_s_predicted_memory_is_near_what_is_measured_on_this_machine(
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("slice_name", ["v6e-1", "v5e-4"])
+@pytest.mark.parametrize("slice_name", ["v5e-4", "v6e-1", "v4-8", "v5p-8"])
 def test_a_small_run_is_compiled_for_a_slice(slice_name, toy_policy, capsys):
     sets = [f"model.path={toy_policy}", f"slice={slice_name}", "model.compute_dtype=bfloat16", "model.remat=true"]
     config = load([], [*sets, "data.max_prompt_length=64", "rollout.max_new_tokens=64", "rollout.prompts=8"])
@@ -224,5 +224,37 @@ def test_a_small_run_is_compiled_for_a_slice(slice_name, toy_policy, capsys):
     assert "TPU_SKIP_MDS_QUERY=1" in printed
     assert "attention splash in training" in printed
     assert f"fits {slice_name}" in printed
+    # Read off the compiled programs: forward in the rollout, forward and both backward kernels in the update.
+    for phase, kernel in (("rollout", "fwd"), ("update", "fwd"), ("update", "dq"), ("update", "dkv")):
+        assert re.search(rf"^{phase} +splash_mha_{kernel}\w* +[1-9]", printed, re.MULTILINE)
     for name in ("prefill", "decode", "scoring", "update", "evaluation decode"):
         assert f"compiled {name} in" in printed
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_search_ranks_the_layouts_that_fit(toy_policy, capsys):
+    sets = [f"model.path={toy_policy}", "slice=v5e-4", "model.compute_dtype=bfloat16", "rollout.group_size=4"]
+    assert (
+        preflight(load([], [*sets, "rollout.prompts=2", "rollout.max_new_tokens=64", "eval.problems=8"]), search=True)
+        == 0
+    )
+    tried, _, ranked = capsys.readouterr().out.partition("layouts fit v5e-4, fastest first")
+    layouts = re.findall(r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)", tried, re.MULTILINE)
+    # One key/value head, so no tp; eight sequences, so at most eight rows.
+    assert {mesh for mesh, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
+    assert {rows for _, rows in layouts} == {"4", "8"}
+    seconds = [float(found) for found in re.findall(r"^ +([\d.]+) s +[\d.]+ GiB  mesh=", ranked, re.MULTILINE)]
+    assert len(seconds) == len(layouts) == 6
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_search_tells_that_nothing_fits(plan, monkeypatch, capsys):
+    small = replace(find_slice("v5e-1"), chip=replace(find_slice("v5e-1").chip, usable_bytes=2 * GIB))
+    monkeypatch.setattr("grpo_gsm8k.preflight_search.find_slice", lambda name: small)
+    assert preflight(plan.config, search=True) == 1
+    printed = capsys.readouterr().out
+    assert "skipped  mesh=dp:1,fsdp:1,tp:1 loss.rows=1: parameters and optimizer alone take 5.5 GiB" in printed
+    assert "nothing fits v5e-1" in printed

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -121,6 +122,16 @@ def test_another_policy_may_not_go_on_from_a_checkpoint(toy_policy: Path, uninte
     other = {**run.identity, "parameters": "0" * 64}
     with pytest.raises(ResumeRefused, match="parameters"):
         Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, other)
+
+
+def test_the_state_makes_room_for_the_one_that_is_read(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = assemble(settings(toy_policy, uninterrupted))
+    assert Checkpoints(tmp_path / "none", keep=9).restore(run.state, run.identity, donate=True) is None
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state))
+    restored = Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, run.identity, donate=True)
+    assert restored is not None
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run.state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(restored.state))
 
 
 def test_a_damaged_checkpoint_is_stepped_over(

@@ -143,7 +143,8 @@ def test_a_process_that_stays_away_is_named():
 def test_a_phase_that_hangs_ends_with_its_own_code():
     done = launch("stall")
     assert done.returncode == 124
-    assert "phase 'update' must end within 2 s; not finished: rank 1." in done.stdout
+    assert "phase 'update' must end within 2 s; not finished: rank 1 (at job_of_many.py:" in done.stdout
+    assert "in stall)" in done.stdout
 
 
 @pytest.mark.slow

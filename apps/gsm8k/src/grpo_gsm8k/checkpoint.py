@@ -132,13 +132,17 @@ class Checkpoints:
         """Steps with a checkpoint on disk, ascending."""
         return sorted(self._manager.all_steps())
 
-    def restore(self, like: Any, expected: Mapping[str, Any], *, at: int | None = None) -> Restored | None:
+    def restore(
+        self, like: Any, expected: Mapping[str, Any], *, at: int | None = None, donate: bool = False
+    ) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
             expected: facts of this run (model, tokenizer, data set, ...) that must equal `notes["identity"]`.
             at: read the checkpoint of this step and no other; None: the newest.
+            donate: the arrays of `like` are deleted before one that is there is read: a device that a state fills
+                cannot hold it twice.
 
         Returns:
             The state and its notes, or None if there is no checkpoint yet.
@@ -148,13 +152,16 @@ class Checkpoints:
             CheckpointError: there are checkpoints and every one of them is damaged.
         """
         steps = [step for step in self.steps if at in (None, step)]
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for leaf in jax.tree.leaves(like) if donate and steps else ():
+            leaf.delete()
         for step in reversed(steps):
             folder, state = self._manager.directory / f"step_{step}", None
             body, damage = _attempt(partial(_read_notes, folder / "notes"))
             if not damage:
                 _refuse_strangers(self._folder, step, body, expected)
                 self._check_versions(step, body["versions"])
-                state, damage = _attempt(partial(_read_state, folder / "state", like))
+                state, damage = _attempt(partial(_read_state, folder / "state", abstract))
             if not damage and digest(state) != body["state_digest"]:
                 damage = "its arrays do not match their checksum"
             if not damage:
@@ -218,8 +225,7 @@ def _read_notes(folder: Any) -> dict[str, Any]:
     return sealed["body"]
 
 
-def _read_state(folder: Any, like: Any) -> Any:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+def _read_state(folder: Any, abstract: Any) -> Any:
     with closing(ocp.StandardCheckpointHandler()) as handler:
         return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
 

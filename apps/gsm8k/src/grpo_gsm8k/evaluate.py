@@ -117,7 +117,8 @@ def evaluate_command(config: Config, *, checkpoint: str | None = None) -> int:
         print(line, flush=True)
     params, name = run.state.params, config.model.path
     if checkpoint is not None:
-        restored = Checkpoints(Path(checkpoint) / "checkpoints", keep=1_000_000).restore(run.state, run.identity)
+        checkpoints = Checkpoints(Path(checkpoint) / "checkpoints", keep=1_000_000)
+        restored = checkpoints.restore(run.state, run.identity, donate=True)
         if restored is None:
             raise CheckpointError(f"{checkpoint} holds no checkpoint to evaluate")
         params, name = restored.state.params, f"{checkpoint} after step {restored.step}"

@@ -10,6 +10,10 @@ from grpo_gsm8k.errors import ConfigError
 
 __all__ = ["preflight"]
 
+# v5p and v6e look embeddings up on their SparseCore, in an instruction that jaxlib cannot read back (0.10.2, libtpu
+# 0.0.42). Kept on the TensorCore, the lookup takes a few megabytes more or less, and the program can be read.
+_READABLE = "--xla_tpu_offload_gather_to_sparsecore=false"
+
 
 def preflight(config: Config, *, search: bool = False) -> int:
     """Print what a run needs of every device, and whether its slice has it.
@@ -63,7 +67,7 @@ def _slice(config: Config) -> int:
     programs = []
     for program in measure(plan):
         programs.append(program)
-        print(f"compiled {program.name} in {program.seconds:.1f} s", flush=True)
+        print(f"compiled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
     verdict = judge(plan, programs, target)
     print(f"\n{table(verdict)}")
     return 0 if verdict.fits else 1
@@ -79,6 +83,7 @@ def _before_libtpu(slice_name: str) -> Iterator[str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{target.chip.gcloud}-{size}",
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '').replace(_READABLE, '')} {_READABLE}".strip(),
     }.items():
         os.environ[name] = value
         yield f"environment  {name}={value} (preflight: the compiler alone, no chips)"

@@ -54,7 +54,7 @@ class Measured:
     Args:
         name, phase: of the program.
         beside: bytes that stay on a device while it runs.
-        seconds: it took to compile.
+        seconds: of CPU that it took to compile, whatever else the machine was doing.
         report: the compiler's figures; None if it refused.
         refused: bytes the compiler said it would need; 0 if it did not refuse.
         work: of one step.
@@ -168,7 +168,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
 
 
 def _compile(program: Program) -> Measured:
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -176,7 +176,7 @@ def _compile(program: Program) -> Measured:
         if told is None:
             raise
         needed = int(float(told[1]) * _UNITS[told[2]])
-        return Measured(program.name, program.phase, program.beside, time.monotonic() - begin, None, needed, Work())
-    seconds = time.monotonic() - begin
+        return Measured(program.name, program.phase, program.beside, time.process_time() - begin, None, needed, Work())
+    seconds = time.process_time() - begin
     report, work = work_of(compiled, program.trips, program.splash(compiled))
     return Measured(program.name, program.phase, program.beside, seconds, report, 0, work.times(program.runs(compiled)))

@@ -166,7 +166,14 @@ def judge(plan: Blueprint, programs: Sequence[Measured], target: Slice) -> Verdi
 
 def table(verdict: Verdict) -> str:
     """The whole report, as text."""
-    parts = [_memory(verdict), programs_table(verdict.programs), _time(verdict), _collectives(verdict), _said(verdict)]
+    parts = [
+        _memory(verdict),
+        programs_table(verdict.programs),
+        _time(verdict),
+        _kernels(verdict),
+        _collectives(verdict),
+        _said(verdict),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -180,7 +187,7 @@ def programs_table(programs: Sequence[Measured]) -> str:
         else:
             figures = ["refused", "", ""]
         rows.append((program.name, *figures, _gib(program.beside), _gib(program.peak), f"{program.seconds:.1f} s"))
-    head = ("program", "arguments", "new results", "temporaries", "beside it", "peak", "compiled in")
+    head = ("program", "arguments", "new results", "temporaries", "beside it", "peak", "CPU to compile")
     return _grid(head, rows)
 
 
@@ -271,6 +278,18 @@ def _time(verdict: Verdict) -> str:
     )
 
 
+def _kernels(verdict: Verdict) -> str:
+    """Read off the compiled programs: a kernel that was asked for and is not listed is not there."""
+    rows = [
+        (phase.name, kernel, f"{calls:,.0f}")
+        for phase in verdict.phases
+        for kernel, calls in phase.work.kernels.items()
+    ]
+    return (
+        _grid(("kernels of a step", "kernel", "calls"), rows) if rows else "kernels of a step: none but the compiler's"
+    )
+
+
 def _collectives(verdict: Verdict) -> str:
     rows = [
         (phase.name, kind, f"{count:,.0f}", _si(size, "B"))
@@ -287,7 +306,7 @@ def _said(verdict: Verdict) -> str:
     fits = "fits" if verdict.fits else "DOES NOT FIT"
     lines = [
         f"{fits} {verdict.target.name}: peak {_gib(verdict.peak)} of {_gib(chip.usable_bytes)} a device, during "
-        f"{verdict.fullest.name}; {len(verdict.programs)} programs compiled in {compiled:.0f} s"
+        f"{verdict.fullest.name}; {len(verdict.programs)} programs compiled in {compiled:.0f} s of CPU"
     ]
     lines += [f"  change {line}" for line in verdict.advice()]
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import jax
+
 from grpo_contracts import GrpoError
 from grpo_gsm8k.config import Config
 from grpo_gsm8k.preflight_blueprint import Blueprint, blueprint, bytes_per_device, model_config
@@ -91,7 +93,12 @@ def run_search(config: Config) -> int:
             print(f"  skipped  {candidate}: parameters and optimizer alone take {state / GIB:.1f} GiB", flush=True)
             too_many_rows.add(candidate.mesh)
             continue
-        verdict = judge(plan, _measured(plan, candidate.mesh, rollouts), target)
+        try:
+            verdict = judge(plan, _measured(plan, candidate.mesh, rollouts), target)
+        except jax.errors.JaxRuntimeError as error:
+            # One layout that the compiler cannot do is no reason to forget the others.
+            print(f"  failed   {candidate}: {str(error).splitlines()[0]}", flush=True)
+            continue
         print(
             f"  {'fits' if verdict.fits else 'too big':7}  {candidate}: peak {verdict.peak / GIB:.2f} GiB during "
             f"{verdict.fullest.name}, step {verdict.seconds:.1f} s",

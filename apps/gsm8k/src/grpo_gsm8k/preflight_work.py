@@ -19,11 +19,12 @@ _LANES, _TILE = 128, 512
 
 @dataclass(frozen=True)
 class Work:
-    """What one device does: FLOPs, bytes of main memory, collectives by kind -> (count, bytes)."""
+    """What one device does: FLOPs, bytes of main memory, collectives by kind -> (count, bytes), kernels -> calls."""
 
     flops: float = 0.0
     traffic: float = 0.0
     collectives: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Work) -> Work:
         kinds = sorted({*self.collectives, *other.collectives})
@@ -32,12 +33,17 @@ class Work:
             self.flops + other.flops,
             self.traffic + other.traffic,
             {kind: (mine[0] + theirs[0], mine[1] + theirs[1]) for kind, (mine, theirs) in pairs.items()},
+            {
+                name: self.kernels.get(name, 0) + other.kernels.get(name, 0)
+                for name in sorted({*self.kernels, *other.kernels})
+            },
         )
 
     def times(self, count: float) -> Work:
         """The same, `count` times over."""
         collectives = {kind: (n * count, size * count) for kind, (n, size) in self.collectives.items()}
-        return Work(self.flops * count, self.traffic * count, collectives)
+        kernels = {name: calls * count for name, calls in self.kernels.items()}
+        return Work(self.flops * count, self.traffic * count, collectives, kernels)
 
     @property
     def network(self) -> float:
@@ -115,4 +121,5 @@ def work_of(
         at_trips(lambda reading: reading.flops + in_kernels(reading)),
         at_trips(lambda reading: reading.traffic),
         {kind: (moved(kind, "count"), moved(kind, "bytes")) for kind in readings[-1].collectives},
+        {name: at_trips(lambda reading, name=name: reading.kernels.get(name, 0)) for name in readings[-1].kernels},
     )

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = path.absolute().parent / capsule.checkpoint
     # A reader: nothing of the run may be deleted, whatever it kept.
     checkpoints = Checkpoints(folder, keep=1_000_000, any_version=True)
-    restored = checkpoints.restore(run.state, capsule.identity, at=capsule.step)
+    restored = checkpoints.restore(run.state, capsule.identity, at=capsule.step, donate=True)
     if restored is None:
         raise CapsuleError(f"{path} needs the parameters in {folder / f'step_{capsule.step}'}: there are none")
     print(f"step {capsule.step} of {path}, on {run.device}")

@@ -61,7 +61,7 @@ def _run(
 ) -> int:
     config, state, problems = run.config, run.state, run.problems
     notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "phases": {}, "health": {}}
-    if restored := checkpoints.restore(state, run.identity):
+    if restored := checkpoints.restore(state, run.identity, donate=True):
         state, notes = restored.state, notes | restored.notes
         problems.set_state(notes["problems"])
         checkpoints.forget_after(restored.step)

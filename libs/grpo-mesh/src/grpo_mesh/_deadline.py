@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from grpo_mesh._errors import DeadlineError
 from grpo_mesh._hosts import leave
 
 DEADLINE_EXIT = 124  # as timeout(1)
+_ANSWER = 1.0  # seconds in which the other ranks, whose clocks ran out at the same time, tell where they are
 _visits: collections.Counter[str] = collections.Counter()
 
 
@@ -35,7 +37,8 @@ def deadline(phase: str, seconds: float) -> Iterator[None]:
     """Runs a collective phase under a clock: `with deadline("update", 300): ...`.
 
     All processes meet at its start. A device that waits for a collective cannot be interrupted from Python; if the body
-    takes longer than `seconds`, this process therefore prints which ranks have not finished and exits with code 124.
+    takes longer than `seconds`, this process therefore prints which ranks have not finished, with the line of code that
+    each of them is at, and exits with code 124.
     Make sure that results are ready before the end (`jax.block_until_ready`), or the clock sees only the dispatch.
 
     Args:
@@ -88,5 +91,18 @@ def _absent(folder: str) -> tuple[int, ...]:
 
 
 def _give_up(phase: str, folder: str, seconds: float) -> None:
-    late = ", ".join(map(str, _absent(f"{folder}/done")))
-    leave(DEADLINE_EXIT, f"phase {phase!r} must end within {seconds:g} s; not finished: rank {late}.")
+    # All that take part in a collective are late when one is: where each is tells which one they wait for.
+    _runtime.put(f"{folder}/where/{_runtime.rank()}", _main_thread())
+    time.sleep(_ANSWER)
+    where = _runtime.entries(f"{folder}/where")
+    late = "; ".join(f"rank {rank} ({where.get(str(rank), 'does not answer')})" for rank in _absent(f"{folder}/done"))
+    leave(DEADLINE_EXIT, f"phase {phase!r} must end within {seconds:g} s; not finished: {late}.")
+
+
+def _main_thread() -> str:
+    """The line of code that this process is at, such as "at train.py:81 in _run"."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "has no main thread any more"
+    code = frame.f_code
+    return f"at {code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {code.co_name}"
