@@ -80,8 +80,8 @@ def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
     # A key that a query may not see has weight 0, so its logit gets no gradient.
     d_logits = (weight * (_product(d_out_BKME, v_BKSE, 1, 1) - drift)).astype(q_BKME.dtype)
     d_q = _product(d_logits, k_BKSE, 1, 0) * _scale(q_BKME)
-    d_k = (_product(q_BKME.swapaxes(2,3), d_logits, 1, 0) * _scale(q_BKME)).swapaxes(2,3)
-    d_v = _product(d_out_BKME.swapaxes(2,3), weight.astype(v_BKSE.dtype), 1, 0).swapaxes(2,3)
+    d_k = (_product(q_BKME.swapaxes(2, 3), d_logits, 1, 0) * _scale(q_BKME)).swapaxes(2, 3)
+    d_v = _product(d_out_BKME.swapaxes(2, 3), weight.astype(v_BKSE.dtype), 1, 0).swapaxes(2, 3)
     return d_q.astype(q_BKME.dtype).reshape(d_out.shape), d_k.astype(k_BKSE.dtype), d_v.astype(v_BKSE.dtype), None
 
 
