@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_sampler._attention import Part, attend, causal_mask
+from grpo_sampler._attention import attend, causal_mask
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError
 
@@ -77,26 +77,29 @@ def self_attention(
     """
     if choice == "splash":
         return splash_attention(q_BTHE, k_BTKE, v_BTKE, segment_BT, mesh)
-    return masked_attention(choice, q_BTHE, [(k_BTKE, v_BTKE, causal_mask(segment_BT))])
+    return masked_attention(choice, q_BTHE, k_BTKE, v_BTKE, causal_mask(segment_BT))
 
 
-def masked_attention(choice: Attention, q_BTHE: Float[Array, "B T H E"], parts: list[Part]) -> Array:
-    """Attention over several key/value parts under masks; splash has no such masks and leaves it to XLA.
+def masked_attention(
+    choice: Attention,
+    q_BTHE: Float[Array, "B T H E"],
+    k_BSKE: Float[Array, "B S K E"],
+    v_BSKE: Float[Array, "B S K E"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T H E"]:
+    """Attention under any mask; splash has no such masks and leaves it to XLA.
 
     Args:
         choice: from `resolve_attention`.
         q_BTHE: queries, unscaled.
-        parts: as for `attend`.
+        k_BSKE: keys.
+        v_BSKE: values.
+        mask_BTS: True lets a query see a key; every query sees one.
 
     Returns:
         Mixed values, in q's type.
     """
-    if choice != "cudnn":
-        return attend(q_BTHE, parts)
-    B, T = q_BTHE.shape[:2]
-    k, v = (jnp.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
-    mask = jnp.concatenate([jnp.broadcast_to(part[2], (B, T, part[2].shape[-1])) for part in parts], axis=-1)
-    return _cudnn(q_BTHE, k, v, mask)
+    return (_cudnn if choice == "cudnn" else attend)(q_BTHE, k_BSKE, v_BSKE, mask_BTS)
 
 
 def splash_attention(

@@ -4,6 +4,7 @@
 Products accumulate in float32 whatever the compute type; norms and rotations are float32 throughout.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -45,8 +46,13 @@ def project(x: Float[Array, "*dims"], weight: Float[Array, "*rest"], axes: int =
     Returns:
         The product, in x's type.
     """
-    product = jnp.tensordot(x, weight.astype(x.dtype), axes=axes, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype)
+    # As one plain matrix product: of more axes XLA's CPU backend makes, in the backward pass, a transposed copy of the
+    # output's gradient, element by element, which costs more than the product.
+    kept = x.shape[: x.ndim - axes]
+    flat = x.reshape(math.prod(kept), math.prod(x.shape[x.ndim - axes :]))
+    matrix = weight.astype(x.dtype).reshape(flat.shape[1], -1)
+    product = jnp.dot(flat, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+    return product.reshape(*kept, *weight.shape[axes:])
 
 
 def qkv(

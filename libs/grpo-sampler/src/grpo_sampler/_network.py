@@ -1,5 +1,6 @@
 """The policy network: one flax implementation of the Qwen2, Qwen3 and Llama 3 families."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from grpo_sampler._rope import rope_tables
 
 Params = dict[str, Any]
 _INITIAL_STD = 0.02
+# Deeper models are scanned over their layers, which compiles in the time of one.
+_MOST_UNROLLED = 8
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -106,12 +109,12 @@ class Transformer(nnx.Module):
             segment_BT = jnp.ones_like(tokens_BT)
         cos, sin = rope_tables(positions_BT, self.config)
 
-        def block(x: Array, layer: Layer) -> tuple[Array, None]:
+        def block(x: Array, layer: Layer) -> Array:
             q, k, v = qkv(layer, x, cos, sin, self.config)
             x = attention_out(layer, x, self_attention(self.attention, q, k, v, segment_BT, self.mesh))
-            return mlp(layer, x, self.config), None
+            return mlp(layer, x, self.config)
 
-        x, _ = self._scan(block, self._embedded(tokens_BT))
+        x = self._through_layers(block, self._embedded(tokens_BT))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
     def with_prompts(
@@ -163,22 +166,24 @@ class Transformer(nnx.Module):
         prompt_cos, prompt_sin = rope_tables(place_T[None], config)
         prompt_segment = live_PT.astype(jnp.int32)
         row_cos, row_sin = rope_tables(positions_RT, config)
-        row_mask = causal_mask(segment_RT)
         # Every query of a row sees the same live part of its prompt.
-        cross_mask = of_prompt(live_PT)[:, None, :]
+        cross_mask = jnp.broadcast_to(of_prompt(live_PT)[:, None], (*tokens_RT.shape, Tp))
+        row_mask = jnp.concatenate([cross_mask, causal_mask(segment_RT)], axis=2)
 
-        def block(streams: tuple[Array, Array], layer: Layer) -> tuple[tuple[Array, Array], None]:
+        def block(streams: tuple[Array, Array], layer: Layer) -> tuple[Array, Array]:
             prompts, rows = streams
             q, k, v = qkv(layer, prompts, prompt_cos, prompt_sin, config)
             attended = self_attention(self.attention, q, k, v, prompt_segment, self.mesh)
             prompts = attention_out(layer, prompts, attended)
             row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
-            parts = [(of_prompt(k), of_prompt(v), cross_mask), (row_k, row_v, row_mask)]
-            attended = masked_attention(self.attention, row_q, parts)
+            # One matrix product over prompt and row costs less than two, and the copy that it takes less than that.
+            row_k = jnp.concatenate([of_prompt(k), row_k], axis=1)
+            row_v = jnp.concatenate([of_prompt(v), row_v], axis=1)
+            attended = masked_attention(self.attention, row_q, row_k, row_v, row_mask)
             rows = attention_out(layer, rows, attended)
-            return (mlp(layer, prompts, config), mlp(layer, rows, config)), None
+            return mlp(layer, prompts, config), mlp(layer, rows, config)
 
-        (_, rows), _ = self._scan(block, (self._embedded(prompt_tokens_PT), self._embedded(tokens_RT)))
+        _, rows = self._through_layers(block, (self._embedded(prompt_tokens_PT), self._embedded(tokens_RT)))
         return rms_norm(rows, self.final_norm[...], config.norm_eps)
 
     @property
@@ -189,9 +194,16 @@ class Transformer(nnx.Module):
     def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.embed[...][tokens].astype(self.compute_dtype)
 
-    def _scan(self, block: Any, start: Any) -> Any:
+    def _through_layers(self, block: Callable[[Any, Layer], Any], stream: Any) -> Any:
         layers = {name: getattr(self.layers, name)[...] for name in layer_shapes(self.config)}
-        return jax.lax.scan(jax.checkpoint(block) if self.remat else block, start, layers)
+        if self.remat or self.config.layers > _MOST_UNROLLED:
+            body = jax.checkpoint(block) if self.remat else block
+            stream, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), stream, layers)
+            return stream
+        # A scan copies what the backward pass needs into stacked arrays and out again: a fifth of a small update.
+        for i in range(self.config.layers):
+            stream = block(stream, {name: leaf[i] for name, leaf in layers.items()})
+        return stream
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
