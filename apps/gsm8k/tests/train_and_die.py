@@ -87,9 +87,9 @@ def observe(trace: Trace) -> None:
             trace.write(state=grpo_mesh.digest(state), step=step)
             super().save(step, state, notes, **more)
 
-        def restore(self, like: Any, expected: Mapping[str, Any], *, at: int | None = None) -> Restored | None:
+        def restore(self, like: Any, expected: Mapping[str, Any], **more: Any) -> Restored | None:
             with trace.stage("restore"):
-                restored = super().restore(like, expected, at=at)
+                restored = super().restore(like, expected, **more)
             if restored is not None:
                 trace.write(state=grpo_mesh.digest(restored.state), step=restored.step)
             trace.write(resumed=restored.step if restored else 0)

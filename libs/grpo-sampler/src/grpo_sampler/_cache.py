@@ -11,7 +11,6 @@ Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, M quer
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array

@@ -78,8 +78,12 @@ class Engine:
             Futures of the compiled programs.
         """
         shape = shapes[first]
-        begin = (self._weights_program, partial(self._decode_program, shape, filtered))
-        return [start() for start in (*begin, partial(self._prefill_program, shape), partial(self._empty_program, shape))]
+        return [
+            self._weights_program(),
+            self._decode_program(shape, filtered),
+            self._prefill_program(shape),
+            self._empty_program(shape),
+        ]
 
     def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int) -> list[Any]:
         """Compiles what the step from `shapes[level]` to the next smaller one needs.
