@@ -68,7 +68,7 @@ def first_gradient(assembled: Assembly) -> Any:
 def hang(job: grpo_mesh.Job, settings: list[str]) -> None:
     """Trains until the last rank never comes back from its first update."""
     if job.rank == job.processes - 1:
-        vars(training)["learn"] = lambda *_: time.sleep(600)
+        training.__dict__["learn"] = lambda *_: time.sleep(600)
     training.train(load([], settings))
 
 
