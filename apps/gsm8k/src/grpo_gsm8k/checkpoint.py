@@ -207,8 +207,12 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     found, damage = None, ""
     try:
         found = read()
-    except _DAMAGE as error:
-        damage = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:
+        # orbax wraps what tensorstore says of an array's bytes into a bare Exception.
+        said = error.__cause__ if type(error) is Exception else error
+        if not isinstance(said, _DAMAGE):
+            raise
+        damage = (str(said).strip() or type(said).__name__).splitlines()[0]
     if jax.process_count() > 1:
         bad = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(damage))))
         if len(bad) and not damage:

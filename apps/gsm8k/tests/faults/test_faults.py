@@ -606,6 +606,15 @@ def _(bench: Bench) -> None:
     kept.restore(state, IDENTITY)
 
 
+@fault("Checkpoint", "the arrays alone cut short", CheckpointError, "every checkpoint", "damaged (steps 1)")
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(1)
+    files = [file for file in (bench.folder / "checkpoints" / "step_1" / "state").rglob("d/*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    kept.restore(state, IDENTITY)
+
+
 @fault("Checkpoint", "notes that were edited", CheckpointError, "every checkpoint", "damaged (steps 1)")
 def _(bench: Bench) -> None:
     kept, state = bench.checkpoints(1)
