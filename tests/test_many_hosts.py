@@ -74,8 +74,10 @@ def same_run(folder: Path, other: Path) -> str:
         assert step == pytest.approx(its, rel=1e-5, abs=1e-6)
     gradient, scale = largest_difference(folder, other, "gradient.npz")
     assert gradient <= 2e-6 * max(1.0, scale)
+    # Adam divides a gradient by its own size: where that is no more than rounding, so is the direction of its step of
+    # 3e-4. Of the 6e-4 that two steps may move a weight, 2 % may differ.
     weights, _ = largest_difference(folder, other, "weights.npz")
-    assert weights <= 1e-6
+    assert weights <= 1.2e-5
     loss = max(abs(step["loss"] - its["loss"]) for step, its in zip(steps, others))
     return f"loss {loss:.1e}, gradient {gradient:.1e} of {scale:.2g}, weights {weights:.1e}"
 
@@ -140,7 +142,8 @@ def test_a_killed_process_of_a_run_ends_the_other(victim: int, policy: str, tmp_
             child.kill()
     print(f"rank {victim} killed: the other ended with code {code} after {seconds:.1f} s")
     assert code not in (0, None), output[-3000:]
-    assert "another task died" in output
+    # Whoever waits in a collective hears of it from the connection, at once; the others from the coordinator.
+    assert "another task died" in output or "leaves the job with code 1: JaxRuntimeError" in output
 
 
 @pytest.mark.slow
