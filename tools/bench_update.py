@@ -124,7 +124,7 @@ def make_policy_update(config, **options):
             micro.tokens_RT,
             micro.positions_RT,
             micro.segment_RT,
-            micro.prompt_R,
+            micro.prompt_RC,
         )
         return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT)
 

@@ -74,13 +74,14 @@ def toy_forward(params, micro, shards=1):
     age_PT = jnp.cos(slots.astype(embed_VD.dtype))
     prompt_PD = jnp.einsum("pt,ptd->pd", live_PT * age_PT, embed_VD[micro.prompt_tokens_PT])
     blocks = prompt_PD.reshape(shards, -1, WIDTH)
-    local = micro.prompt_R.reshape(shards, -1) - jnp.arange(shards)[:, None] * blocks.shape[1]
-    shared_RD = jnp.take_along_axis(blocks, local[..., None], axis=1).reshape(-1, WIDTH)
-    length = micro.tokens_RT.shape[1]
+    rows, length = micro.tokens_RT.shape
+    prompt_RT = jnp.repeat(micro.prompt_RC, length // micro.prompt_RC.shape[1], axis=1)
+    local = prompt_RT.reshape(shards, -1) - jnp.arange(shards)[:, None] * blocks.shape[1]
+    shared_RTD = jnp.take_along_axis(blocks, local[..., None], axis=1).reshape(rows, length, WIDTH)
     sees_RTS = (micro.segment_RT[:, :, None] == micro.segment_RT[:, None]) & jnp.tri(length, dtype=bool)
     age_RT = jnp.cos(micro.positions_RT.astype(embed_VD.dtype))
     own_RTD = jnp.einsum("rts,rs,rsd->rtd", sees_RTS.astype(embed_VD.dtype), age_RT, embed_VD[micro.tokens_RT])
-    hidden_RTD = jnp.tanh((shared_RD[:, None] + own_RTD) @ params["mix"])
+    hidden_RTD = jnp.tanh((shared_RTD + own_RTD) @ params["mix"])
     return grpo_loss.token_logp(
         hidden_RTD, params["unembed"], micro.target_RT, mask_RT=micro.mask_RT, chunk=16, shards=shards
     )

@@ -25,7 +25,7 @@ def main():
     results = {}
     for dtype in ("float32", "float64"):
         for rows in options.rows:
-            for layout in ("packed", "padded"):
+            for layout in ("packed", "blocks", "padded"):
                 for name, value in gradients(dtype, rows, layout, options.devices).items():
                     results[f"{dtype}/{layout}/{rows}/{name}"] = value
     if options.rank == 0:
@@ -41,8 +41,10 @@ def gradients(dtype, rows, layout, devices=1):
 
     data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12)
     sizes = {"sequences": 20, "groups": 5, "max_prompt_length": 6, "max_new_tokens": 12, "row_length": 16}
-    shape = grpo_loss.PackShape.for_rollout(rows=rows, shards=devices, **sizes)
-    batch = with_targets(data.pack(shape) if layout == "packed" else data.pad(rows), data, np.dtype(dtype))
+    shape = grpo_loss.PackShape.for_rollout(
+        rows=rows, shards=devices, blocks=4 if layout == "blocks" else 1, prompts=rows, **sizes
+    )
+    batch = with_targets(data.pad(rows) if layout == "padded" else data.pack(shape), data, np.dtype(dtype))
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))

@@ -54,16 +54,20 @@ def check_layout(data, batch, keep_B=None):
     shards=st.sampled_from([1, 2, 4]),
     prompts_per_shard=st.integers(1, 2),
     slack=st.integers(0, 30),
+    blocks=st.sampled_from([1, 2, 4]),
 )
-def test_every_kept_completion_is_there_once(seed, groups, group_size, longest, shards, prompts_per_shard, slack):
+def test_every_kept_completion_is_there_once(
+    seed, groups, group_size, longest, shards, prompts_per_shard, slack, blocks
+):
     data = ragged(seed, groups, group_size, 6, longest)
     shape = shape_for(
         groups,
         group_size,
         longest,
-        row_length=max(1, longest) + slack,
+        row_length=-(-(max(1, longest) + slack) // blocks) * blocks,
         shards=shards,
         prompts=prompts_per_shard * shards,
+        blocks=blocks,
     )
     keep_B = np.random.default_rng(seed).random(len(data.group_B)) < 0.8
     batch = data.pack(shape, keep_B=keep_B)
@@ -71,15 +75,21 @@ def test_every_kept_completion_is_there_once(seed, groups, group_size, longest, 
     micro = batch.micro
     np.testing.assert_array_equal(in_row, micro.source_RT >= 0)
     for m, r in zip(*np.nonzero(in_row.any(axis=2)), strict=True):
-        # Segments 1, 2, ... side by side from the row's start, one sequence each, all of the row's prompt.
+        # Segments 1, 2, ... in this order from the row's start, one sequence each, all of their blocks' prompt.
         segments = micro.segment_RT[m, r][in_row[m, r]]
-        assert in_row[m, r, : len(segments)].all()
+        assert in_row[m, r, 0]
+        if blocks == 1:
+            assert in_row[m, r, : len(segments)].all()
         assert (np.diff(np.concatenate([[0], segments])) >= 0).all()
         assert (np.diff(np.unique(segments)) == 1).all()
-        slot = micro.prompt_R[m, r]
-        assert slot // prompts_per_shard == r // (shape.rows // shards)
+        slot_T = micro.prompt_RC[m, r].repeat(shape.row_length // blocks)
+        assert (slot_T // prompts_per_shard == r // (shape.rows // shards)).all()
         for b in np.unique(micro.sequence_RT[m, r][in_row[m, r]]):
-            assert len(np.unique(segments[micro.sequence_RT[m, r][in_row[m, r]] == b])) == 1
+            at = np.flatnonzero(micro.sequence_RT[m, r] == b)
+            assert (np.diff(at) == 1).all()
+            (segment,) = np.unique(micro.segment_RT[m, r, at])
+            np.testing.assert_array_equal(micro.segment_RT[m, r] == segment, micro.sequence_RT[m, r] == b)
+            (slot,) = np.unique(slot_T[at])
             shared = data.prompt_length_B[b] - 1
             assert micro.prompt_length_P[m, slot] == shared
             np.testing.assert_array_equal(micro.prompt_tokens_PT[m, slot, :shared], data.tokens_BT[b, :shared])
@@ -107,7 +117,7 @@ def test_a_group_that_fits_one_micro_batch_has_its_prompt_computed_once():
     shape = PackShape(row_length=16, rows=8, prompts=4, prompt_length=5, micro_batches=8)
     batch = data.pack(shape)
     pairs = {
-        (m, int(batch.micro.prompt_R[m, r]))
+        (m, int(batch.micro.prompt_RC[m, r, 0]))
         for m, r in zip(*np.nonzero((batch.micro.segment_RT > 0).any(axis=2)), strict=True)
     }
     assert len(pairs) == 6
@@ -118,17 +128,22 @@ def gsm8k_lengths(rng, B):
     return np.minimum(512, np.exp(rng.normal(np.log(178), 0.45, B)).astype(int) + 1)
 
 
-@pytest.mark.parametrize(("group_size", "floor"), [(8, 0.8), (16, 0.88), (32, 0.92)])
-def test_rows_are_full_on_lengths_like_those_of_gsm8k(group_size, floor):
-    rows, cells = 0, 0
+@pytest.mark.parametrize(
+    ("group_size", "blocks", "floor"), [(8, 1, 0.78), (8, 4, 0.88), (8, 8, 0.9), (16, 4, 0.92), (32, 1, 0.92)]
+)
+def test_rows_are_full_on_lengths_like_those_of_gsm8k(group_size, blocks, floor):
+    used, cells = 0, 0
     for seed in range(5):
         data = ragged(seed, 16, group_size, 6, 512, gsm8k_lengths)
-        lengths = range(512, 1025, 64)
-        batch = data.pack([shape_for(16, group_size, 512, rows=1, prompts=1, row_length=length) for length in lengths])
-        rows += int((batch.micro.segment_RT > 0).sum())
-        cells += int(batch.count) * batch.micro.tokens_RT.shape[-1]
-    print(f"groups of {group_size}: fill {rows / cells:.1%}")
-    assert rows / cells >= floor
+        shapes = [
+            shape_for(16, group_size, 512, rows=4, prompts=4, row_length=length, blocks=blocks)
+            for length in (512, 768, 1024)
+        ]
+        batch = data.pack(shapes)
+        used += int((batch.micro.segment_RT > 0).sum())
+        cells += int(batch.count) * batch.micro.tokens_RT[0].size
+    print(f"groups of {group_size}, rows of {blocks} blocks: fill {used / cells:.1%}")
+    assert used / cells >= floor
 
 
 def test_of_several_shapes_the_cheapest_is_used():
@@ -175,6 +190,8 @@ def test_errors_say_what_to_do():
         data.pack(PackShape(8, 4, 4, 5, 9))
     with pytest.raises(LossError, match="Raise micro_batches"):
         data.pack(PackShape(9, 4, 4, 5, 2))
+    with pytest.raises(LossError, match="blocks must divide row_length=9: got 2"):
+        PackShape(9, 4, 4, 5, 2, blocks=2)
     with pytest.raises(LossError, match=r"multiple of shards=4: got 6\. Use 8"):
         PackShape(9, 6, 4, 5, 2, shards=4)
     with pytest.raises(LossError, match="between 1 and the 3 groups"):

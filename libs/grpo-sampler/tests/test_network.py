@@ -61,22 +61,22 @@ def test_logits_are_those_of_transformers(case, tmp_path):
 
 
 def packed(seed: int = 0):
-    """Two prompts, three rows of packed completions, and every sequence whole."""
+    """Two prompts, three rows of packed completions in two blocks each, and every sequence whole."""
     random = np.random.default_rng(seed)
     length_P = np.asarray([7, 4], np.int32)
     prompt_PT = np.where(np.arange(9) < length_P[:, None], random.integers(0, 61, (2, 9)), 0).astype(np.int32)
-    segment_RT = np.asarray([[1] * 5 + [2] * 6 + [0], [1] * 12, [1] * 2 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
-    prompt_R = np.asarray([1, 0, 1], np.int32)
+    segment_RT = np.asarray([[1] * 5 + [0] + [2] * 6, [1] * 12, [1] * 2 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
+    prompt_RC = np.asarray([[1, 0], [0, 0], [1, 1]], np.int32)
     tokens_RT = random.integers(0, 61, segment_RT.shape).astype(np.int32)
     positions_RT = np.zeros_like(tokens_RT)
     whole = []
     for r, row in enumerate(segment_RT):
-        p = prompt_R[r]
         for segment in range(1, row.max() + 1):
             at = np.nonzero(row == segment)[0]
+            p = prompt_RC[r, at[0] // 6]
             positions_RT[r, at] = length_P[p] + np.arange(len(at))
             whole.append((r, at, np.concatenate([prompt_PT[p, : length_P[p]], tokens_RT[r, at]])[None]))
-    return (prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_R), whole
+    return (prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_RC), whole
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,21 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
     assert relative(gradients, expected) <= 1e-6
 
 
+def test_a_row_of_one_prompt_is_the_same_in_any_number_of_blocks(tiny):
+    graphdef, params = tiny
+    batch, _ = packed()
+    rows = [jnp.asarray(array) if i < 2 else jnp.asarray(array[1:]) for i, array in enumerate(batch)]
+    model = merge(graphdef, params)
+    live = (rows[4] > 0)[..., None]
+    one, two, four = (
+        model.with_prompts(*rows[:5], rows[5][:, :1].repeat(blocks, axis=1)) * live for blocks in (1, 2, 4)
+    )
+    np.testing.assert_allclose(two, one, atol=2e-6)
+    np.testing.assert_allclose(four, one, atol=2e-6)
+    with pytest.raises(SamplerError, match="divide its length 12: got prompt_RC with 5"):
+        model.with_prompts(*rows[:5], rows[5][:, :1].repeat(5, axis=1))
+
+
 def test_blocks_of_rows_that_keep_to_their_own_prompts(tiny):
     graphdef, params = tiny
     batch, _ = packed()
@@ -146,10 +161,10 @@ def test_blocks_of_rows_that_keep_to_their_own_prompts(tiny):
 def test_what_stands_in_padding_changes_nothing(tiny):
     graphdef, params = tiny
     batch, _ = packed()
-    prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_R = batch
+    prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_RC = batch
     other = (
         np.where(np.arange(9) < length_P[:, None], prompt_PT, 5), length_P,
-        np.where(segment_RT > 0, tokens_RT, 9), np.where(segment_RT > 0, positions_RT, 77), segment_RT, prompt_R,
+        np.where(segment_RT > 0, tokens_RT, 9), np.where(segment_RT > 0, positions_RT, 77), segment_RT, prompt_RC,
     )  # fmt: skip
     run = jax.jit(lambda params, *batch: merge(graphdef, params).with_prompts(*batch))
     first, second = run(params, *batch), run(params, *other)

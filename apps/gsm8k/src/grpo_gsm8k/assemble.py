@@ -184,6 +184,8 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
         max_new_tokens=config.rollout.max_new_tokens,
         rows=config.loss.rows,
         row_length=config.loss.row_length or None,
+        prompts=config.loss.prompts or None,
+        blocks=config.loss.blocks,
         shards=shards,
     )
     return Assembly(

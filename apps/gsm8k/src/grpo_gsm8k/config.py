@@ -132,6 +132,11 @@ class Loss(_Section):
         default=0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens"
     )
     rows: Positive = Field(default=16, description="packed rows of one micro-batch")
+    prompts: Count = Field(default=0, description="prompts of one micro-batch; 0: half its rows")
+    blocks: Positive = Field(
+        default=1,
+        description="parts of a row that may each continue another prompt: fuller rows, each part a copy of its prompt",
+    )
 
 
 class Optimizer(_Section):
@@ -331,6 +336,11 @@ class Config(_Section):
             yield (
                 f"loss.row_length must be 0 or at least rollout.max_new_tokens={rollout.max_new_tokens}, so that the "
                 f"longest completion fits a row: got {loss.row_length}"
+            )
+        if (loss.row_length or rollout.max_new_tokens) % loss.blocks:
+            yield (
+                f"loss.blocks must divide the length of a row, {loss.row_length or rollout.max_new_tokens} tokens: got "
+                f"{loss.blocks}"
             )
         updates = self.steps * loss.epochs * loss.minibatches
         if optimizer.warmup_steps >= updates:

@@ -37,7 +37,7 @@ def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any
             micro.tokens_RT,
             micro.positions_RT,
             micro.segment_RT,
-            micro.prompt_R,
+            micro.prompt_RC,
             shards=shards,
         )
         return token_logp(

@@ -1,11 +1,13 @@
-"""What the update consumes: micro-batches of rows, each row one or several completions of one prompt.
+"""What the update consumes: micro-batches of rows, each row one or several completions of one or several prompts.
 
 A completion of n tokens is a *segment* of n inputs, the last prompt token and its own first n - 1 tokens, that
 predict the n completion tokens. What comes before, ``prompt[:-1]``, is computed once for all the rows that use it.
 
-Rows and prompt slots are cut in ``shards`` equal blocks, and a row only uses prompts of its own block. With rows and
+A row is cut in C equal blocks; all tokens of a block continue one prompt, and a row's next prompt starts at a block.
+
+Rows and prompt slots are cut in ``shards`` equal parts, and a row only uses prompts of its own part. With rows and
 prompts sharded over the data axes of a mesh, the prompt's keys and values that a row attends to are therefore on the
-row's own device: gather them as ``[shards, ...]`` blocks with ``prompt_R - block * prompts_per_block``, and the
+row's own device: gather them as ``[shards, ...]`` parts with ``prompt_RC - part * prompts_per_part``, and the
 partitioner needs no communication.
 """
 
@@ -32,7 +34,7 @@ class MicroBatch:
         target_RT: Token that each input predicts.
         positions_RT: Position of each input in its unpacked sequence.
         segment_RT: 0 at pads, 1, 2, ... for the completions of a row. A token attends within its own segment.
-        prompt_R: Prompt slot that all completions of a row share.
+        prompt_RC: Prompt slot of each of a row's C equal blocks.
         source_RT: Index of the target in the flattened ``[B, T]`` arrays of the rollout, -1 at pads.
         sequence_RT: Sequence b of the rollout, -1 at pads.
         mask_RT: Targets that count in the loss.
@@ -45,7 +47,7 @@ class MicroBatch:
     target_RT: Int[Array, "*M R T"]
     positions_RT: Int[Array, "*M R T"]
     segment_RT: Int[Array, "*M R T"]
-    prompt_R: Int[Array, "*M R"]
+    prompt_RC: Int[Array, "*M R C"]
     source_RT: Int[Array, "*M R T"]
     sequence_RT: Int[Array, "*M R T"]
     mask_RT: Bool[Array, "*M R T"]

@@ -26,9 +26,9 @@ def pack(
     keep_B: Bool[np.ndarray, "B"] | None = None,
     pad_id: int = 0,
 ) -> PackedBatch:
-    """Packs completions into rows by best fit of the longest first; the completions of a row share one prompt.
+    """Packs completions into rows by best fit of the longest first; the completions of a row's block share one prompt.
 
-    Rows of a group stay in one micro-batch where they fit, so that its prompt is computed once.
+    A group stays in one micro-batch where that costs no further one, so that its prompt is computed once.
 
     Args:
         tokens_BT: Prompt, completion, padding.
@@ -113,7 +113,7 @@ def pad(
         target_RT=laid_out(tokens_BT.reshape(-1)[source_RT], pad_id),
         positions_RT=laid_out(target_in_row - 1, 0),
         segment_RT=laid_out(np.ones_like(source_RT), 0),
-        prompt_R=np.tile(np.arange(rows, dtype=np.int32), (micro_batches, 1)),
+        prompt_RC=np.tile(np.arange(rows, dtype=np.int32)[:, None], (micro_batches, 1, 1)),
         source_RT=laid_out(np.where(counts_RT, source_RT, -1), -1),
         sequence_RT=laid_out(live[:, None], -1),
         mask_RT=laid_out(mask_RT, 0, np.bool_),
@@ -163,19 +163,21 @@ def _build(
     rows, slots = shape.rows // shape.shards, shape.prompts // shape.shards
     prompt_tokens = np.full((shape.micro_batches * shape.prompts, shape.prompt_length), pad_id, np.int32)
     prompt_length = np.zeros(shape.micro_batches * shape.prompts, np.int32)
-    prompt_R = np.repeat(np.arange(shape.micro_batches * shape.shards) % shape.shards * slots, rows).astype(np.int32)
+    first_slot = np.arange(shape.micro_batches * shape.shards) % shape.shards * slots
+    prompt_RC = np.repeat(first_slot, rows)[:, None].repeat(shape.blocks, axis=1).astype(np.int32)
     placed: list[tuple[int, int, int]] = []  # sequence, flat position of its first token, segment
-    for at, contents in enumerate(plan.bins):
-        row = at * rows
-        for slot, (first, prompt_rows) in enumerate(contents):
+    for at, box in enumerate(plan.boxes):
+        for slot, first in enumerate(box.prompts):
             shared = int(prompt_length_B[first]) - 1
             prompt_tokens[at * slots + slot, :shared] = tokens_BT[first, :shared]
             prompt_length[at * slots + slot] = shared
-            for sequences in prompt_rows:
-                prompt_R[row] = at % shape.shards * slots + slot
-                starts = row * shape.row_length + np.cumsum([0, *length_B[sequences]])
-                placed.extend((b, int(start), segment) for segment, (b, start) in enumerate(zip(sequences, starts), 1))
-                row += 1
+        for r, row in enumerate(box.rows, at * rows):
+            # A row that was filled as one block has the one slot in every block.
+            used = np.asarray(row.slots, np.int32).repeat(row.block * shape.blocks // shape.row_length)
+            prompt_RC[r, : len(used)] += used
+            placed.extend(
+                (b, r * shape.row_length + start, segment) for segment, (b, start) in enumerate(row.placed, 1)
+            )
     b_S, start_S, segment_S = np.asarray(placed, np.int64).reshape(-1, 3).T
     length_S = length_B[b_S]
     step_N = np.arange(length_S.sum()) - np.repeat(np.cumsum(length_S) - length_S, length_S)
@@ -197,7 +199,7 @@ def _build(
         target_RT=scattered(flat_tokens[source_N], pad_id),
         positions_RT=scattered(input_N, 0),
         segment_RT=scattered(np.repeat(segment_S, length_S), 0),
-        prompt_R=prompt_R.reshape(shape.micro_batches, shape.rows),
+        prompt_RC=prompt_RC.reshape(shape.micro_batches, shape.rows, shape.blocks),
         source_RT=scattered(source_N, -1),
         sequence_RT=scattered(b_N, -1),
         mask_RT=scattered(loss_mask_BT.reshape(-1)[source_N], 0, np.bool_),

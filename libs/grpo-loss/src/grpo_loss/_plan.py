@@ -1,7 +1,6 @@
-"""Which row a completion goes to, and which micro-batch and shard a row goes to: two bin packings."""
+"""Which row a completion goes to, and which micro-batch and shard: one such box is filled after the other."""
 
-from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +18,8 @@ class PackShape:
         prompt_length: Token positions of a prompt slot; at least the longest prompt less one.
         micro_batches: Most micro-batches a batch may need.
         shards: Equal blocks that rows and prompts are cut in: the product of the mesh's data axes.
+        blocks: Equal parts of a row that may each continue another prompt. More of them fill rows better, and let
+            attention leave out what lies behind a part; each costs the network a copy of a prompt's keys and values.
     """
 
     row_length: int
@@ -27,8 +28,14 @@ class PackShape:
     prompt_length: int
     micro_batches: int
     shards: int = 1
+    blocks: int = 1
 
     def __post_init__(self) -> None:
+        if self.blocks < 1 or self.row_length % self.blocks:
+            raise LossError(
+                f"PackShape.blocks must divide row_length={self.row_length}: got {self.blocks}. Use 1 for one prompt a "
+                "row."
+            )
         for name in ("row_length", "rows", "prompts", "prompt_length", "micro_batches", "shards"):
             if (value := getattr(self, name)) < 1:
                 raise LossError(f"PackShape.{name} must be at least 1: got {value}.")
@@ -51,6 +58,7 @@ class PackShape:
         row_length: int | None = None,
         prompts: int | None = None,
         shards: int = 1,
+        blocks: int = 1,
     ) -> "PackShape":
         """A shape with room for every outcome of a rollout.
 
@@ -63,6 +71,7 @@ class PackShape:
             row_length: Tokens of a row; ``max_new_tokens`` if None.
             prompts: Prompt slots of a micro-batch; if None half its rows, for groups that need two rows or more.
             shards: Product of the mesh's data axes.
+            blocks: Parts of a row that may each continue another prompt; must divide ``row_length``.
 
         Returns:
             The shape, with enough micro-batches for all completions at their limit.
@@ -81,24 +90,56 @@ class PackShape:
         completions_per_row = row_length // max_new_tokens
         group_size = -(-sequences // groups)
         group_rows = -(-group_size // completions_per_row)
-        full_bins = -(-groups * group_rows // shard_rows)
+        full_boxes = -(-groups * group_rows // shard_rows)
         shard_prompts = max(1, prompts // shards)
-        # Bins closed for want of a prompt slot: a group sits in one bin, plus one for every bin it filled up.
-        slot_bins = 0 if shard_prompts >= shard_rows else -(-(groups + full_bins) // shard_prompts)
-        micro_batches = -(-(full_bins + slot_bins) // shards)
-        return cls(row_length, rows, prompts, max(1, max_prompt_length - 1), micro_batches, shards)
+        # Bins closed for want of a prompt slot: a group sits in one box, plus one for every box it filled up.
+        slot_boxes = 0 if shard_prompts >= shard_rows else -(-(groups + full_boxes) // shard_prompts)
+        micro_batches = -(-(full_boxes + slot_boxes) // shards)
+        return cls(row_length, rows, prompts, max(1, max_prompt_length - 1), micro_batches, shards, blocks)
+
+
+@dataclass
+class Row:
+    """A row being filled: where each sequence starts, and the prompt slot of each block that is in use."""
+
+    length: int
+    block: int
+    used: int = 0
+    placed: list[tuple[int, int]] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    def start(self, slot: int) -> int:
+        """Where a sequence of this slot's prompt would start: behind the last one, or at the next block."""
+        return self.used if self.slots and self.slots[-1] == slot else -(-self.used // self.block) * self.block
+
+    def place(self, sequence: int, length: int, slot: int) -> None:
+        start = self.start(slot)
+        self.used = start + length
+        self.placed.append((sequence, start))
+        self.slots += [slot] * (-(-self.used // self.block) - len(self.slots))
+
+    def copy(self) -> "Row":
+        return Row(self.length, self.block, self.used, list(self.placed), list(self.slots))
+
+
+@dataclass
+class Box:
+    """What one shard of one micro-batch holds: the first sequence of each prompt in use, and rows."""
+
+    prompts: list[int]
+    rows: list[Row]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes: bins are (micro-batch, shard) in order; a bin lists (prompt's sequence, its rows)."""
+    """Where everything goes: boxes are (micro-batch, shard) in order."""
 
     shape: PackShape
-    bins: list[list[tuple[int, list[list[int]]]]]
+    boxes: list[Box]
 
     @property
     def count(self) -> int:
-        return -(-len(self.bins) // self.shape.shards)
+        return -(-len(self.boxes) // self.shape.shards)
 
     @property
     def cost(self) -> int:
@@ -116,64 +157,61 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
             raise LossError(
                 f"prompt_length must be at least the longest prompt less one: got {shape.prompt_length} for {prompt}."
             )
-    rows_of = [_fill_rows(length_B, group, shape.row_length) for group in members]
-    total = sum(map(len, rows_of))
-    fewest = max(-(-total * shape.shards // shape.rows), -(-len(members) * shape.shards // shape.prompts))
-    for micro_batches in range(-(-fewest // shape.shards), shape.micro_batches + 1):
-        bins = _assign(members, rows_of, micro_batches * shape.shards, shape)
-        if bins is not None:
-            return Plan(shape, bins)
-    raise LossError(
-        f"{total} rows of {len(members)} groups must fit {shape.micro_batches} micro-batches of {shape.rows} rows and "
-        f"{shape.prompts} prompts. Raise micro_batches; PackShape.for_rollout computes what is always enough."
-    )
+    # Longest first, among groups and within a group.
+    groups = [sorted(group.tolist(), key=lambda b: (-length_B[b], b)) for group in members]
+    groups.sort(key=lambda group: (-int(length_B[group].sum()), group[0]))
+    tokens = sum(int(length_B[group].sum()) for group in groups)
+    fewest = max(-(-tokens // (shape.rows * shape.row_length)), -(-len(groups) // shape.prompts))
+    # No prompt twice if that costs no micro-batch. Last comes what `PackShape.for_rollout` has a bound for: where a
+    # prompt starts at a block, a row may hold less than one prompt's completions would fill.
+    plans: list[Plan] = []
+    for block in dict.fromkeys([shape.row_length // shape.blocks, shape.row_length]):
+        for split in (False, True):
+            plans.append(Plan(shape, _fill_boxes(length_B, groups, shape, block, split=split)))
+            if plans[-1].count <= min(fewest, shape.micro_batches):
+                return plans[-1]
+    best = min(plans, key=lambda plan: plan.count)
+    if best.count > shape.micro_batches:
+        raise LossError(
+            f"{len(groups)} groups of {tokens} tokens must fit {shape.micro_batches} micro-batches of {shape.rows} "
+            f"rows and {shape.prompts} prompts: they take {best.count}. Raise micro_batches; PackShape.for_rollout "
+            "computes what is always enough."
+        )
+    return best
 
 
-def _fill_rows(length_B: np.ndarray, group: np.ndarray, row_length: int) -> list[list[int]]:
-    """Rows of sequences: longest first, each into the fullest row that still has room."""
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    for b in sorted(group.tolist(), key=lambda b: (-length_B[b], b)):
+def _fill_boxes(
+    length_B: np.ndarray, groups: list[list[int]], shape: PackShape, block: int, *, split: bool
+) -> list[Box]:
+    """One box after the other: the largest group that fits whole, and so on; then, if allowed, a part of one more."""
+    boxes: list[Box] = []
+    left = list(groups)
+    while left:
+        box = Box([], [Row(shape.row_length, block) for _ in range(shape.rows // shape.shards)])
+        while left and len(box.prompts) < shape.prompts // shape.shards:
+            tries = ((at, *_with_group(length_B, group, box)) for at, group in enumerate(left))
+            whole = next((result for result in tries if not result[2]), None)
+            at, rows, rest = whole or (0, *_with_group(length_B, left[0], box))
+            if len(rest) == len(left[at]) or (rest and box.prompts and not split):
+                break
+            box = Box([*box.prompts, left[at][0]], rows)
+            left[at : at + 1] = [rest] if rest else []
+            if rest:
+                break
+        boxes.append(box)
+    return boxes
+
+
+def _with_group(length_B: np.ndarray, group: list[int], box: Box) -> tuple[list[Row], list[int]]:
+    """Rows with those of a group's sequences that fit, each put where it leaves the least room; and the other ones."""
+    rows, slot = [row.copy() for row in box.rows], len(box.prompts)
+    rest = []
+    for b in group:
         length = int(length_B[b])
-        at = bisect_left(free, (length, -1))
-        if at < len(free):
-            room, row = free.pop(at)
-        else:
-            room, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(b)
-        insort(free, (room - length, row))
-    return rows
-
-
-def _assign(
-    members: list[np.ndarray], rows_of: list[list[list[int]]], count: int, shape: PackShape
-) -> list[list[tuple[int, list[list[int]]]]] | None:
-    """Groups to bins: whole ones first, largest first, best fit; what is left is split. None if it does not fit."""
-    row_room = [shape.rows // shape.shards] * count
-    slot_room = [shape.prompts // shape.shards] * count
-    bins: list[list[tuple[int, list[list[int]]]]] = [[] for _ in range(count)]
-
-    def place(at: int, group: int, rows: list[list[int]]) -> None:
-        bins[at].append((int(members[group][0]), rows))
-        row_room[at] -= len(rows)
-        slot_room[at] -= 1
-
-    left: list[tuple[int, list[list[int]]]] = []
-    for group in sorted(range(len(members)), key=lambda group: (-len(rows_of[group]), group)):
-        rows = rows_of[group]
-        fitting = [at for at in range(count) if slot_room[at] and row_room[at] >= len(rows)]
+        fitting = [(row.length - row.start(slot) - length, at) for at, row in enumerate(rows)]
+        fitting = [choice for choice in fitting if choice[0] >= 0]
         if fitting:
-            place(min(fitting, key=lambda at: (row_room[at], at)), group, rows)
+            rows[min(fitting)[1]].place(b, length, slot)
         else:
-            left.append((group, rows))
-    for group, rows in left:
-        while rows:
-            open_bins = [at for at in range(count) if slot_room[at] and row_room[at]]
-            if not open_bins:
-                return None
-            at = max(open_bins, key=lambda at: (row_room[at], -at))
-            room = row_room[at]
-            place(at, group, rows[:room])
-            rows = rows[room:]
-    return bins
+            rest.append(b)
+    return rows, rest

@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
         tokens_RT: Int[Array, "R T"],
         positions_RT: Int[Array, "R T"],
         segment_RT: Int[Array, "R T"],
-        prompt_R: Int[Array, "R"],
+        prompt_RC: Int[Array, "R C"],
         *,
         shards: int = 1,
     ) -> Float[Array, "R T D"]:
@@ -133,32 +133,35 @@ class Transformer(nnx.Module):
         Args:
             prompt_tokens_PT: shared prompts, right-padded.
             prompt_length_P: their lengths in tokens, at least 0.
-            tokens_RT: packed rows; every segment of a row continues the same prompt.
+            tokens_RT: packed rows, of C equal blocks each; the tokens of a block continue the same prompt.
             positions_RT: absolute positions, as in the unpacked sequences.
-            segment_RT: 0 is padding; tokens see their row's prompt and earlier tokens of their own segment.
-            prompt_R: row of `prompt_tokens_PT` that each packed row continues.
-            shards: equal blocks of rows and prompts that lie on different devices, where a row only continues prompts
-                of its own block: what a row reads of its prompt then never moves between devices.
+            segment_RT: 0 is padding; tokens see their block's prompt and earlier tokens of their own segment.
+            prompt_RC: row of `prompt_tokens_PT` that each block continues.
+            shards: equal parts of rows and prompts that lie on different devices, where a row only continues prompts
+                of its own part: what a row reads of a prompt then never moves between devices.
 
         Returns:
             hidden_RTD in the compute type, equal to that of each whole sequence run by itself.
 
         Raises:
-            SamplerError: rows or prompts do not divide by the shards.
+            SamplerError: rows or prompts do not divide by the shards, or a row's length by its blocks.
         """
-        config = self.config
+        config, T, blocks = self.config, tokens_RT.shape[1], prompt_RC.shape[1]
+        if T % blocks:
+            raise SamplerError(f"the blocks of a row must divide its length {T}: got prompt_RC with {blocks}.")
         if prompt_tokens_PT.shape[0] % shards or tokens_RT.shape[0] % shards:
             raise SamplerError(
                 f"prompts and rows must divide by shards={shards}: got {prompt_tokens_PT.shape[0]} prompts and "
                 f"{tokens_RT.shape[0]} rows."
             )
         slots = prompt_tokens_PT.shape[0] // shards
-        local_R = prompt_R.reshape(shards, -1) - slots * jnp.arange(shards, dtype=prompt_R.dtype)[:, None]
+        local_RC = prompt_RC.reshape(shards, -1, blocks) - slots * jnp.arange(shards, dtype=jnp.int32)[:, None, None]
 
-        def of_prompt(x_P: Array) -> Array:
-            # Indexed block by block: a batched gather is one that the partitioner keeps on each device.
-            blocks = x_P.reshape(shards, slots, *x_P.shape[1:])
-            return jax.vmap(lambda block, index: block[index])(blocks, local_R).reshape(-1, *x_P.shape[1:])
+        def of_prompt(x_P: Array, block: int) -> Array:
+            # Indexed part by part: a batched gather is one that the partitioner keeps on each device.
+            parts = x_P.reshape(shards, slots, *x_P.shape[1:])
+            gathered = jax.vmap(lambda part, index: part[index])(parts, local_RC[..., block])
+            return gathered.reshape(-1, *x_P.shape[1:])
 
         Tp = prompt_tokens_PT.shape[1]
         place_T = jnp.arange(Tp, dtype=jnp.int32)
@@ -166,9 +169,13 @@ class Transformer(nnx.Module):
         prompt_cos, prompt_sin = rope_tables(place_T[None], config)
         prompt_segment = live_PT.astype(jnp.int32)
         row_cos, row_sin = rope_tables(positions_RT, config)
-        # Every query of a row sees the same live part of its prompt.
-        cross_mask = jnp.broadcast_to(of_prompt(live_PT)[:, None], (*tokens_RT.shape, Tp))
-        row_mask = jnp.concatenate([cross_mask, causal_mask(segment_RT)], axis=2)
+        # Block by block of queries: what a block may see ends with itself.
+        spans = [slice(at * T // blocks, (at + 1) * T // blocks) for at in range(blocks)]
+        own_mask = causal_mask(segment_RT)
+        masks = []
+        for at, span in enumerate(spans):
+            prompt_mask = jnp.broadcast_to(of_prompt(live_PT, at)[:, None], (len(tokens_RT), T // blocks, Tp))
+            masks.append(jnp.concatenate([prompt_mask, own_mask[:, span, : span.stop]], axis=2))
 
         def block(streams: tuple[Array, Array], layer: Layer) -> tuple[Array, Array]:
             prompts, rows = streams
@@ -176,10 +183,13 @@ class Transformer(nnx.Module):
             attended = self_attention(self.attention, q, k, v, prompt_segment, self.mesh)
             prompts = attention_out(layer, prompts, attended)
             row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
-            # One matrix product over prompt and row costs less than two, and the copy that it takes less than that.
-            row_k = jnp.concatenate([of_prompt(k), row_k], axis=1)
-            row_v = jnp.concatenate([of_prompt(v), row_v], axis=1)
-            attended = masked_attention(self.attention, row_q, row_k, row_v, row_mask)
+            parts = []
+            for at, (span, mask) in enumerate(zip(spans, masks)):
+                # One matrix product over prompt and row costs less than two, and the copy that it takes less than that.
+                seen_k = jnp.concatenate([of_prompt(k, at), row_k[:, : span.stop]], axis=1)
+                seen_v = jnp.concatenate([of_prompt(v, at), row_v[:, : span.stop]], axis=1)
+                parts.append(masked_attention(self.attention, row_q[:, span], seen_k, seen_v, mask))
+            attended = jnp.concatenate(parts, axis=1)
             rows = attention_out(layer, rows, attended)
             return mlp(layer, prompts, config), mlp(layer, rows, config)
 
