@@ -128,6 +128,8 @@ def _packing() -> dict[str, Any]:
     )
     leaves = jax.tree_util.tree_leaves_with_path(packed)
     cases = {f"pack {jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    # Stored by 0.1.0, in which a row was one block.
+    cases["pack .micro.prompt_R"] = cases["pack .micro.prompt_RC"][..., 0]
     for index, keep_B in enumerate(
         gl.split_minibatches(np.array([0, 0, 1, 1, 2, 2], np.int32), 3, seed=5, step=2, epoch=1)
     ):

@@ -71,7 +71,7 @@ def _hidden() -> dict[str, Any]:
                 tokens_BT[:, 3:],
                 jnp.array([[3, 4, 3, 0], [2, 3, 4, 5]]),
                 jnp.array([[1, 1, 2, 0], [1, 1, 1, 1]]),
-                jnp.array([0, 1]),
+                jnp.array([[0], [1]]),
             )
             return plain_BTD, packed_RTD, model.unembedding
 

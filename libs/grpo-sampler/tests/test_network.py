@@ -133,17 +133,22 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
 
 def test_a_row_of_one_prompt_is_the_same_in_any_number_of_blocks(tiny):
     graphdef, params = tiny
-    batch, _ = packed()
-    rows = [jnp.asarray(array) if i < 2 else jnp.asarray(array[1:]) for i, array in enumerate(batch)]
+    (prompt_PT, length_P, *packed_rows), _ = packed()
+    tokens_RT, positions_RT, segment_RT, prompt_RC = (jnp.asarray(rows[1:]) for rows in packed_rows)
     model = merge(graphdef, params)
-    live = (rows[4] > 0)[..., None]
-    one, two, four = (
-        model.with_prompts(*rows[:5], rows[5][:, :1].repeat(blocks, axis=1)) * live for blocks in (1, 2, 4)
-    )
-    np.testing.assert_allclose(two, one, atol=2e-6)
-    np.testing.assert_allclose(four, one, atol=2e-6)
+
+    def hidden(blocks):
+        one_prompt_RC = prompt_RC[:, :1].repeat(blocks, axis=1)
+        return model.with_prompts(
+            jnp.asarray(prompt_PT), jnp.asarray(length_P), tokens_RT, positions_RT, segment_RT, one_prompt_RC
+        )
+
+    live = (segment_RT > 0)[..., None]
+    one = hidden(1) * live
+    np.testing.assert_allclose(hidden(2) * live, one, atol=2e-6)
+    np.testing.assert_allclose(hidden(4) * live, one, atol=2e-6)
     with pytest.raises(SamplerError, match="divide its length 12: got prompt_RC with 5"):
-        model.with_prompts(*rows[:5], rows[5][:, :1].repeat(5, axis=1))
+        hidden(5)
 
 
 def test_blocks_of_rows_that_keep_to_their_own_prompts(tiny):
