@@ -13,6 +13,7 @@ from tools.release import changelog
 from tools.release.__main__ import main
 from tools.release.agreement import disagreements
 from tools.release.bump import bump
+from tools.release.compat import last_release
 from tools.release.graph import graph
 from tools.release.history import extract, git, releases
 from tools.release.verdict import Level, raised
@@ -122,9 +123,55 @@ def test_versions_of_tags_are_ordered_as_versions(tree: Path) -> None:
 
 
 def test_a_first_release_may_have_any_level(tree: Path) -> None:
-    say_unreleased(tree, "toy-base")
+    log = tree / "libs" / "toy-base" / "CHANGELOG.md"
+    log.write_text("# Changelog\n\n## [Unreleased]\n- Something.\n")
+    git(tree, "checkout", "--quiet", "--orphan", "another-history")
+    git_commit(tree)
     done = bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
-    assert (str(done.version), done.tag, done.verdict) == ("0.1.1", "toy-base-v0.1.1", None)
+    assert (str(done.version), done.tag, done.since, done.verdict) == ("0.1.1", "toy-base-v0.1.1", None, None)
+
+
+def head(root: Path) -> str:
+    return git(root, "rev-parse", "HEAD").decode().strip()
+
+
+def test_without_tags_a_release_is_the_last_commit_with_nothing_unreleased(tree: Path) -> None:
+    edit(source_of(tree, "toy-base"), "return x + y", "return y + x")  # still what 0.1.0 is: nothing says otherwise
+    git_commit(tree)
+    released = head(tree)
+    edit(source_of(tree, "toy-base"), "y: int", "z: int")
+    say_unreleased(tree, "toy-base")
+    git_commit(tree)
+    with pytest.raises(ReleaseError, match="The change demands minor"):
+        bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
+    assert bump(read_workspace(tree), "toy-base", Level.MINOR, day=DAY).since == released
+
+
+def test_the_matrix_compares_with_the_last_release(tree: Path) -> None:
+    def last() -> str:
+        return last_release(tree, read_workspace(tree))
+
+    first = head(tree)
+    assert last() == first
+    edit(source_of(tree, "toy-base"), "return x + y", "return y + x")
+    assert last() == first
+    say_unreleased(tree, "toy-base")
+    git_commit(tree)
+    assert last() == first
+    bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
+    git_commit(tree)
+    assert last() == first, "the version just raised is what is to be judged"
+    second = head(tree)
+    edit(source_of(tree, "toy-loss"), "return x + y", "return y + x")
+    assert last() == second
+    git(tree, "tag", "toy-app-v0.1.0", first)
+    assert last() == "toy-app-v0.1.0"
+    git(tree, "tag", "--delete", "toy-app-v0.1.0")
+    git(tree, "checkout", "--quiet", "--orphan", "another-history")
+    say_unreleased(tree, "toy-loss")
+    git_commit(tree)
+    with pytest.raises(ReleaseError, match=r"neither a tag toy-app-v0.1.0 nor a commit whose changelogs"):
+        last()
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,9 @@ def _bump(workspace: Workspace, options: argparse.Namespace) -> int:
         workspace, options.library, Level[options.level.upper()], since=options.since, day=datetime.date.today()
     )
     if done.verdict is None:
-        print("nothing released to compare with: any level is honest")
+        print("nothing to compare with: any level is honest")
     else:
+        print(f"compared with {done.since}")
         needed = done.verdict.demands(workspace[options.library].version)
         print(*done.verdict.lines(), f"the change demands {needed.name.lower()}", sep="\n")
     print(f"{options.library} {workspace[options.library].version} -> {done.version}")
@@ -57,13 +58,15 @@ def _graph(workspace: Workspace, options: argparse.Namespace) -> int:
 
 def _compat(workspace: Workspace, options: argparse.Namespace) -> int:
     candidate = workspace if options.candidate is None else read_workspace(options.candidate)
+    baseline = options.baseline or compat.last_release(workspace.root, candidate)
+    print(f"released: the app of {baseline}")
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(
             compat.compatibility(
                 candidate,
                 Path(scratch),
                 repository=workspace.root,
-                baseline=options.baseline,
+                baseline=baseline,
                 say=lambda text: print(text, file=sys.stderr),
             )
         )
@@ -118,10 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     made = command("bump", _bump, "raise a version, unless the change demands more")
     made.add_argument("library")
     made.add_argument("level", choices=[level.name.lower() for level in reversed(Level)])
-    made.add_argument("--since", metavar="REF", help="commit to compare with; default: the last tag")
+    made.add_argument("--since", metavar="REF", help="commit to compare with; default: the last release")
     command("graph", _graph, "print the dependency graph")
     made = command("compat", _compat, "run the released app with each changed library of the working tree")
-    made.add_argument("--baseline", metavar="REF", default="HEAD", help="commit of the released app; default: HEAD")
+    made.add_argument("--baseline", metavar="REF", help="commit of the released app; default: the last release")
     made.add_argument("--candidate", type=Path, metavar="TREE", help="tree of the candidates; default: this one")
     made = command("names", _names, "print the public names of every library")
     made.add_argument("--write", action="store_true", help=f"freeze them in {NAMES}/")

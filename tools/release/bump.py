@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from . import changelog
-from .history import releases, tag_of
+from .history import releases, settled, tag_of
 from .verdict import Level, Verdict, judge_since, raised
 from .workspace import Package, ReleaseError, Workspace
 
@@ -21,12 +21,14 @@ class Bump:
     Args:
         version: the new one.
         tag: what to tag once it is merged.
-        verdict: what changed since the last release, None for a first release or the app.
+        since: commit it was compared with, None for a first release or the app.
+        verdict: what changed since then.
         left: what is still to do, one sentence each.
     """
 
     version: Version
     tag: str
+    since: str | None
     verdict: Verdict | None
     left: tuple[str, ...]
 
@@ -38,14 +40,17 @@ def bump(workspace: Workspace, name: str, level: Level, *, since: str | None = N
         workspace: the working tree.
         name: the package.
         level: which part goes up.
-        since: commit to compare with; None: the package's last tag.
+        since: commit to compare with; None: the package's last tag, or without tags the last commit at which its
+            changelog had nothing unreleased.
         day: date of the release.
 
     Raises:
         ReleaseError: the change demands a higher level, or nothing stands under [Unreleased]. Nothing is written.
     """
     package = workspace[name]
-    verdict = _verdict(workspace, package, since)
+    if since is None and package.is_library:
+        since = _last_release(workspace, package)
+    verdict = None if since is None or not package.is_library else judge_since(since, workspace, name)
     if verdict is not None and level < (needed := verdict.demands(package.version)):
         listed = "\n".join(f"  {line}" for line in verdict.lines())
         raise ReleaseError(
@@ -70,15 +75,14 @@ def bump(workspace: Workspace, name: str, level: Level, *, since: str | None = N
         edits[app] = _replaced(app, f'"{name}=={package.version}"', f'"{name}=={version}"')
     for path, content in edits.items():
         path.write_text(content)
-    return Bump(version, tag_of(name, version), verdict, tuple(_left(workspace, name, version)))
+    return Bump(version, tag_of(name, version), since, verdict, tuple(_left(workspace, name, version)))
 
 
-def _verdict(workspace: Workspace, package: Package, since: str | None) -> Verdict | None:
-    if not package.is_library:
-        return None
+def _last_release(workspace: Workspace, package: Package) -> str | None:
     tagged = list(releases(workspace.root, package).values())
-    ref = since or (tagged[-1] if tagged else None)
-    return None if ref is None else judge_since(ref, workspace, package.name)
+    if tagged:
+        return tagged[-1]
+    return next(settled(workspace.root, [package.changelog.relative_to(workspace.root)]), None)
 
 
 def _replaced(path: Path, old: str, new: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.version import Version
 
 from . import fresh
 from .artifacts import build
-from .history import extract, git, tag_of
+from .history import extract, git, releases, settled, tag_of
 from .verdict import Level, Verdict, judge, raised
 from .workspace import Package, ReleaseError, Workspace, read_workspace
 
@@ -53,12 +54,46 @@ class Row:
         return self.candidate >= raised(self.pinned, self.honest)
 
 
+def last_release(repository: Path, candidate: Workspace) -> str:
+    """The commit of the app that users have: its newest release in which a library was not yet what it is now.
+
+    So a version that was just raised is compared with the one before it. Releases are the app's tags; in a repository
+    without any, the commits at which no changelog had anything unreleased.
+
+    Args:
+        repository: where tags and commits are.
+        candidate: the working tree.
+
+    Returns:
+        A tag or commit; the newest release where all have the libraries of now.
+
+    Raises:
+        ReleaseError: nothing was ever released.
+    """
+    changelogs = [package.changelog.relative_to(candidate.root) for package in candidate.packages.values()]
+    tagged = list(reversed(releases(repository, candidate.app).values()))
+    newest = None
+    for ref in tagged or settled(repository, changelogs):
+        newest = newest or ref
+        with TemporaryDirectory() as folder:
+            before = read_workspace(extract(repository, ref, Path(folder)))
+            if any(_sources(before[library.name]) != _sources(library) for library in candidate.libraries):
+                return ref
+    if newest is None:
+        tag = tag_of(candidate.app.name, candidate.app.version)
+        raise ReleaseError(
+            f"{repository} must hold a release of {candidate.app.name}: there is neither a tag {tag} nor a commit "
+            "whose changelogs have nothing unreleased. Fetch the whole history, or name a commit (`--baseline REF`)."
+        )
+    return newest
+
+
 def compatibility(
     candidate: Workspace,
     scratch: Path,
     *,
     repository: Path,
-    baseline: str = "HEAD",
+    baseline: str,
     tests: Sequence[str] = APP_TESTS,
     say: Callable[[str], None] = print,
 ) -> Iterator[Row]:

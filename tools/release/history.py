@@ -1,14 +1,17 @@
-"""What was released: tags like `grpo-loss-v0.2.0`, and the tree as it was at one."""
+"""What was released: tags like `grpo-loss-v0.2.0`, or commits whose changelogs wait for nothing; the tree at one."""
 
 from __future__ import annotations
 
 import io
 import subprocess
 import tarfile
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from . import changelog
 from .workspace import Package, ReleaseError
 
 
@@ -42,6 +45,29 @@ def releases(root: Path, package: Package) -> dict[Version, str]:
         except InvalidVersion as error:
             raise ReleaseError(f"tag {tag} must end in a version, as in {package.name}-v0.2.0.") from error
     return dict(sorted(found.items()))
+
+
+def settled(root: Path, changelogs: Sequence[Path]) -> Iterator[str]:
+    """Commits that stand for a release where nobody tagged one, newest first.
+
+    At such a commit each changelog has a version on top and nothing under [Unreleased]. Whatever changed afterwards has
+    a line there, so the newest of these commits is the last one that had the version's sources.
+
+    Args:
+        root: the repository. Only the first parents of its HEAD are walked: what was main at the time.
+        changelogs: which ones, relative to the root.
+    """
+    paths = list(map(str, changelogs))
+
+    @cache
+    def waits_for_nothing(blob: str) -> bool:
+        text = git(root, "cat-file", "blob", blob).decode()
+        return bool(changelog.released(text)) and not changelog.unreleased(text)
+
+    for commit in git(root, "rev-list", "--first-parent", "HEAD").decode().split():
+        blobs = git(root, "ls-tree", "--format=%(objectname)", commit, "--", *paths).decode().split()
+        if len(blobs) == len(paths) and all(map(waits_for_nothing, blobs)):
+            yield commit
 
 
 def extract(root: Path, ref: str, target: Path) -> Path:
