@@ -62,7 +62,11 @@ def test_a_trainers_own_record_says_what_was_drawn(name: str) -> None:
 
 
 def test_the_records_hold_both_endings_and_masked_rows() -> None:
-    cases = stored_cases().values()
-    stops = {last in case["arguments"]["law"]["stop_ids"] for case in cases for *_, last in case["completions"]}
-    assert stops == {True, False}
-    assert {alive for case in cases for alive in case["in_loss"]} == {True, False}
+    cases = stored_cases()
+    for trainer in ADAPTERS:
+        of_trainer = [case for name, case in cases.items() if name.partition(",")[0] == trainer]
+        stops = {
+            last in case["arguments"]["law"]["stop_ids"] for case in of_trainer for *_, last in case["completions"]
+        }
+        assert stops == {True, False}, trainer
+    assert {alive for case in cases.values() for alive in case["in_loss"]} == {True, False}

@@ -42,7 +42,8 @@ def from_trl(
 
     Returns:
         A valid Rollout with T = prompt width + C. A row whose completion mask is all 0 (a truncated completion masked)
-        keeps its tokens, up to its trailing padding, and stays out of the loss.
+        keeps its tokens, up to its trailing padding, and stays out of the loss. TRL scores such a row with 0 at every
+        token, so average log-probabilities over `loss_mask_BT`, not over `completion_BT`.
 
     Raises:
         ContractError: the record lacks a key, its arrays disagree, or the result would not be valid.

@@ -14,7 +14,9 @@ import torch
 from datasets import Dataset
 from tiny_policy import PAD, PROMPTS, STOP, WORDS, draw, logp_alone, make_policy, make_tokenizer
 from trl import GRPOConfig, GRPOTrainer
-from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput, AgentLoopWorker
+from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.workers.rollout.replica import TokenOutput
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 GROUP_SIZE, NEW = 4, 10
@@ -117,36 +119,62 @@ def _find(drawn, record, b):
 class _Worker(AgentLoopWorker):
     """verl's worker without the cluster it would be an actor of."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, limits):
         self.tokenizer, self.processor = tokenizer, None
-        self.rollout_config = SimpleNamespace(prompt_length=7, response_length=NEW)
+        self.rollout_config = limits
         self.reward_loop_worker_handles, self.distillation_enabled = None, False
 
     def _get_mm_processor_kwargs(self, audios):
         return {}
 
 
+class _Loop(SingleTurnAgentLoop):
+    """verl's loop of one turn around an engine of ours, without chat templates."""
+
+    def __init__(self, limits, engine):
+        self.rollout_config, self.server_manager = limits, self
+        self.prompt_length, self.response_length = limits.prompt_length, limits.response_length
+        self.processor, self.mm_processor_kwargs, self.engine = None, {}, engine
+
+    async def ct_build_initial_tokens(self, messages, **media):
+        return messages
+
+    async def generate(self, *, prompt_ids, **request):
+        token_ids, log_probs = self.engine(prompt_ids)
+        return TokenOutput(token_ids=token_ids, log_probs=log_probs)
+
+    async def ct_merge_assistant_token(self, prompt_ids, drawn, mask, logp, assistant_logprobs):
+        return SimpleNamespace(token_ids=prompt_ids + drawn), [1] * len(drawn), assistant_logprobs
+
+
 def verl_cases():
-    """verl's agent loop, from ragged responses to the DataProto its trainer reads."""
+    """verl's agent loop, from what an engine drew to the DataProto its trainer reads."""
     policy, tokenizer = make_policy(), make_tokenizer()
-    worker = _Worker(tokenizer)
-    order = [5, 0, 9, 3, 1, 11, 4, 2, 8, 6, 7, 10]  # rows come back as requests end
-    rows = []
+    yield "verl", _verl(policy, tokenizer, NEW)
+    yield "verl, cut short", _verl(policy, tokenizer, 3)  # an engine that goes on past the limit
+
+
+def _verl(policy, tokenizer, response_length):
+    limits = SimpleNamespace(prompt_length=7, response_length=response_length)
+    law, rows = {"temperature": 0.8, "top_k": 5}, []
+
+    def engine(ids):
+        completion, logp = draw(policy, ids, NEW, **law)
+        rows.append((ids, completion[:response_length]))
+        return completion, logp
+
+    worker, loop = _Worker(tokenizer, limits), _Loop(limits, engine)
 
     async def run(ids):
-        completion, logp = draw(policy, ids, NEW, temperature=0.8, top_k=5)
-        rows.append((ids, completion))
-        output = AgentLoopOutput(
-            prompt_ids=ids, response_ids=completion, response_mask=[1] * len(completion), response_logprobs=logp,
-            reward_score=float(len(completion)), metrics=AgentLoopMetrics(),
-        )  # fmt: skip
+        output = await loop.run({}, raw_prompt=ids)
+        output.reward_score = float(len(output.response_ids))
         return await worker._agent_loop_postprocess(output, False, raw_prompt=None)
 
-    async def run_all():
-        return [await run(tokenizer(LABELS[i])["input_ids"]) for i in order]
+    async def run_all(labels):
+        return [await run(tokenizer(label)["input_ids"]) for label in labels]
 
+    order = [5, 0, 9, 3, 1, 11, 4, 2, 8, 6, 7, 10]  # rows come back as requests end
     uid = np.array([LABELS[i] for i in order], object)
-    data = worker._postprocess(asyncio.run(run_all()), {"uid": uid})
+    data = worker._postprocess(asyncio.run(run_all(uid)), {"uid": uid})
     record = {**data.batch, "uid": data.non_tensor_batch["uid"]}
-    law = {"stop_ids": STOP, "temperature": 0.8, "top_k": 5}
-    yield "verl", _case(record, rows, law, policy)
+    return _case(record, rows, law | {"stop_ids": STOP}, policy)
