@@ -59,7 +59,7 @@ def _graph(workspace: Workspace, options: argparse.Namespace) -> int:
 def _compat(workspace: Workspace, options: argparse.Namespace) -> int:
     candidate = workspace if options.candidate is None else read_workspace(options.candidate)
     baseline = options.baseline or compat.last_release(workspace.root, candidate)
-    print(f"released: the app of {baseline}")
+    print(f"released: the app of {baseline}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(
             compat.compatibility(

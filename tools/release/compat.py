@@ -177,7 +177,8 @@ def _released(package: Package, repository: Path, tree: Workspace, scratch: Path
 
 def _app(tree: Workspace, released: dict[str, Package], wheels: Path, scratch: Path) -> tuple[Path, Path]:
     """An environment with the app on its own pins, and the folder of its tests."""
-    build([tree.app, *released.values()], wheels)
+    build([tree.app], wheels)
+    build(list(released.values()), wheels, wheels_only=True)
     python = fresh.create(scratch / "environment")
     fresh.install_package(python, tree, tree.app, wheels)
     fresh.install_test_requirements(python, tree, tree.app)

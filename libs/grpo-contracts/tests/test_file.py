@@ -242,6 +242,15 @@ def test_the_module_runs_as_a_program(saved: Path) -> None:
     assert "Traceback" not in damaged.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_reader_may_stop_early() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "grpo_contracts", "schema"], stdout=pipe, stderr=subprocess.PIPE)
+    assert done.stderr == b""
+
+
 def test_the_schema_lists_fields_rules_and_header() -> None:
     printed = schema()
     rollout = printed["stages"]["Rollout"]
