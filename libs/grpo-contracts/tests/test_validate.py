@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,6 +236,24 @@ def test_a_row_may_stay_out_of_the_loss(batch: TrainBatch) -> None:
     validate(replace(batch, ROLLOUT + "loss_mask_BT", lambda x: put(x, 1, False)), "values")
 
 
+class Raising(np.ndarray):
+    @property
+    def dtype(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        raise RuntimeError("not a dtype")
+
+
+@pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix, Raising])
+def test_arrays_that_compute_otherwise_are_refused(batch: TrainBatch, kind: type[np.ndarray]) -> None:
+    for level in ("shapes", "values"):
+        with pytest.raises(ContractError, match=f"must be a numpy or jax array: got a {kind.__name__}"):
+            validate(replace(batch, "old_logp_BT", lambda x: x.view(kind)), level)
+
+
+def test_arrays_of_a_file_are_arrays(batch: TrainBatch, tmp_path: Path) -> None:
+    np.save(tmp_path / "logp.npy", batch.old_logp_BT)
+    validate(replace(batch, "old_logp_BT", lambda _: np.load(tmp_path / "logp.npy", mmap_mode="r")), "values")
+
+
 def test_groups_left_unflattened_are_told_what_to_do(batch: TrainBatch) -> None:
     with pytest.raises(ContractError) as caught:
         validate(replace(batch, SCORED + "reward_B", lambda x: x.reshape(2, 2)))
@@ -360,6 +379,14 @@ def test_rewards_that_could_not_be_computed_are_unscored(batch: TrainBatch) -> N
         ({"a": [1.0]}, None),
         ({"a": [1.0] * 4}, {"b": 1.0}),
         ({"a": ["1"] * 4}, None),
+        ({"a": [1.0] * 4}, {"a": None}),
+        ({"a": [1.0] * 4}, {"a": np.inf}),
+        ({"a": {0.0, 1.0, 2.0, 3.0}}, None),  # no order says whose reward is whose
+        ({"a": 1.0}, None),
+        ([1.0] * 4, None),
     ]:
         with pytest.raises(ContractError):
             Scored.from_rewards(rollout, rewards, weights)  # type: ignore[arg-type]
+    wrong: Any = scored
+    with pytest.raises(ContractError, match="Scored.rollout must be a Rollout: got a Scored"):
+        Scored.from_rewards(wrong, {"a": [1.0] * 4})

@@ -12,8 +12,9 @@ from ._errors import broken
 
 def is_array(value: Any) -> bool:
     """Whether a value is a numpy or a jax array (tracers included)."""
+    # No other subclass: masked arrays and matrices compute otherwise, and what somebody overrides may raise anything.
     if isinstance(value, np.ndarray):
-        return True
+        return type(value) in (np.ndarray, np.memmap)
     jax = sys.modules.get("jax")  # a jax array can only exist where jax has been imported
     array = getattr(jax, "Array", None)
     return array is not None and isinstance(value, array)

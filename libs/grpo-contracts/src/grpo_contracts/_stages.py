@@ -238,24 +238,41 @@ class Scored(Stage):
         Raises:
             ContractError: a name without a weight or the reverse, a row too many or too few, or no number.
         """
-        weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
-        if not rewards or set(weights) != set(rewards):
-            raise broken("Scored", "names", "weights", f"given weights for exactly {sorted(rewards)}", sorted(weights))
-        rows = len(rollout.tokens_BT)
-        for name, column in rewards.items():
-            if len(column) != rows:
-                raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one a row", len(column))
-            for b, value in enumerate(column):
-                if value is not None and _real(value) is None:
-                    came = value if isinstance(value, float) else describe(value)
-                    expected = f"a finite number or None, from {name!r}"
-                    raise broken("Scored", "reward_BN", "finite", expected, came, index=(b, list(rewards).index(name)))
+        weights = dict.fromkeys(rewards, 1.0) if weights is None and isinstance(rewards, Mapping) else weights
+        _check_rewards(rollout, rewards, weights)
         scored_BN = np.array([[value is not None for value in column] for column in rewards.values()]).T
         reward_BN = np.array([[value or 0.0 for value in column] for column in rewards.values()], np.float32).T
         weight_N = np.array([weights[name] for name in rewards], np.float32)
         scored_B = (scored_BN | (weight_N == 0)).all(1) & scored_BN.any(1)
         reward_B = np.where(scored_B, (reward_BN * scored_BN) @ weight_N, 0).astype(np.float32)
         return cls(rollout, reward_BN, scored_BN, tuple(rewards), weight_N, reward_B, scored_B)
+
+
+def _check_rewards(rollout: Any, rewards: Any, weights: Any) -> None:
+    if type(rollout) is not Rollout:
+        raise broken("Scored", "rollout", "type", "a Rollout", describe(rollout))
+    for given in (rewards, weights):
+        if not isinstance(given, Mapping) or not given:
+            raise broken("Scored", "names", "type", "given as a mapping of names, at least one", describe(given))
+    if set(weights) != set(rewards):
+        raise broken("Scored", "names", "weights", f"given weights for exactly {[*rewards]}", [*weights])
+    rows = len(rollout.tokens_BT)
+    for n, (name, column) in enumerate(rewards.items()):
+        if _real(weights[name]) is None:
+            expected = f"a finite number, for {name!r}"
+            raise broken("Scored", "weight_N", "finite", expected, _told(weights[name]), index=(n,))
+        listed = isinstance(column, Sequence) or (isinstance(column, np.ndarray) and column.ndim == 1)
+        if not listed or len(column) != rows:
+            came = len(column) if listed else describe(column)
+            raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one a row", came)
+        for b, value in enumerate(column):
+            if value is not None and _real(value) is None:
+                expected = f"a finite number or None, from {name!r}"
+                raise broken("Scored", "reward_BN", "finite", expected, _told(value), index=(b, n))
+
+
+def _told(value: object) -> object:
+    return value if isinstance(value, float) else describe(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
