@@ -388,5 +388,5 @@ def test_rewards_that_could_not_be_computed_are_unscored(batch: TrainBatch) -> N
         with pytest.raises(ContractError):
             Scored.from_rewards(rollout, rewards, weights)  # type: ignore[arg-type]
     wrong: Any = scored
-    with pytest.raises(ContractError, match="Scored.rollout must be a Rollout: got a Scored"):
+    with pytest.raises(ContractError, match=r"Scored\.rollout must be a Rollout: got a Scored"):
         Scored.from_rewards(wrong, {"a": [1.0] * 4})
