@@ -105,19 +105,29 @@ def unpack_tests(sdist: Path, target: Path) -> Path:
     return folder
 
 
-def run_tests(python: Path, folder: Path, tests: Sequence[str] = ("tests",), *, timeout: float = 900) -> Outcome:
+def run_tests(
+    python: Path,
+    folder: Path,
+    tests: Sequence[str] = ("tests",),
+    *,
+    compiled: Path | None = None,
+    timeout: float = 3600,
+) -> Outcome:
     """Run a package's fast tests in a fresh environment, away from the source tree.
 
     Args:
         python: interpreter with the package and its tests' requirements.
         folder: where `unpack_tests` put them.
         tests: files or folders in it.
+        compiled: where jax keeps what it compiled from one run to the next; None: nowhere.
         timeout: seconds.
     """
     settings = folder / "pytest.ini"
     settings.write_text("[pytest]\nnorecursedirs = oracles\nmarkers =\n    slow: not run here\n")
     # Editable installs and PYTHONPATH would let the source tree in.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"JAX_PLATFORMS": "cpu"}
+    if compiled is not None:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "--import-mode=importlib", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(

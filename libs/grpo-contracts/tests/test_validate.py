@@ -250,7 +250,7 @@ def test_arrays_that_compute_otherwise_are_refused(batch: TrainBatch, kind: type
 
 
 def test_arrays_of_a_file_are_arrays(batch: TrainBatch, tmp_path: Path) -> None:
-    np.save(tmp_path / "logp.npy", batch.old_logp_BT)
+    np.save(tmp_path / "logp.npy", batch.scored.rollout.logp_BT)
     validate(replace(batch, "old_logp_BT", lambda _: np.load(tmp_path / "logp.npy", mmap_mode="r")), "values")
 
 
