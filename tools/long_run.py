@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 SECONDS_BETWEEN_SAMPLES = 1.0
 WRITING = ("logging", "checkpoint")  # phases that learn nothing
@@ -36,7 +37,8 @@ def main() -> None:
     if len(steps) < 8 or len(samples) < 8:
         sys.exit(f"at least 8 steps and samples are needed for quarters: {len(steps)} and {len(samples)} are there")
     draw(options.out / "long-run.png", steps, samples)
-    print(report(steps, samples, summary_of(options.out / "run")))
+    every = yaml.safe_load((options.out / "run" / "config.yaml").read_text())["checkpoint"]["every"]
+    print(report(steps, samples, summary_of(options.out / "run"), every))
     sys.exit(code)
 
 
@@ -98,8 +100,10 @@ def quarter(items: Sequence[dict[str, Any]], number: int, steps: int) -> list[di
     return [item for item in items if (number - 1) * steps < 4 * item["step"] <= number * steps]
 
 
-def report(steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """The second and the last quarter side by side, and what writing costs."""
+def report(
+    steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], summary: dict[str, Any], every: int
+) -> str:
+    """The second and the last quarter side by side, and what writing costs, with checkpoints at every so many steps."""
     last = steps[-1]["step"]
 
     def row(name: str, of: Sequence[dict[str, Any]], key: str, middle: Any, scale: float, form: str) -> str:
@@ -123,6 +127,15 @@ def report(steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], s
         working = sum(seconds for name, seconds in phases.items() if name not in (*WRITING, "evaluation"))
         costs = ", ".join(f"{name} {phases.get(name, 0.0) / working:.2%}" for name in WRITING)
         lines.append(f"of the time of steps ({working:.1f} s): {costs}")
+    after = [step["seconds"] for step in steps[1:] if every and step["step"] % every == 1]
+    others = [step["seconds"] for step in steps[1:] if every and step["step"] % every > 1]
+    if after and others:
+        # A checkpoint is written in the background, which takes time from the step that runs meanwhile.
+        slow, usual = statistics.median(after), statistics.median(others)
+        lines.append(
+            f"the step after a checkpoint takes {slow:.3f} s, others {usual:.3f} s (medians): "
+            f"{(slow - usual) / (every * usual):+.2%} of the time of steps"
+        )
     return "\n".join(lines)
 
 

@@ -105,6 +105,17 @@ def test_each_streak_is_warned_of_once(tmp_path: Path, wrong: dict[str, float], 
     assert len(watched.warnings) == 2  # a new streak
 
 
+def test_what_comes_and_goes_is_told_a_few_times(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    for _ in range(9):
+        watched.step(finite=0.5)
+        watched.step()
+    assert [warning.partition(":")[0] for warning in watched.warnings] == ["step 1", "step 3", "step 5"]
+    assert ["not told again" in warning for warning in watched.warnings] == [False, False, True]
+    watched.step(completions__clipped_ratio=1.0)  # another thing
+    assert len(watched.warnings) == 4
+
+
 def test_a_healthy_step_says_nothing(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     assert set(watched.step().values()) == {0.0}

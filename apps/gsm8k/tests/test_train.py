@@ -124,6 +124,35 @@ def test_another_policy_may_not_go_on_from_a_checkpoint(toy_policy: Path, uninte
         Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, other)
 
 
+def test_a_run_goes_on_with_corrected_problems_where_that_is_asked_for(
+    toy_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(8)]
+
+    def write(split: str, **other: str) -> None:
+        text = "".join(json.dumps(line | (other if n == 0 else {})) + "\n" for n, line in enumerate(lines))
+        (tmp_path / f"{split}.jsonl").write_text(text)
+
+    def go(*sets: str) -> int:
+        return train(settings(toy_policy, tmp_path / "run", f"data.source={tmp_path}", "data.train_size=0", *sets))
+
+    write("train")
+    write("test", question="What is 9 + 9?", answer="#### 18")
+    assert go("steps=2") == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    write("train", answer="It is 1.\n#### 1")
+    write("test", question="What is 8 + 8?", answer="#### 16")
+    with pytest.raises(ResumeRefused, match=r"held_out: .*\n.*problems: .*\n.*any_data=true: step 3 then takes"):
+        go()
+    assert go("checkpoint.any_data=true") == 0
+    assert "was made on other problems" in caplog.text
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["accuracy_before"], summary["problems_after"]) == (None, 8)
+    assert go("steps=5") == 0  # what was saved meanwhile is of the problems of now
+
+
 def test_the_state_makes_room_for_the_one_that_is_read(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = assemble(settings(toy_policy, uninterrupted))
     assert Checkpoints(tmp_path / "none", keep=9).restore(run.state, run.identity, donate=True) is None

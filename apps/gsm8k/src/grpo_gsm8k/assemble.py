@@ -26,6 +26,7 @@ from grpo_gsm8k.data import Asked, ProblemStream, held_out, open_problems
 from grpo_gsm8k.errors import ConfigError
 from grpo_gsm8k.objective import make_forward, make_loss
 from grpo_gsm8k.placement import RULES
+from grpo_gsm8k.records import digest as records_digest
 from grpo_gsm8k.scoring import Rewards
 from grpo_gsm8k.tokenizer import load_tokenizer
 from grpo_loss import PackShape, TrainState, accumulate, constant, init_state, make_score, make_update, warmup_cosine
@@ -215,6 +216,7 @@ def assemble(config: Config, *, devices: Sequence[Any] | None = None) -> Assembl
             "tokenizer": sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
             "chat_template": sha256(str(tokenizer.chat_template).encode()).hexdigest(),
             "problems": problems.digest,
+            "held_out": records_digest(questions.problems),
         },
         description=(
             f"policy   {config.model.path}: {model.family}, {_count(shapes):,} parameters, {dtype.name}, "

@@ -24,6 +24,9 @@ from grpo_mesh import digest
 
 FORMAT = 1
 
+# What of a run's identity may change under a checkpoint, where that is asked for.
+_DATA = ("problems", "held_out")
+
 # What orbax, tensorstore and zarr raise on bytes that are missing, cut short or changed.
 _DAMAGE = (ValueError, OSError, KeyError, TypeError)
 
@@ -57,9 +60,10 @@ class Checkpoints:
         folder: where the checkpoints live, one sub-folder a step.
         keep: how many of the newest to keep; the one with the best accuracy is kept besides.
         any_version: read checkpoints of incompatible library versions too.
+        any_data: read checkpoints of runs on other problems too.
     """
 
-    def __init__(self, folder: Path, *, keep: int, any_version: bool = False) -> None:
+    def __init__(self, folder: Path, *, keep: int, any_version: bool = False, any_data: bool = False) -> None:
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
@@ -72,7 +76,7 @@ class Checkpoints:
             step_prefix="step",
             enable_async_checkpointing=True,
         )
-        self._folder, self._any_version = folder, any_version
+        self._folder, self._any_version, self._any_data = folder, any_version, any_data
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, state: Any, notes: Mapping[str, Any], *, accuracy: float | None = None) -> None:
@@ -159,7 +163,7 @@ class Checkpoints:
             folder, state = self._manager.directory / f"step_{step}", None
             body, damage = _attempt(partial(_read_notes, folder / "notes"))
             if not damage:
-                _refuse_strangers(self._folder, step, body, expected)
+                self._check_identity(step, body, expected)
                 self._check_versions(step, body["versions"])
                 state, damage = _attempt(partial(_read_state, folder / "state", abstract))
             if not damage and digest(state) != body["state_digest"]:
@@ -178,6 +182,30 @@ class Checkpoints:
         """Deletes checkpoints newer than `step`: the damaged ones that `restore` stepped over."""
         for later in [s for s in self.steps if s > step]:
             self._manager.delete(later)
+
+    def _check_identity(self, step: int, body: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        """Refuse what another run left; other problems can be allowed, since the arrays mean the same with them."""
+        whose = f"the checkpoint of step {step} in {self._folder}"
+        if body["format"] != FORMAT:
+            raise ResumeRefused(f"{whose} has format {body['format']}; this program reads {FORMAT}.")
+        recorded = body["notes"].get("identity", {})
+        differing = [key for key in sorted({*recorded, *expected}) if recorded.get(key) != expected.get(key)]
+        table = "".join(
+            f"\n  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing
+        )
+        if fixed := [key for key in differing if key not in _DATA]:
+            raise ResumeRefused(
+                f"{whose} was made by another run:{table}\nWithout the same {', '.join(fixed)} its arrays mean something "
+                "else, so no setting allows this. Choose another run.dir, or restore what it was made with."
+            )
+        if differing and not self._any_data:
+            raise ResumeRefused(
+                f"{whose} was made by another run:{table}\nChoose another run.dir, restore the problems, or, if they "
+                f"were corrected, set checkpoint.any_data=true: step {step + 1} then takes what the order of the new "
+                "ones has for it."
+            )
+        if differing:
+            log.warning("the checkpoint of step %s was made on other problems (checkpoint.any_data):%s", step, table)
 
     def _check_versions(self, step: int, written: Mapping[str, str]) -> None:
         """Refuse what other libraries may mean something else by; say what only changes rounding."""
@@ -247,20 +275,3 @@ def _series(version: str) -> str:
 
 def _sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _refuse_strangers(folder: Path, step: int, body: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if body["format"] != FORMAT:
-        raise ResumeRefused(
-            f"the checkpoint of step {step} in {folder} has format {body['format']}; this program reads {FORMAT}."
-        )
-    recorded = body["notes"].get("identity", {})
-    differing = [key for key in sorted({*recorded, *expected}) if recorded.get(key) != expected.get(key)]
-    if differing:
-        table = "\n".join(
-            f"  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing
-        )
-        raise ResumeRefused(
-            f"the checkpoint of step {step} in {folder} was made by another run:\n{table}\n"
-            "Choose another run.dir, or restore the settings it was made with."
-        )

@@ -224,6 +224,9 @@ class Checkpoint(_Section):
     any_version: bool = Field(
         default=False, description="go on from a checkpoint even if it was written by incompatible library versions"
     )
+    any_data: bool = Field(
+        default=False, description="go on from a checkpoint even if the problems are other ones, such as corrected ones"
+    )
 
 
 class Health(_Section):

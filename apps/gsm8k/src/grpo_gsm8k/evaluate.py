@@ -117,7 +117,8 @@ def evaluate_command(config: Config, *, checkpoint: str | None = None) -> int:
         print(line, flush=True)
     params, name = run.state.params, config.model.path
     if checkpoint is not None:
-        checkpoints = Checkpoints(Path(checkpoint) / "checkpoints", keep=1_000_000)
+        # A reader: nothing of the run may be deleted, and any problems may be put to it.
+        checkpoints = Checkpoints(Path(checkpoint) / "checkpoints", keep=1_000_000, any_data=True)
         restored = checkpoints.restore(run.state, run.identity, donate=True)
         if restored is None:
             raise CheckpointError(f"{checkpoint} holds no checkpoint to evaluate")

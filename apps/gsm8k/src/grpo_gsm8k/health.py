@@ -25,6 +25,9 @@ __all__ = ["Diverged", "Health", "StaleWeights"]
 # order, and still far below what moves a ratio across its clip range.
 _USUAL_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
+# What comes and goes for days is told so often and no more: warnings are kept, and saved with every checkpoint.
+_OFTEN = 3
+
 
 class Diverged(GrpoError, RuntimeError):
     """Updates in a row were not finite; the message names the capsule to look into."""
@@ -47,6 +50,7 @@ class Health:
     def __init__(self, config: Config, folder: RunFolder, progress: Progress, memory: dict[str, Any]) -> None:
         self.warnings: list[str] = memory.setdefault("warnings", [])
         self._streak: dict[str, int] = memory.setdefault("streak", {})
+        self._told: dict[str, int] = memory.setdefault("told", {})
         self._memory = memory
         memory.setdefault("skipped", 0)
         self._config, self._folder, self._progress = config, folder, progress
@@ -85,7 +89,7 @@ class Health:
         self._folder.reward_failures(step, failures)
 
     def watch(self, step: int, learned: Mapping[str, float]) -> dict[str, float]:
-        """Look at a step's metrics; warn once of each thing that begins to be wrong.
+        """Look at a step's metrics; warn once of each thing that begins to be wrong, the first few times it does.
 
         Args:
             step: 1 for the first.
@@ -171,9 +175,12 @@ class Health:
 
     def _say(self, step: int, name: str, wrong: bool, text: str, *, after: int = 1) -> None:
         self._streak[name] = self._streak.get(name, 0) + 1 if wrong else 0
-        if self._streak[name] == after:
-            self.warnings.append(f"step {step}: {text}")
-            self._progress.note(f"warning: step {step}: {text}")
+        if self._streak[name] != after or self._told.get(name, 0) == _OFTEN:
+            return
+        self._told[name] = self._told.get(name, 0) + 1
+        last = " (not told again: see metrics.jsonl)" if self._told[name] == _OFTEN else ""
+        self.warnings.append(f"step {step}: {text}{last}")
+        self._progress.note(f"warning: step {step}: {text}{last}")
 
 
 def _shown(policy: PolicyIdentity) -> str:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     run = assemble(config, devices=jax.devices()[:1])
     folder = path.absolute().parent / capsule.checkpoint
     # A reader: nothing of the run may be deleted, whatever it kept.
-    checkpoints = Checkpoints(folder, keep=1_000_000, any_version=True)
+    checkpoints = Checkpoints(folder, keep=1_000_000, any_version=True, any_data=True)
     restored = checkpoints.restore(run.state, capsule.identity, at=capsule.step, donate=True)
     if restored is None:
         raise CapsuleError(f"{path} needs the parameters in {folder / f'step_{capsule.step}'}: there are none")

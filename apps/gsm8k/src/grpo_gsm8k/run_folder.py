@@ -257,10 +257,15 @@ def _refuse_other(path: Path, config: Config) -> None:
     changed = changed_keys(old, config)
     if config.optimizer.schedule == "constant" and config.steps >= old.steps:
         changed.pop("steps", None)  # a longer run under a constant learning rate is the same run, continued
-    bad = {key: pair for key, pair in changed.items() if key not in _FREE_KEYS and not key.startswith(_FREE_SECTIONS)}
+    free = (*_FREE_SECTIONS, "data.") if config.checkpoint.any_data else _FREE_SECTIONS
+    bad = {key: pair for key, pair in changed.items() if key not in _FREE_KEYS and not key.startswith(free)}
     if bad:
         listed = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in bad.items())
-        raise ConfigError(f"run.dir={path} holds a run with other settings; name another folder, or undo:{listed}")
+        hint = "\nIf the problems were corrected, checkpoint.any_data=true lets data.* change."
+        raise ConfigError(
+            f"run.dir={path} holds a run with other settings; name another folder, or undo:{listed}"
+            + (hint if all(key.startswith("data.") for key in bad) else "")
+        )
 
 
 def _auto(config: Config, root: Path) -> Path:

@@ -47,7 +47,9 @@ def train(config: Config, *, dry_run: bool = False) -> int:
             print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
             return 0
         settings = config.checkpoint
-        checkpoints = Checkpoints(folder.checkpoints, keep=settings.keep, any_version=settings.any_version)
+        checkpoints = Checkpoints(
+            folder.checkpoints, keep=settings.keep, any_version=settings.any_version, any_data=settings.any_data
+        )
         with preemption() as stop, Progress(config.steps, enabled=leader) as progress:
             code = _run(run, folder, checkpoints, stop, progress, started)
         checkpoints.close()
@@ -62,8 +64,10 @@ def _run(
     config, state, problems = run.config, run.state, run.problems
     notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "phases": {}, "health": {}}
     if restored := checkpoints.restore(state, run.identity, donate=True):
-        state, notes = restored.state, notes | restored.notes
+        state, notes = restored.state, notes | restored.notes | {"identity": run.identity}
         problems.set_state(notes["problems"])
+        if restored.notes["identity"]["held_out"] != run.identity["held_out"]:
+            notes["accuracy"] = {}  # of other problems: no gain can be told from it
         checkpoints.forget_after(restored.step)
         progress.note(f"going on after step {restored.step} of {folder.path}")
     first = restored.step if restored else 0
@@ -72,7 +76,7 @@ def _run(
     seconds_before = notes["seconds"]
     health = Health(config, folder, progress, notes["health"])
 
-    if config.eval.before and "before" not in notes["accuracy"]:
+    if config.eval.before and not first:
         with Clock(progress, limit=config.phase_timeout, totals=notes["phases"]).phase("evaluation"):
             result = evaluate(run, state.params)
         notes["accuracy"]["before"] = result.record()

@@ -43,7 +43,7 @@ from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
 
 PAGE = Path(__file__).parents[2] / "FAULTS.md"
 GOOD = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
-IDENTITY = {"parameters": "ab" * 32}
+IDENTITY = {"parameters": "ab" * 32, "problems": "ef" * 32}
 
 
 @dataclass(frozen=True)
@@ -565,10 +565,32 @@ def _(bench: Bench) -> None:
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-@fault("Checkpoint", "of another policy", ResumeRefused, "step 3", "parameters: checkpoint 'abab", "this run 'cdcd")
+@fault(
+    "Checkpoint",
+    "of another policy",
+    ResumeRefused,
+    "step 3",
+    "parameters: checkpoint 'abab",
+    "this run 'cdcd",
+    "no setting allows this",
+)
 def _(bench: Bench) -> None:
     kept, state = bench.checkpoints(3)
     kept.restore(state, {"parameters": "cd" * 32})
+
+
+@fault(
+    "Checkpoint",
+    "of other problems",
+    ResumeRefused,
+    "step 3",
+    "problems: checkpoint 'efef",
+    "this run 'cdcd",
+    "checkpoint.any_data=true",
+)
+def _(bench: Bench) -> None:
+    kept, state = bench.checkpoints(3)
+    kept.restore(state, {**IDENTITY, "problems": "cd" * 32})
 
 
 @fault(
