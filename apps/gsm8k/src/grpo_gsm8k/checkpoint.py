@@ -195,8 +195,8 @@ class Checkpoints:
         )
         if fixed := [key for key in differing if key not in _DATA]:
             raise ResumeRefused(
-                f"{whose} was made by another run:{table}\nWithout the same {', '.join(fixed)} its arrays mean something "
-                "else, so no setting allows this. Choose another run.dir, or restore what it was made with."
+                f"{whose} was made by another run:{table}\nWithout the same {', '.join(fixed)} its arrays mean "
+                "something else, so no setting allows this. Choose another run.dir, or restore what it was made with."
             )
         if differing and not self._any_data:
             raise ResumeRefused(
