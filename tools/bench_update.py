@@ -154,18 +154,19 @@ def ours(name: str, lengths: str, repeats: int) -> dict:
     _, params = split(Transformer(config, rngs=nnx.Rngs(0)))
     tokens_BT, prompt_length_B, total_length_B, group_B, advantage_B = rollout(config.vocab_size, lengths)
 
-    def shape(rows: int, prompts: int, row_length: int = NEW_TOKENS) -> grpo_loss.PackShape:
+    def shape(prompts: int, blocks: int) -> grpo_loss.PackShape:
+        # Four rows at a time: what a micro-batch keeps for its backward pass is then memory that was there already.
         return grpo_loss.PackShape.for_rollout(
             sequences=len(group_B),
             groups=GROUPS,
             max_prompt_length=LONGEST_PROMPT,
             max_new_tokens=NEW_TOKENS,
-            rows=rows,
+            rows=4,
             prompts=prompts,
-            row_length=row_length,
+            blocks=blocks,
         )
 
-    shapes = [shape(8, 1), shape(4, 2), shape(3, 1), shape(16, 4), shape(12, 4), shape(4, 4, 384)]
+    shapes = [shape(prompts=1, blocks=1), shape(prompts=2, blocks=2)]
     state = grpo_loss.init_state(params, optimizer)
 
     def batch() -> grpo_loss.PackedBatch:
