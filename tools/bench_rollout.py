@@ -93,8 +93,8 @@ def report(title: str, model: str, seconds: dict, last: dict, rooflines: dict) -
         print(line, flush=True)
 
 
-def launch(python: str, side: str, arguments: list[str]) -> dict:
-    command = [python, __file__, "--side", side, *arguments]
+def launch(python: str, side: str, arguments: list[str], *, script: str = __file__) -> dict:
+    command = [python, script, "--side", side, *arguments]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -165,8 +165,15 @@ def ours(model: str, sequences: int, new_tokens: int, lengths: str, options: arg
 
 
 def tunix(model: str, sequences: int, new_tokens: int, lengths: str, options: argparse.Namespace) -> dict:
+    tokens_PT, length_P, limit_B = workload(model, sequences, new_tokens, lengths)
+    network = tunix_network(model)
+    sampler, sample = tunix_sampler(model, network, tokens_PT, length_P, new_tokens)
+    return timed(lambda turn: sample(sampler, turn, int(limit_B.max())), limit_B, options.repeats)
+
+
+def tunix_network(model: str) -> Any:
+    """tunix's Qwen3 of these sizes, with random weights."""
     from flax import nnx
-    from tunix.generate import sampler as tunix_sampler  # pyright: ignore[reportMissingImports]
     from tunix.models.qwen3 import model as qwen3  # pyright: ignore[reportMissingImports]
 
     m = MODELS[model]
@@ -182,7 +189,16 @@ def tunix(model: str, sequences: int, new_tokens: int, lengths: str, options: ar
         rope_theta=10_000,
         use_tied_embedding=True,
     )
-    tokens_PT, length_P, limit_B = workload(model, sequences, new_tokens, lengths)
+    return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+
+
+def tunix_sampler(
+    model: str, network: Any, tokens_PT: np.ndarray, length_P: np.ndarray, new_tokens: int
+) -> tuple[Any, Callable[[Any, int, int], Any]]:
+    """tunix's sampler, and a call that draws a group of every prompt: (sampler, seed, steps) -> its output."""
+    from tunix.generate import sampler as tunix_sampler  # pyright: ignore[reportMissingImports]
+
+    m = MODELS[model]
 
     class Numbers:
         """Token ids written as words, for a sampler that takes text only."""
@@ -204,21 +220,21 @@ def tunix(model: str, sequences: int, new_tokens: int, lengths: str, options: ar
 
     # The prompts are left-padded to a power of two, as tunix does by itself.
     cache = tunix_sampler.CacheConfig(128 + new_tokens, m["layers"], m["kv_heads"], m["head_size"])
-    sampler = tunix_sampler.Sampler(qwen3.Qwen3(config, rngs=nnx.Rngs(0)), Numbers(), cache)
+    sampler = tunix_sampler.Sampler(network, Numbers(), cache)
     texts = [" ".join(map(str, tokens[:n])) for tokens, n in zip(tokens_PT, length_P) for _ in range(GROUP_SIZE)]
 
-    def call(turn: int) -> None:
-        sampler(
+    def sample(sampler: Any, seed: int, steps: int) -> Any:
+        return sampler(
             texts,
-            max_generation_steps=int(limit_B.max()),
+            max_generation_steps=steps,
             max_prompt_length=128,
             temperature=1.0,
             top_p=1.0,
             return_logprobs=True,
-            seed=turn,
+            seed=seed,
         )
 
-    return timed(call, limit_B, options.repeats)
+    return sampler, sample
 
 
 def transformers(model: str, sequences: int, new_tokens: int, lengths: str, options: argparse.Namespace) -> dict:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -124,9 +125,8 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
             "optimizer.learning_rate": 1e-6,
         }  # fmt: skip
         sets = [f"{key}={value}" for key, value in settings.items()] + SETTINGS[lengths] + options.set
-        loop.assemble = prepared
-        code = loop.train(load([], sets))
-        assert code == 0
+        with patch.object(loop, "assemble", prepared):
+            loop.train(load([], sets))
         metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     # The first step compiles, the last ends with the run's summary.
     seconds = np.diff(begun)[1:]

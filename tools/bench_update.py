@@ -20,13 +20,9 @@ from typing import Any
 
 import numpy as np
 
-_SIZES = ("layers", "width", "mlp_width", "query_heads", "kv_heads", "head_size", "vocab_size")
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": dict(zip(_SIZES, (4, 128, 512, 4, 2, 32, 512), strict=True)),
-    "small": dict(zip(_SIZES, (8, 512, 1536, 8, 2, 64, 32_000), strict=True)),
-}
-GROUPS, GROUP_SIZE, NEW_TOKENS, LONGEST_PROMPT = 4, 8, 128, 96
-PAD, EOS = 0, 1
+from bench_rollout import EOS, GROUP_SIZE, LONGEST_PROMPT, MODELS, PAD, tunix_network
+
+GROUPS, NEW_TOKENS = 4, 128
 
 
 def main() -> None:
@@ -193,69 +189,73 @@ def ours(name: str, lengths: str, repeats: int) -> dict:
 
 def tunix(name: str, lengths: str, repeats: int) -> dict:
     import jax
-    import jax.numpy as jnp
-    import optax
     from flax import nnx
-    from tunix.models.qwen3 import model as qwen3  # pyright: ignore[reportMissingImports]
-    from tunix.rl import algo_core  # pyright: ignore[reportMissingImports]
-    from tunix.rl.grpo.grpo_learner import GRPOConfig, TrainExample  # pyright: ignore[reportMissingImports]
 
-    sizes = MODELS[name]
-    config = qwen3.ModelConfig(
-        num_layers=sizes["layers"],
-        vocab_size=sizes["vocab_size"],
-        embed_dim=sizes["width"],
-        hidden_dim=sizes["mlp_width"],
-        num_heads=sizes["query_heads"],
-        head_dim=sizes["head_size"],
-        num_kv_heads=sizes["kv_heads"],
-        norm_eps=1e-6,
-        rope_theta=10_000,
-        use_tied_embedding=True,
-    )
-    model = qwen3.Qwen3(config, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6)), wrt=nnx.Param)
-    algorithm = GRPOConfig(num_generations=GROUP_SIZE, beta=0.0)
-    algorithm.temperature = 1.0  # its learner copies this from the rollout's settings
-    tokens_BT, prompt_length_B, total_length_B, _, advantage_B = rollout(sizes["vocab_size"], lengths)
-    prompts = np.full((len(tokens_BT), LONGEST_PROMPT), PAD, np.int32)
+    network = tunix_network(name)
+    optimizer, train_step = tunix_update(network)
+    tokens_BT, prompt_length_B, total_length_B, _, advantage_B = rollout(MODELS[name]["vocab_size"], lengths)
     completions = np.full((len(tokens_BT), NEW_TOKENS), PAD, np.int32)
     for b, (prompt, total) in enumerate(zip(prompt_length_B, total_length_B, strict=True)):
-        prompts[b, LONGEST_PROMPT - prompt :] = tokens_BT[b, :prompt]
         completions[b, : total - prompt] = tokens_BT[b, prompt:total]
-    example = TrainExample(
-        prompt_ids=jnp.asarray(prompts),
-        prompt_mask=jnp.asarray(prompts != PAD),
-        completion_ids=jnp.asarray(completions),
-        completion_mask=jnp.asarray(completions != PAD),
+    example = tunix_example(tokens_BT[:, :LONGEST_PROMPT], prompt_length_B, completions, advantage_B)
+    compiled = nnx.jit(train_step, donate_argnums=(0, 1))
+    graphdef, state = nnx.split((network, optimizer))
+
+    def pure(state, example):
+        network, optimizer = nnx.merge(graphdef, state)
+        out = train_step(network, optimizer, example)
+        return nnx.state((network, optimizer)), out
+
+    whole = jax.jit(pure, donate_argnums=0).lower(state, example).compile()
+    return {
+        "seconds": timed(lambda: jax.block_until_ready(compiled(network, optimizer, example)), repeats),
+        "tokens": int((completions != PAD).sum()),
+        "bytes": temporary_bytes(whole),
+    }
+
+
+def tunix_update(network: Any) -> tuple[Any, Any]:
+    """tunix's optimizer, and the body of its trainer's step: (network, optimizer, example) -> (loss, norm)."""
+    import optax
+    from flax import nnx
+    from tunix.rl import algo_core  # pyright: ignore[reportMissingImports]
+    from tunix.rl.grpo.grpo_learner import GRPOConfig  # pyright: ignore[reportMissingImports]
+
+    optimizer = nnx.Optimizer(network, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6)), wrt=nnx.Param)
+    algorithm = GRPOConfig(num_generations=GROUP_SIZE, beta=0.0)
+    algorithm.temperature = 1.0  # its learner copies this from the rollout's settings
+
+    def loss_fn(network, example):
+        return algo_core.grpo_loss_fn(network, example, algo_config=algorithm, pad_id=PAD, eos_id=EOS)
+
+    def train_step(network, optimizer, example):
+        (loss, _), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(network, example)
+        norm = optax.global_norm(gradients)
+        optimizer.update(network, gradients)
+        return loss, norm
+
+    return optimizer, train_step
+
+
+def tunix_example(
+    prompts_BT: np.ndarray, length_B: np.ndarray, completions_BT: np.ndarray, advantage_B: np.ndarray
+) -> Any:
+    """What tunix's step consumes: prompts padded on the left, completions on the right."""
+    import jax.numpy as jnp
+    from tunix.rl.grpo.grpo_learner import TrainExample  # pyright: ignore[reportMissingImports]
+
+    left_BT = np.full_like(prompts_BT, PAD)
+    for row, (tokens, length) in enumerate(zip(prompts_BT, length_B, strict=True)):
+        left_BT[row, left_BT.shape[1] - length :] = tokens[:length]
+    return TrainExample(
+        prompt_ids=jnp.asarray(left_BT),
+        prompt_mask=jnp.asarray(left_BT != PAD),
+        completion_ids=jnp.asarray(completions_BT),
+        completion_mask=jnp.asarray(completions_BT != PAD),
         advantages=jnp.asarray(advantage_B),
         ref_per_token_logps=None,
         old_per_token_logps=None,
     )
-
-    def loss_fn(model, example):
-        return algo_core.grpo_loss_fn(model, example, algo_config=algorithm, pad_id=PAD, eos_id=EOS)
-
-    def train_step(model, optimizer, example):
-        (loss, _), gradients = nnx.value_and_grad(loss_fn, has_aux=True)(model, example)
-        norm = optax.global_norm(gradients)
-        optimizer.update(model, gradients)
-        return loss, norm
-
-    compiled = nnx.jit(train_step, donate_argnums=(0, 1))
-    graphdef, state = nnx.split((model, optimizer))
-
-    def pure(state, example):
-        model, optimizer = nnx.merge(graphdef, state)
-        out = train_step(model, optimizer, example)
-        return nnx.state((model, optimizer)), out
-
-    whole = jax.jit(pure, donate_argnums=0).lower(state, example).compile()
-    return {
-        "seconds": timed(lambda: jax.block_until_ready(compiled(model, optimizer, example)), repeats),
-        "tokens": int((completions != PAD).sum()),
-        "bytes": temporary_bytes(whole),
-    }
 
 
 def real_size_bytes(rows: int) -> int:
