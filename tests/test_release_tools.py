@@ -14,6 +14,7 @@ from tools.release.__main__ import main
 from tools.release.agreement import disagreements
 from tools.release.bump import bump
 from tools.release.compat import last_release
+from tools.release.fresh import Outcome
 from tools.release.graph import graph
 from tools.release.history import extract, git, releases
 from tools.release.verdict import Level, raised
@@ -247,6 +248,21 @@ def test_the_graph(tree: Path) -> None:
         "│   └── jax >=0.10",
         "└── rich >=13",
     ]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (
+            "E       a.TrainError: the loop ended: KeyError: 'x'\nE       full traceback: /tmp/error.txt\n",
+            "a.TrainError: ",
+        ),
+        ("E       assert 1 == 0\nE        +  where 1 = f()\n", "+  where 1"),
+        ("no error shown\n", "1 failed in 2 s"),
+    ],
+)
+def test_a_failed_run_says_why(output: str, reason: str) -> None:
+    assert Outcome(False, "1 failed in 2 s", output).reason.startswith(reason)
 
 
 def test_commands_end_with_a_code(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

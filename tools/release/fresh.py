@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ from .artifacts import uv
 from .workspace import Package, Workspace
 
 Resolution = Literal["highest", "lowest-direct"]
+_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """The last error pytest shows, or its summary."""
+        """The last error pytest shows, without what its message goes on to say; or the summary."""
         errors = [line[2:].strip() for line in self.output.splitlines() if line.startswith("E  ")]
-        return errors[-1] if errors else self.summary
+        named = [line for line in errors if _ERROR.match(line)]
+        return (named or errors or [self.summary])[-1]
 
 
 def create(folder: Path) -> Path:
