@@ -238,8 +238,7 @@ class Scored(Stage):
         Raises:
             ContractError: a name without a weight or the reverse, a row too many or too few, or no number.
         """
-        weights = dict.fromkeys(rewards, 1.0) if weights is None and isinstance(rewards, Mapping) else weights
-        _check_rewards(rollout, rewards, weights)
+        weights = _weights(rollout, rewards, weights)
         scored_BN = np.array([[value is not None for value in column] for column in rewards.values()]).T
         reward_BN = np.array([[value or 0.0 for value in column] for column in rewards.values()], np.float32).T
         weight_N = np.array([weights[name] for name in rewards], np.float32)
@@ -248,7 +247,9 @@ class Scored(Stage):
         return cls(rollout, reward_BN, scored_BN, tuple(rewards), weight_N, reward_B, scored_B)
 
 
-def _check_rewards(rollout: Any, rewards: Any, weights: Any) -> None:
+def _weights(rollout: Any, rewards: Any, weights: Any) -> Mapping[str, float]:
+    """The weight of each reward function, all that was given found fit."""
+    weights = dict.fromkeys(rewards, 1.0) if weights is None and isinstance(rewards, Mapping) else weights
     if type(rollout) is not Rollout:
         raise broken("Scored", "rollout", "type", "a Rollout", describe(rollout))
     for given in (rewards, weights):
@@ -269,6 +270,7 @@ def _check_rewards(rollout: Any, rewards: Any, weights: Any) -> None:
             if value is not None and _real(value) is None:
                 expected = f"a finite number or None, from {name!r}"
                 raise broken("Scored", "reward_BN", "finite", expected, _told(value), index=(b, n))
+    return weights
 
 
 def _told(value: object) -> object:
