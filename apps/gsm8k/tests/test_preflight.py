@@ -22,7 +22,7 @@ from grpo_gsm8k.preflight_report import EFFICIENCY, GIB, Phase, judge, table
 from grpo_gsm8k.preflight_search import Candidate, candidates
 from grpo_gsm8k.preflight_work import Splash, Work, head_chunk, work_of
 from grpo_loss._token_logp import _default_chunk
-from grpo_mesh import CompileReport, MeshError, find_slice, make_mesh, parse_mesh, shardings
+from grpo_mesh import CompileReport, MeshError, compile_with_text, find_slice, make_mesh, parse_mesh, shardings
 from grpo_sampler import abstract
 
 needs_compiler = pytest.mark.skipif(
@@ -96,8 +96,8 @@ def test_two_nested_loops_are_counted_at_their_own_number_of_turns():
         return jax.lax.fori_loop(0, turns[0], outer, x @ x)
 
     shapes = [jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((width, width), jnp.float32)]
-    compiled = jax.jit(nested).lower(*shapes).compile()
-    _, work = work_of(compiled, trips=(5, 7))
+    compiled, text = compile_with_text(jax.jit(nested).lower(*shapes).compile)
+    _, work = work_of(compiled, text, trips=(5, 7))
     assert work.flops == 2 * width**3 * (1 + 5 * (2 + 7))
 
 
@@ -217,7 +217,13 @@ def test_the_update_s_predicted_memory_is_near_what_is_measured_on_this_machine(
 @needs_compiler
 @pytest.mark.parametrize("slice_name", ["v5e-4", "v6e-1", "v4-8", "v5p-8"])
 def test_a_small_run_is_compiled_for_a_slice(slice_name, toy_policy, capsys):
-    sets = [f"model.path={toy_policy}", f"slice={slice_name}", "model.compute_dtype=bfloat16", "model.remat=true"]
+    sets = [
+        f"model.path={toy_policy}",
+        "cpu_devices=0",
+        f"slice={slice_name}",
+        "model.compute_dtype=bfloat16",
+        "model.remat=true",
+    ]
     config = load([], [*sets, "data.max_prompt_length=64", "rollout.max_new_tokens=64", "rollout.prompts=8"])
     assert preflight(config) == 0
     printed = capsys.readouterr().out
@@ -234,7 +240,13 @@ def test_a_small_run_is_compiled_for_a_slice(slice_name, toy_policy, capsys):
 @pytest.mark.slow
 @needs_compiler
 def test_a_search_ranks_the_layouts_that_fit(toy_policy, capsys):
-    sets = [f"model.path={toy_policy}", "slice=v5e-4", "model.compute_dtype=bfloat16", "rollout.group_size=4"]
+    sets = [
+        f"model.path={toy_policy}",
+        "cpu_devices=0",
+        "slice=v5e-4",
+        "model.compute_dtype=bfloat16",
+        "rollout.group_size=4",
+    ]
     assert (
         preflight(load([], [*sets, "rollout.prompts=2", "rollout.max_new_tokens=64", "eval.problems=8"]), search=True)
         == 0

@@ -10,10 +10,6 @@ from grpo_gsm8k.errors import ConfigError
 
 __all__ = ["preflight"]
 
-# v5p and v6e look embeddings up on their SparseCore, in an instruction that jaxlib cannot read back (0.10.2, libtpu
-# 0.0.42). Kept on the TensorCore, the lookup takes a few megabytes more or less, and the program can be read.
-_READABLE = "--xla_tpu_offload_gather_to_sparsecore=false"
-
 
 def preflight(config: Config, *, search: bool = False) -> int:
     """Print what a run needs of every device, and whether its slice has it.
@@ -83,7 +79,6 @@ def _before_libtpu(slice_name: str) -> Iterator[str]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{target.chip.gcloud}-{size}",
-        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '').replace(_READABLE, '')} {_READABLE}".strip(),
     }.items():
         os.environ[name] = value
         yield f"environment  {name}={value} (preflight: the compiler alone, no chips)"

@@ -14,7 +14,7 @@ from jax.stages import Compiled
 from grpo_contracts import SamplingLaw
 from grpo_gsm8k.preflight_blueprint import Blueprint, bytes_per_device
 from grpo_gsm8k.preflight_work import Splash, Work, head_chunk, work_of
-from grpo_mesh import CompileReport
+from grpo_mesh import CompileReport, compile_with_text
 
 __all__ = ["PHASES", "Measured", "Program", "measure"]
 
@@ -31,7 +31,7 @@ class Program:
     Args:
         name: as in the table.
         phase: part of a step it belongs to; `start` and `evaluation` are no part of a step.
-        compile: compiles it.
+        compile: compiles it, with `compiler_options`.
         beside: bytes on each device that it does not take as arguments and that are there while it runs.
         runs: of one step, given the compiled program.
         trips: turns of its outer loop whose end depends on the data, and of the loop inside that one.
@@ -40,7 +40,7 @@ class Program:
 
     name: str
     phase: str
-    compile: Callable[[], Compiled]
+    compile: Callable[..., Compiled]
     beside: int
     runs: Callable[[Compiled], float] = lambda _: 1
     trips: tuple[float, float] = (1, 1)
@@ -99,7 +99,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
     config, model, shards = plan.config, plan.model, plan.shards
     rollout, loss = config.rollout, config.loss
     state, params, reference = (bytes_per_device(tree) for tree in (plan.state, plan.state.params, plan.reference))
-    yield Program("start", "start", lambda: plan.start.lower(plan.state.params).compile(), reference)
+    yield Program("start", "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), reference)
 
     def decoding(phase: str, group_size: int, sequences: int, law: SamplingLaw | None) -> Iterator[Program]:
         mine, slots = -(-sequences // shards), -(-plan.sampler.slots // shards)
@@ -148,7 +148,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
     yield Program(
         "scoring",
         "scoring",
-        lambda: plan.score.lower(plan.state.params, plan.batch()).compile(),
+        lambda **options: plan.score.lower(plan.state.params, plan.batch()).compile(**options),
         state - params + reference,
         lambda _: passes,
         (math.ceil(rows / shape.rows), chunks),
@@ -159,7 +159,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
     yield Program(
         "update",
         "update",
-        lambda: plan.update.lower(plan.state, plan.batch(data)).compile(),
+        lambda **options: plan.update.lower(plan.state, plan.batch(data)).compile(**options),
         reference,
         lambda _: updates,
         (math.ceil(rows / loss.minibatches / shape.rows), chunks),
@@ -170,7 +170,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
 def _compile(program: Program) -> Measured:
     begin = time.process_time()
     try:
-        compiled = program.compile()
+        compiled, text = compile_with_text(program.compile)
     except jax.errors.JaxRuntimeError as error:
         told = _REFUSED.search(str(error))
         if told is None:
@@ -178,5 +178,5 @@ def _compile(program: Program) -> Measured:
         needed = int(float(told[1]) * _UNITS[told[2]])
         return Measured(program.name, program.phase, program.beside, time.process_time() - begin, None, needed, Work())
     seconds = time.process_time() - begin
-    report, work = work_of(compiled, program.trips, program.splash(compiled))
+    report, work = work_of(compiled, text, program.trips, program.splash(compiled))
     return Measured(program.name, program.phase, program.beside, seconds, report, 0, work.times(program.runs(compiled)))

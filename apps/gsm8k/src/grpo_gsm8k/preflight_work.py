@@ -81,7 +81,7 @@ def head_chunk(vocabulary: int) -> int:
 
 
 def work_of(
-    compiled: Compiled, trips: tuple[float, float] = (1, 1), splash: Splash | None = None
+    compiled: Compiled, text: str, trips: tuple[float, float] = (1, 1), splash: Splash | None = None
 ) -> tuple[CompileReport, Work]:
     """One run's work, with each of two nested loops whose ends depend on the data at its own number of turns.
 
@@ -90,16 +90,17 @@ def work_of(
 
     Args:
         compiled: the program.
+        text: its text.
         trips: turns of the outer and of the inner loop.
         splash: what its splash kernels compute.
 
     Returns:
         The compiler's report (with such loops left out), and the work.
     """
-    report = compile_report(compiled, unknown_trips=0)
+    report = compile_report(compiled, text=text, unknown_trips=0)
     readings = [report]
     if report.unknown_loops:
-        readings += [compile_report(compiled, unknown_trips=turns) for turns in (1, 2)]
+        readings += [compile_report(compiled, text=text, unknown_trips=turns) for turns in (1, 2)]
     outer, inner = trips
 
     def at_trips(figure: Callable[[CompileReport], float]) -> float:

@@ -11,7 +11,7 @@ from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_m
 from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
 from grpo_mesh._pad import pad, unpad
 from grpo_mesh._render import Launch, render_gcloud, render_jobset, render_slurm
-from grpo_mesh._report import Collectives, CompileReport, compile_report
+from grpo_mesh._report import Collectives, CompileReport, compile_report, compile_with_text
 from grpo_mesh._rules import Rules, shardings, state_shardings
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "batch_sharding",
     "check_agreement",
     "compile_report",
+    "compile_with_text",
     "deadline",
     "digest",
     "explain",

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 
+_FOOTER = re.compile(r'^\}(?:, execution_thread="(\w+)")?$')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"(pred|[suf]\d+\w*|bf16|c64|c128)\[([\d,<=]*)\](\{[^}]*\})?")
@@ -46,11 +47,15 @@ class Instruction:
 
 @dataclasses.dataclass
 class Computation:
-    """A named list of instructions; `root` is the one that gives the result, `parameters` go by number."""
+    """A named list of instructions; `root` is the one that gives the result, `parameters` go by number.
+
+    `thread` is empty for what the device's main core runs.
+    """
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
     root: str = ""
+    thread: str = ""
     parameters: dict[int, str] = dataclasses.field(default_factory=dict)
     users: dict[str, list[Instruction]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
 
@@ -68,13 +73,14 @@ def parse_program(text: str) -> tuple[dict[str, Computation], str]:
                 current = computations[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
             continue
-        matched = _INSTRUCTION.match(line)
-        if pending and (matched or line == "}"):
+        matched, footer = _INSTRUCTION.match(line), _FOOTER.match(line)
+        if pending and (matched or footer):
             _add(current, *pending)
             pending = None
         if matched:
             pending = (matched[2], matched[3], matched[1] is not None)
-        elif line == "}":
+        elif footer:
+            current.thread = footer[1] or ""
             current = None
         elif pending:
             # A kernel's metadata holds line breaks.

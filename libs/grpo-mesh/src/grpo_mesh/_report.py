@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from jax.stages import Compiled
@@ -53,20 +56,55 @@ class CompileReport:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-def compile_report(compiled: Compiled, *, unknown_trips: float = 1) -> CompileReport:
+def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]:
+    """Compiles a program and reads its text as the compiler wrote it.
+
+    `compiled.as_text()` parses the program and prints it again, and jaxlib cannot parse all that a TPU compiler makes:
+    v5p and v6e leave embedding lookups and scatters to their SparseCores in instructions unknown to it (0.10.2).
+
+    Args:
+        compiles: `jax.jit(f).lower(...).compile`, or another function that hands `compiler_options` on to it.
+
+    Returns:
+        The program, and its text for `compile_report`.
+
+    Raises:
+        MeshError: the compiler wrote no text.
+    """
+    with tempfile.TemporaryDirectory(prefix="grpo-mesh-") as folder:
+        compiled = compiles(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = sorted(Path(folder).glob("*after_optimizations.txt"))
+        if not written:
+            raise MeshError(
+                "the compiler must write the program's text where `xla_dump_to` says: it wrote none. Was the program "
+                "read from a compilation cache? Turn that off (`jax_enable_compilation_cache`) to compile it anew."
+            )
+        return compiled, written[-1].read_text()
+
+
+def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips: float = 1) -> CompileReport:
     """Reads memory, arithmetic and collectives off a compiled program.
 
     Args:
         compiled: `jax.jit(f).lower(...).compile()`, for devices at hand or for `slice_devices`.
+        text: the program's, from `compile_with_text`; None asks `compiled.as_text()`.
         unknown_trips: iterations to assume for loops with a data-dependent end, such as decoding.
 
     Returns:
         The figures of one device.
 
     Raises:
-        MeshError: this backend reports no memory or no program text.
+        MeshError: this backend reports no memory or no program text, or jaxlib cannot read the program.
     """
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
+    if text is None:
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise MeshError(
+                f"compile_report needs a program that jaxlib can read: {str(error).splitlines()[0]}. Compile it with "
+                "`compile_with_text` and pass the text."
+            ) from error
     if memory is None or not text:
         raise MeshError(f"compile_report needs a program's memory and text: {jax.default_backend()} reports neither.")
     tally = Program(text, unknown_trips).tally()

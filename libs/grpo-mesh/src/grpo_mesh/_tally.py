@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from grpo_mesh._hlo import Array, Computation, Instruction, parse_program
 
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_WRAPPED = re.compile(r"called_computations=\{%?([\w.\-]+)\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
@@ -94,6 +95,8 @@ class Program:
         elif opcode in ("call", "async"):
             for name in called:
                 total.add(self._tally(name, fused))
+        elif (wrapped := self._on_another_core(it)) is not None:
+            total.add(self._tally(wrapped, fused))
         elif opcode in COLLECTIVES:
             self._add_collective(owner, it, opcode, total, channels)
         elif not it.opcode.endswith(("-done", "-update")) and it.opcode not in _FREE and _BITCAST not in it.rest:
@@ -101,6 +104,12 @@ class Program:
                 total.add(Tally(kernels={re.sub(r"\.\d+$", "", it.name): 1}))
             total.flops += _flops(owner, it)
             total.traffic += 0 if fused else _traffic(owner, it)
+
+    def _on_another_core(self, it: Instruction) -> str | None:
+        """The computation that a TPU's SparseCore runs for this instruction: an embedding lookup, a scatter, a sort."""
+        found = _WRAPPED.search(it.rest) if it.opcode == "custom-call" else None
+        inner = self.computations.get(found[1]) if found else None
+        return inner.name if inner and inner.thread else None
 
     def _trips(self, owner: Computation, it: Instruction) -> int | None:
         """Finds a loop's trip count: noted by the compiler (CPU, GPU), or counted from 'i < constant' (TPU)."""

@@ -16,7 +16,7 @@ from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weight
 from grpo_sampler._kernels import Attention
 from grpo_sampler._law import is_filtered
 from grpo_sampler._placement import Placement
-from grpo_sampler._programs import Programs
+from grpo_sampler._programs import Options, Programs
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
 from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
@@ -95,10 +95,10 @@ class Engine:
             return []
         return [self._decode_program(shapes[level + 1], filtered), self._keep_program(shapes[level], shapes[level + 1])]
 
-    def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[[], Any]]:
+    def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[..., Any]]:
         """The largest program of each kind, by name, each compiled when called (at once if it is there already)."""
         largest = shapes[0]
-        begin: dict[str, Callable[[], Any]] = {
+        begin: dict[str, Callable[..., Any]] = {
             "weights": self._weights_program,
             "cache": partial(self._empty_program, largest),
             "prefill": partial(self._prefill_program, largest),
@@ -106,7 +106,7 @@ class Engine:
         }
         if len(shapes) > 1:
             begin["shrink"] = partial(self._keep_program, largest, shapes[1])
-        return {name: lambda start=start: start().result() for name, start in begin.items()}
+        return {name: _waiting(start) for name, start in begin.items()}
 
     def run(self, params: Any, request: Request, shapes: tuple[Shape, ...], first: int) -> Iterator[Chunk]:
         """Decodes a batch; yields after every chunk.
@@ -212,12 +212,12 @@ class Engine:
             unembed = place(params["embed" if config.tied else "unembed"], transposed=self.plan.unroll)
         return Weights(place(params["embed"]), unembed, place(params["final_norm"]), layers)
 
-    def _weights_program(self) -> Any:
-        def compile_now() -> Any:
+    def _weights_program(self, options: Options = None) -> Any:
+        def lower() -> Any:
             jitted = jax.jit(self._weights_function, out_shardings=self._weight_shardings())
-            return jitted.lower(self._params).compile()
+            return jitted.lower(self._params)
 
-        return self._programs.start(("weights", self._key), compile_now)
+        return self._programs.start(("weights", self._key), lower, options)
 
     def _cache(self, shape: Shape) -> Cache:
         """The abstract cache of all shards."""
@@ -242,19 +242,19 @@ class Engine:
     def _cache_axes(self, cache: Cache) -> Cache:
         return jax.tree.map(lambda _: self._rows_axis, cache)
 
-    def _empty_program(self, shape: Shape) -> Any:
-        def compile_now() -> Any:
+    def _empty_program(self, shape: Shape, options: Options = None) -> Any:
+        def lower() -> Any:
             cache = self._cache(shape)
             zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)  # noqa: E731
-            return jax.jit(zeros, out_shardings=_shardings(cache)).lower().compile()
+            return jax.jit(zeros, out_shardings=_shardings(cache)).lower()
 
-        return self._programs.start(("empty", self._key, shape), compile_now)
+        return self._programs.start(("empty", self._key, shape), lower, options)
 
     def _prefill_width(self, shape: Shape) -> int:
         return min(PREFILL, shape.units)
 
-    def _prefill_program(self, shape: Shape) -> Any:
-        def compile_now() -> Any:
+    def _prefill_program(self, shape: Shape, options: Options = None) -> Any:
+        def lower() -> Any:
             cache, count = self._cache(shape), self.placement.shards * self._prefill_width(shape)
             axes = self._cache_axes(cache)
             function = self.placement.split(
@@ -263,22 +263,22 @@ class Engine:
                 axes,
             )
             jitted = jax.jit(function, donate_argnums=1, out_shardings=_shardings(cache))
-            return jitted.lower(self._weights, cache, self._ints((count, self.plan.prompt + 2), split=True)).compile()
+            return jitted.lower(self._weights, cache, self._ints((count, self.plan.prompt + 2), split=True))
 
-        return self._programs.start(("prefill", self._key, shape), compile_now)
+        return self._programs.start(("prefill", self._key, shape), lower, options)
 
-    def _keep_program(self, old: Shape, new: Shape) -> Any:
-        def compile_now() -> Any:
+    def _keep_program(self, old: Shape, new: Shape, options: Options = None) -> Any:
+        def lower() -> Any:
             before, after, N = self._cache(old), self._cache(new), self.placement.shards
             axes = self._cache_axes(before)
             function = self.placement.split(partial(keep, units=new.units), (axes, 0), axes)
             jitted = jax.jit(function, out_shardings=_shardings(after))
-            return jitted.lower(before, self._ints((N * (new.units + new.rows),), split=True)).compile()
+            return jitted.lower(before, self._ints((N * (new.units + new.rows),), split=True))
 
-        return self._programs.start(("keep", self._key, old, new), compile_now)
+        return self._programs.start(("keep", self._key, old, new), lower, options)
 
-    def _decode_program(self, shape: Shape, filtered: bool) -> Any:
-        def compile_now() -> Any:
+    def _decode_program(self, shape: Shape, filtered: bool, options: Options = None) -> Any:
+        def lower() -> Any:
             cache, placement = self._cache(shape), self.placement
             axes = self._cache_axes(cache)
             function = placement.split(
@@ -298,13 +298,17 @@ class Engine:
             # Where processes share the work, each has to read all of the record.
             record = placement.replicated if jax.process_count() > 1 else placement.rows(2)
             jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(_shardings(cache), table.sharding, record))
-            return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,))).compile()
+            return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,)))
 
-        return self._programs.start(("decode", self._key, shape, filtered), compile_now)
+        return self._programs.start(("decode", self._key, shape, filtered), lower, options)
 
     def _ints(self, shape: tuple[int, ...], *, split: bool = False) -> jax.ShapeDtypeStruct:
         sharding = self.placement.rows() if split else self.placement.replicated
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
+def _waiting(start: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda compiler_options=None: start(options=compiler_options).result()
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

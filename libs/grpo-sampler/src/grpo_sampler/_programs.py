@@ -1,9 +1,13 @@
 """Compiled programs, counted: each is compiled ahead of its call, so nothing can recompile unnoticed."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from jax.stages import Lowered
+
+Options = Mapping[str, str | bool] | None
 
 
 class Programs:
@@ -19,16 +23,18 @@ class Programs:
         """Programs compiled so far, those under way included."""
         return len(self._table)
 
-    def start(self, key: Hashable, compile_now: Callable[[], Any]) -> Future[Any]:
+    def start(self, key: Hashable, lower: Callable[[], Lowered], options: Options = None) -> Future[Any]:
         """Begins compiling a program unless that has happened already.
 
         Args:
             key: all that the program's shapes and code depend on.
-            compile_now: traces and compiles.
+            lower: traces.
+            options: of the compiler; as much part of a program as its key.
         Returns:
             A future of the compiled program.
         """
+        whole = key, tuple(sorted((options or {}).items()))
         with self._lock:
-            if key not in self._table:
-                self._table[key] = self._pool.submit(compile_now)
-            return self._table[key]
+            if whole not in self._table:
+                self._table[whole] = self._pool.submit(lambda: lower().compile(dict(options or {}) or None))
+            return self._table[whole]

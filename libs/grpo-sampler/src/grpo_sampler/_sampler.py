@@ -170,7 +170,7 @@ class Sampler:
 
     def programs(
         self, params: Any, *, group_size: int, law: SamplingLaw | None = None, streaming: bool = False
-    ) -> dict[str, Callable[[], Compiled]]:
+    ) -> dict[str, Callable[..., Compiled]]:
         """What a call that fills all slots runs, for planning memory and time on devices that may not be there.
 
         Args:
@@ -179,7 +179,8 @@ class Sampler:
             law: as for `generate`; only whether it filters matters.
             streaming: whether the batch exceeds the slots.
         Returns:
-            Functions that compile, by name, in the order of their first run: `weights` (parameters as decoding wants
+            Functions that compile (with `compiler_options`, as `jax.stages.Lowered.compile` takes them), by name, in
+            the order of their first run: `weights` (parameters as decoding wants
             them), `cache` (an empty one), `prefill` (prompts into the cache), `decode` (a chunk of steps; its loop's
             end depends on the data), and `shrink` (the cache of a draining batch) where there is a smaller size. Each
             is the largest of its kind, for the longest prompt bucket.
