@@ -144,11 +144,21 @@ def test_own_commands_get_their_arguments(monkeypatch):
 def test_slice_option_of_preflight(monkeypatch, quiet_environment):
     module = types.ModuleType("grpo_gsm8k.preflight")
     seen = []
-    module.preflight = lambda config, **options: seen.append((config.slice, options))  # type: ignore[attr-defined]
+    module.preflight = lambda config, **options: seen.append((config.slices, options))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "grpo_gsm8k.preflight", module)
-    arguments = ["preflight", "--config", "qwen2.5-7b", "--slice", "v6e-16", "--set", "compilation_cache="]
+    arguments = [
+        "preflight",
+        "--config",
+        "qwen2.5-7b",
+        "--slice",
+        "v6e-16",
+        "--slice",
+        "v4-8",
+        "--set",
+        "compilation_cache=",
+    ]
     assert cli.main(arguments) == 0
-    assert seen == [("v6e-16", {"search": False})]
+    assert seen == [(("v6e-16", "v4-8"), {"search": False})]
 
 
 def test_cpu_devices_reach_xla(quiet_environment, tmp_path):

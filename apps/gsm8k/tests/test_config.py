@@ -36,7 +36,7 @@ def test_laptop_is_the_default():
 def test_every_large_preset_names_its_slice_and_the_true_data():
     for name in set(preset_names()) - {"laptop"}:
         config = load([name])
-        assert config.slice
+        assert config.slices
         assert config.data.source == "openai/gsm8k"
         assert config.model.path.lower() == f"qwen/{name}-instruct"
         # An update of 1e-6 rounds away in bfloat16 parameters.
@@ -53,7 +53,7 @@ def test_later_layers_win(tmp_path):
 
 def test_yaml_files_compose(tmp_path):
     config = load(["qwen2.5-7b", written(tmp_path, "steps: 500\n")])
-    assert (config.steps, config.slice) == (500, "v5e-16")
+    assert (config.steps, config.slices) == (500, ("v5e-16", "v6e-16"))
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".001", "0.001"])
@@ -128,7 +128,8 @@ def test_unknown_key(key, nearest, tmp_path):
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate must be a number > 0"),
         ("optimizer.learning_rate=", "got nothing"),
         ("optimizer.schedule=cosin", "Did you mean cosine?"),
-        ("slice=v7-1", "v5e-16"),
+        ("slices=[v7-1]", "v5e-16"),
+        ("slices=v5e-16", "slices must be a list of names like v4-8"),
         ("run.dir=", "run.dir must be non-empty text"),
         ("reward.functions=answer", "reward.functions must be a list"),
         ("reward.functions=[1]", "reward.functions must be a list"),
@@ -165,7 +166,7 @@ def test_wrong_values(assignment, expected):
         (["loss.minibatches=3"], ["loss.minibatches", "rollout.prompts"]),
         (["loss.row_length=10"], ["loss.row_length", "rollout.max_new_tokens"]),
         (["optimizer.warmup_steps=60", "steps=60"], ["optimizer.warmup_steps", "60 optimizer updates"]),
-        (["cpu_devices=2", "slice=v5e-1"], ["cpu_devices", "slice"]),
+        (["cpu_devices=2", "slices=[v5e-1]"], ["cpu_devices", "slices"]),
     ],
 )
 def test_contradictions_name_their_keys(sets, keys):

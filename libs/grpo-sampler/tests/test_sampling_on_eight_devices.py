@@ -32,3 +32,4 @@ def test_results_equal_one_device(mesh, law, layers):
     assert report["finish"], report
     assert report["logp"] <= 5e-6, report
     assert report["policy_logp"] <= 5e-6, report
+    assert report["splash"] <= 3e-6, report

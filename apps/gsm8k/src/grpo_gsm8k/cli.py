@@ -54,7 +54,7 @@ def _run(given: list[str]) -> int:
     options = _parser().parse_args(given)
     sets = list(options.sets)
     if getattr(options, "slice", None):
-        sets.append(f"slice={options.slice}")
+        sets.append(f"slices=[{', '.join(options.slice)}]")
     config = load(options.config, sets)
     if options.print_config:
         sys.stdout.write(dump(config))
@@ -111,7 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument("--checkpoint", metavar="RUN", help="run folder whose newest checkpoint is measured")
         if name == "preflight":
-            command.add_argument("--slice", help="TPU slice such as v5e-16, in place of the config's")
+            command.add_argument(
+                "--slice",
+                action="append",
+                metavar="NAME",
+                help="TPU slice such as v5e-16, in place of the config's; repeatable",
+            )
             command.add_argument(
                 "--search", action="store_true", help="try meshes and micro-batches, rank those that fit"
             )

@@ -31,6 +31,8 @@ Dtype = Literal["float32", "bfloat16"]
 # A list in YAML, a tuple here: hashable, and nobody appends to it by accident.
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Weights = Annotated[tuple[float, ...], Field(strict=False)]
+SliceName = Annotated[str, Field(pattern=r"^(v4|v5e|v5p|v6e)-[1-9][0-9]*$")]
+Slices = Annotated[tuple[SliceName, ...], Field(strict=False)]
 
 # A well-formed wrong answer must stay worth far less than a right one.
 DEFAULT_WEIGHTS = {"format": 0.1}
@@ -263,10 +265,11 @@ class Config(_Section):
     mesh: Annotated[str, Field(min_length=1)] = Field(
         default="dp:-1", description="axis sizes such as dp:1,fsdp:-1,tp:1 (one -1), or `auto`"
     )
-    slice: Annotated[str, Field(pattern=r"^((v4|v5e|v5p|v6e)-[1-9][0-9]*)?$")] = Field(
-        default="",
+    slices: Slices = Field(
+        default=(),
         examples=["v4-8", "v5e-16", "v5p-8", "v6e-8"],
-        description="TPU slice the run is meant for, such as v5e-16 (what preflight compiles for); empty: this machine",
+        description="TPU slices the run is meant for (preflight compiles for each, the first is the usual one); empty: "
+        "this machine",
     )
     compilation_cache: str = Field(
         default="~/.cache/grpo-gsm8k/jax", description="folder of compiled programs kept between runs; empty: none"
@@ -351,8 +354,8 @@ class Config(_Section):
                 f"optimizer.warmup_steps must be below the run's {updates} optimizer updates (steps x loss.epochs x "
                 f"loss.minibatches): got {optimizer.warmup_steps}; the learning rate would never reach its peak"
             )
-        if self.cpu_devices > 0 and self.slice:
+        if self.cpu_devices > 0 and self.slices:
             yield (
-                f"cpu_devices={self.cpu_devices} forces CPU devices but slice={self.slice} names a TPU slice: set "
-                "cpu_devices=0, or slice=''"
+                f"cpu_devices={self.cpu_devices} forces CPU devices but slices=[{', '.join(self.slices)}] names TPU "
+                "slices: set cpu_devices=0, or slices=[]"
             )

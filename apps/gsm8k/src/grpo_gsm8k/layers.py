@@ -242,6 +242,8 @@ def _expected(field: FieldInfo) -> str:
         annotation, *inner = get_args(annotation)
         metadata += inner
     if get_origin(annotation) is tuple:
+        if field.examples:
+            return f"a list of names like {', '.join(map(str, field.examples))}"
         return f"a list, each of it {_KINDS[get_args(annotation)[0]]}"
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
     kinds = [_KINDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,)]

@@ -12,41 +12,46 @@ __all__ = ["preflight"]
 
 
 def preflight(config: Config, *, search: bool = False) -> int:
-    """Print what a run needs of every device, and whether its slice has it.
+    """Print what a run needs of every device, and whether its slices have it.
 
     Args:
-        config: the resolved settings; `slice` names a TPU slice, or is empty for the devices of this machine.
+        config: the resolved settings; `slices` names TPU slices, or is empty for the devices of this machine.
         search: try other meshes and micro-batches as well, and rank those that fit.
 
     Returns:
-        Exit code: 0 the run fits (or, with `search`, some layout does; without a slice: the prediction holds), 1 not.
+        Exit code: 0 the run fits every slice (or, with `search`, some layout does; without a slice: the prediction
+        holds), 1 not.
 
     Raises:
         GrpoError: the run cannot be laid out on the slice, or there is no TPU compiler here.
     """
-    if not config.slice:
+    if not config.slices:
         if search:
-            raise ConfigError("preflight --search needs a slice to search for: --slice v5e-16, or slice in the config")
+            raise ConfigError("preflight --search needs a slice to search for: --slice v5e-16, or slices in the config")
         from grpo_gsm8k.preflight_local import compare
 
         return compare(config)
-    for line in _before_libtpu(config.slice):
+    for line in _before_libtpu(config.slices[0]):
         print(line, flush=True)
     if search:
-        from grpo_gsm8k.preflight_search import run_search
+        from grpo_gsm8k.preflight_search import run_search as judge_one
+    else:
+        judge_one = _judge
+    codes = []
+    for slice_name in config.slices:
+        print()
+        codes.append(judge_one(config, slice_name))
+    return max(codes)
 
-        return run_search(config)
-    return _slice(config)
 
-
-def _slice(config: Config) -> int:
+def _judge(config: Config, slice_name: str) -> int:
     from grpo_gsm8k.preflight_blueprint import blueprint, model_config
     from grpo_gsm8k.preflight_programs import measure
     from grpo_gsm8k.preflight_report import judge, table
     from grpo_mesh import find_slice, make_mesh, slice_devices
 
-    target = find_slice(config.slice)
-    mesh = make_mesh(config.mesh, slice_devices(config.slice))
+    target = find_slice(slice_name)
+    mesh = make_mesh(config.mesh, slice_devices(slice_name))
     plan = blueprint(config, model_config(config.model.path), mesh)
     axes = " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
     rollout, shape = config.rollout, plan.pack_shape

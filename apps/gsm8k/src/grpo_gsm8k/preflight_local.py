@@ -24,6 +24,7 @@ __all__ = ["Comparison", "compare"]
 
 # Errors of a prediction above this share make preflight fail: planning by it would be guessing.
 TOLERANCE = 0.25
+_MMAP_THRESHOLD, _SMALLEST_MAPPED = -3, 64 * 1024  # malloc.h
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -90,6 +91,7 @@ def _compared(run: Assembly, programs: list[Measured]) -> list[Comparison]:
         peak = sum(device.memory_stats()["peak_bytes_in_use"] for device in run.mesh.local_devices)
         return [Comparison("both", max(predicted.values()), peak)]
     # The first step compiled everything; what the compiler left behind is given back before the second is measured.
+    _unpooled()
     measured: dict[str, int] = {}
 
     def watched(phase: str, work: Callable[[], Any]) -> Any:
@@ -135,9 +137,15 @@ def _status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _unpooled() -> None:
+    """Has glibc map every array by itself: kept in its pools, freed ones would count as used, with the gaps between."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _SMALLEST_MAPPED)
+
+
 def _trim() -> None:
-    # glibc keeps what was freed; counted as used already, it would hide what the next phase takes.
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    """Has glibc give back what was freed: counted as used already, it would hide what the next phase takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -130,8 +130,8 @@ class Verdict:
             lines.append(f"mesh=dp:1,fsdp:-1,tp:{tensor}: no second copy of parameters and optimizer state")
         if larger := _larger(self.target, self.peak / self.target.chip.usable_bytes):
             lines.append(
-                f"slice={larger}: parameters and optimizer take {_gib(settled)} of a device here, and {_gib(over)} are "
-                "missing"
+                f"--slice {larger}: parameters and optimizer take {_gib(settled)} of a device here, and {_gib(over)} "
+                "are missing"
             )
         return lines
 

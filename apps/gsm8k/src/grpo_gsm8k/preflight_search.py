@@ -64,17 +64,18 @@ def candidates(config: Config, model: ModelConfig, chips: int) -> Iterator[Candi
                 yield Candidate(dp, shards // dp, tp, rows)
 
 
-def run_search(config: Config) -> int:
+def run_search(config: Config, slice_name: str) -> int:
     """Compile every candidate and print those that fit, fastest first.
 
     Args:
-        config: the resolved settings, with a slice.
+        config: the resolved settings.
+        slice_name: what to search layouts for.
 
     Returns:
         0 if any fits, 1 if none does.
     """
-    target = find_slice(config.slice)
-    devices = slice_devices(config.slice)
+    target = find_slice(slice_name)
+    devices = slice_devices(slice_name)
     model = model_config(config.model.path)
     fitting: list[tuple[Verdict, Candidate]] = []
     rollouts: dict[str, list[Measured]] = {}

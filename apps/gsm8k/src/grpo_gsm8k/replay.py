@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("file", type=Path, help="capsule-*.zip of a run folder, beside the run's checkpoints")
     path = parser.parse_args(arguments).file
     capsule, batch = read_capsule(path)
-    config = capsule.config.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slice": ""})
+    config = capsule.config.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slices": ()})
     for line in before_jax(config):
         print(line, flush=True)
 

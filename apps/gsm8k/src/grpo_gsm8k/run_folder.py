@@ -29,7 +29,7 @@ __all__ = ["RunFolder", "versions"]
 
 # Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "health.")
-_FREE_KEYS = ("cpu_devices", "mesh", "slice", "compilation_cache", "huge_pages", "phase_timeout")
+_FREE_KEYS = ("cpu_devices", "mesh", "slices", "compilation_cache", "huge_pages", "phase_timeout")
 
 
 class RunFolder:

@@ -19,7 +19,7 @@ from grpo_gsm8k.measure import Clock, sample_records, step_metrics
 from grpo_gsm8k.preemption import EXIT_PREEMPTED, preemption
 from grpo_gsm8k.progress import Progress
 from grpo_gsm8k.report import write_report
-from grpo_gsm8k.run_folder import RunFolder
+from grpo_gsm8k.run_folder import RunFolder, versions
 from grpo_mesh import check_agreement, digest
 
 
@@ -35,7 +35,8 @@ def train(config: Config, *, dry_run: bool = False) -> int:
     """
     started = time.monotonic()
     run = assemble(config)
-    check_agreement({"config": config.model_dump(mode="json"), "identity": run.identity, "shapes": run.shapes})
+    facts = {"identity": run.identity, "shapes": run.shapes, "version": versions()}
+    check_agreement({"config": config.model_dump(mode="json"), **facts})
     leader = jax.process_index() == 0
     for line in run.description if leader else ():
         print(line, flush=True)

@@ -240,9 +240,9 @@ def _(bench: Bench) -> None:
     bench.config("reward.weights=[0, 0]")
 
 
-@fault("Settings", "CPU devices for a TPU slice", ConfigError, "cpu_devices=2", "slice=v5e-16")
+@fault("Settings", "CPU devices for a TPU slice", ConfigError, "cpu_devices=2", "slices=[v5e-16]")
 def _(bench: Bench) -> None:
-    bench.config("cpu_devices=2", "slice=v5e-16")
+    bench.config("cpu_devices=2", "slices=[v5e-16]")
 
 
 @fault("Settings", "CPU devices asked for too late", ConfigError, "cpu_devices=3 must be set before jax is imported")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from grpo_sampler._cache import Cache, attend_cached, seen, write
@@ -65,6 +65,7 @@ def prefill(
     *,
     config: ModelConfig,
     attention: Attention = "xla",
+    mesh: Mesh | None = None,
 ) -> Cache:
     """Writes the keys and values of whole prompts into their units.
 
@@ -75,6 +76,7 @@ def prefill(
             the last unit drops the row.
         config: the model.
         attention: kernel of the prompt's own attention.
+        mesh: with a tensor axis, over which a kernel's heads are then split; None where there is nothing to split.
     Returns:
         The cache.
     """
@@ -85,7 +87,7 @@ def prefill(
 
     def block(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = qkv(layer, x, cos, sin, config)
-        x = attention_out(layer, x, self_attention(attention, q, k, v, segment_PT))
+        x = attention_out(layer, x, self_attention(attention, q, k, v, segment_PT, mesh))
         return mlp(layer, x, config), (jnp.einsum("PTKE->PKET", k), jnp.einsum("PTKE->PKTE", v))
 
     x = weights.embed[tokens_PT]

@@ -258,7 +258,12 @@ class Engine:
             cache, count = self._cache(shape), self.placement.shards * self._prefill_width(shape)
             axes = self._cache_axes(cache)
             function = self.placement.split(
-                partial(prefill, config=self.plan.config, attention=self.plan.attention),
+                partial(
+                    prefill,
+                    config=self.plan.config,
+                    attention=self.plan.attention,
+                    mesh=self.placement.mesh if self.placement.tensor > 1 else None,
+                ),
                 (jax.tree.map(lambda _: None, self._weights), axes, 0),
                 axes,
             )

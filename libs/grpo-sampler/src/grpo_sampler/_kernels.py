@@ -70,7 +70,8 @@ def self_attention(
         k_BTKE: keys.
         v_BTKE: values.
         segment_BT: segment of each token; 0 is padding.
-        mesh: axes dp and fsdp share out the rows, tp the heads; needed by splash on more than one device.
+        mesh: axes dp and fsdp share out the rows, tp the heads; needed by splash on more than one device. Inside a
+            `shard_map` that has shared out the rows already, the heads alone are.
 
     Returns:
         Mixed values, in q's type.
@@ -154,11 +155,17 @@ def splash_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (scaled, k_BTKE, v_BTKE))
     segment = jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, extra)))
     if mesh is not None:
-        rows = _dividing(mesh, _BATCH_AXES, B)
+        done = set(jax.sharding.get_abstract_mesh().manual_axes)
+        rows = None if done else _dividing(mesh, _BATCH_AXES, B)
         heads = _dividing(mesh, (_HEAD_AXIS,), k_BTKE.shape[2])
         spec = PartitionSpec(rows, None, heads, None)
         local = jax.shard_map(
-            local, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows, None)), out_specs=spec, check_vma=False
+            local,
+            mesh=None if done else mesh,  # inside another one, jax has the rest of the mesh at hand and takes no other
+            in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
+            out_specs=spec,
+            axis_names=set(mesh.axis_names) - done,
+            check_vma=False,
         )
     return local(q, k, v, segment)[:, :T]
 

@@ -68,7 +68,7 @@ class Sampler:
         compute_dtype: type of weights, cache and activations while decoding; None is the parameters' own.
         unroll: write the layers out instead of looping over them: about twice as fast on a CPU, slower to compile.
             None: on CPU.
-        attention: kernel for whole prompts, as for `Transformer`; with a `tp` axis it is `xla`.
+        attention: kernel for whole prompts, as for `Transformer`; with a `tp` axis `xla` takes the place of `cudnn`.
         mesh: devices to use; rows are split over all axes but `tp`. None is the device the parameters are on.
     Raises:
         SamplerError: sizes that make no sense, or a law that cannot be met.
@@ -326,9 +326,9 @@ class Sampler:
         if key not in self._engines:
             dtype = self.compute_dtype or params["embed"].dtype
             placement = Placement(self.mesh, params)
-            attention = resolve_attention(
-                "xla" if placement.tensor > 1 else self._attention, self.config, jnp.dtype(dtype), self.mesh
-            )
+            attention = resolve_attention(self._attention, self.config, jnp.dtype(dtype), self.mesh)
+            if attention == "cudnn" and placement.tensor > 1:
+                attention = "xla"  # nothing splits cuDNN's kernel over its heads
             plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
             self._engines[key] = Engine(plan, placement, self._programs, params)
         return self._engines[key]
