@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_mesh import CHIPS, MeshError, compile_report, find_slice, make_mesh, slice_devices
+from grpo_mesh import CHIPS, MeshError, compile_report, compile_with_text, find_slice, make_mesh, slice_devices
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
@@ -106,3 +106,25 @@ def test_a_kernel_that_declares_no_cost_is_listed():
     report = compile_report(jax.jit(repeated).trace(x, x, x).lower(lowering_platforms=("tpu",)).compile())
     assert list(report.kernels.values()) == [5]
     assert report.peak >= 3 * x.size * 2
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_lookup_on_the_sparse_core_is_read_as_the_compiler_wrote_it():
+    mesh = make_mesh("auto", slice_devices("v6e-1"))
+    place = lambda shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    entries, tokens, width = 50_000, 4096, 512
+    lowered = jax.jit(lambda table, ids, w: jnp.tanh(table[ids] @ w)).lower(
+        place((entries, width), jnp.bfloat16), place((tokens,), jnp.int32), place((width, width), jnp.bfloat16)
+    )
+    compiled, text = compile_with_text(lowered.compile)
+    report = compile_report(compiled, text=text)
+    assert report.flops == 2 * tokens * width * width
+    # Looked up, written, read by the product, its result written; and not all of the table.
+    row = width * 2
+    assert 4 * tokens * row <= report.traffic <= 6 * tokens * row < entries * row
+    if "sparsecore" in text:
+        with pytest.raises(MeshError, match="Compile it with `compile_with_text` and pass the text"):
+            compile_report(compiled)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_mesh import compile_report
+from grpo_mesh import MeshError, compile_report, compile_with_text
 
 
 def compiled(function, *shapes, dtype=jnp.float32):
@@ -58,3 +58,18 @@ def test_the_costlier_branch_counts():
 
     report = compile_report(compiled(either, (8, 64), (64, 64)))
     assert report.flops == 2 * 2 * 8 * 64 * 64
+
+
+def test_the_text_that_the_compiler_writes_tells_the_same():
+    def loss(w, x):
+        return (jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0] ** 2).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 64, 64), (16, 64))]
+    program, text = compile_with_text(jax.jit(jax.grad(loss)).lower(*shapes).compile)
+    assert compile_report(program, text=text) == compile_report(program)
+    assert compile_report(program).flops == 3 * 3 * 2 * 16 * 64 * 64
+
+
+def test_a_compiler_that_writes_no_text_is_told():
+    with pytest.raises(MeshError, match=r"it wrote none\. Was the program read from a compilation cache"):
+        compile_with_text(lambda compiler_options: jax.jit(jnp.sin).lower(1.0).compile())
