@@ -80,7 +80,14 @@ def run_search(config: Config, slice_name: str) -> int:
     fitting: list[tuple[Verdict, Candidate]] = []
     rollouts: dict[str, list[Measured]] = {}
     too_many_rows: set[str] = set()
-    for candidate in candidates(config, model, target.chips):
+    layouts = list(candidates(config, model, target.chips))
+    meshes = len({layout.mesh for layout in layouts})
+    print(
+        f"search   {len(layouts)} layouts of {meshes} meshes for {target.name}; a new mesh takes about as long as a "
+        "preflight, each further size of its micro-batch the time of scoring and update",
+        flush=True,
+    )
+    for candidate in layouts:
         if candidate.mesh in too_many_rows:
             print(f"  skipped  {candidate}: fewer rows did not fit already", flush=True)
             continue
