@@ -73,7 +73,7 @@ def splash_beside_xla(mesh: Mesh) -> float:
     segment = jnp.asarray(np.arange(40) < np.array([40, 30, 7, 1, 40, 2, 3, 4])[:, None], jnp.int32)
     rows = PartitionSpec(("dp", "fsdp"))
     split_rows = jax.shard_map(
-        lambda *arrays: splash_attention(*arrays, mesh, interpret=True),
+        lambda q, k, v, segment: splash_attention(q, k, v, segment, mesh, interpret=True),
         mesh=mesh,
         in_specs=(rows,) * 4,
         out_specs=rows,
