@@ -157,34 +157,38 @@ def test_killed_at_random_instants(kills: int, toy_policy: Path, cache: Path, wh
         for n in range(kills)
     ]
     chance.shuffle(todo)
-    table: list[str] = []
-    rounds = 0
+    # Each row is printed once it is known: of a long test that is cut short, so much is proven.
+    head = ("kill", "rank", "instant", "interrupted", "goes on after", "hashes compared, all equal")
+    print(f"\n| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n", flush=True)
+    interrupted: Counter[str] = Counter()
+    row, rounds = "", 0
     while todo:
         folder = tmp_path / f"run{rounds}"
         rounds += 1
         code = -1
         # The instants of a round ascend, so that a run goes on from kill to kill, and to its end after the last.
         for kill in [*sorted(todo[:10]), None]:
-            trace = tmp_path / f"{len(table)}.{rounds}.trace"
+            trace = tmp_path / f"{interrupted.total()}.{rounds}.trace"
             code = run_until(kill, job(processes), trace, settings(toy_policy, folder, cache), whole)
             compared = [hashes(trace, rank) for rank in range(processes)]
             for mine, expected in zip(compared, whole.hashes):
-                assert mine.items() <= expected.items(), f"after {table[-1] if table else 'nothing'}"
-            if table and table[-1].endswith("| "):
+                assert mine.items() <= expected.items(), f"after {row or 'nothing'}"
+            if row:
                 resumed = [event["resumed"] for event in events(trace) if "resumed" in event]
                 whence = f"step {resumed[0]}" if resumed else "killed while it was read"
-                table[-1] += f"{whence} | {sum(map(len, compared))} |"
+                print(f"{row} | {whence} | {sum(map(len, compared))} |", flush=True)
+                row = ""
             if code == 0:
                 break  # perhaps before the clock of `kill` ran out: then it is for the next round
             assert kill is not None, trace.with_suffix(".log").read_text()
             todo.remove(kill)
-            table.append(f"| {len(table) + 1} | {described(kill, trace, folder)} | ")
+            interrupted[events(trace, kill.ranks[0])[-1]["killed"] or "between stages"] += 1
+            row = f"| {interrupted.total()} | {described(kill, trace, folder)}"
         assert code == 0
         assert result(folder) == result(whole.folder)
         assert_every_problem_once_an_epoch(folder)
-    head = ("kill", "rank", "instant", "interrupted", "goes on after", "hashes compared, all equal")
-    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", *table, sep="\n")
-    assert len(table) == kills
+    print(f"{kills} kills, {rounds} runs, everything equal:", dict(interrupted))
+    assert interrupted.total() == kills
 
 
 def run_until(kill: Kill | None, command: list[str], trace: Path, sets: list[str], whole: Whole) -> int:

@@ -67,7 +67,7 @@ def _run(
     if restored := checkpoints.restore(state, run.identity, donate=True):
         state, notes = restored.state, notes | restored.notes | {"identity": run.identity}
         problems.set_state(notes["problems"])
-        if restored.notes["identity"]["held_out"] != run.identity["held_out"]:
+        if restored.notes["identity"].get("held_out") != run.identity["held_out"]:
             notes["accuracy"] = {}  # of other problems: no gain can be told from it
         checkpoints.forget_after(restored.step)
         progress.note(f"going on after step {restored.step} of {folder.path}")
