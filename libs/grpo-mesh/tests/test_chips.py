@@ -126,5 +126,5 @@ def test_a_lookup_on_the_sparse_core_is_read_as_the_compiler_wrote_it():
     row = width * 2
     assert 4 * tokens * row <= report.traffic <= 6 * tokens * row < entries * row
     if "sparsecore" in text:
-        with pytest.raises(MeshError, match="Compile it with `compile_with_text` and pass the text"):
+        with pytest.raises(MeshError, match="Compile it with `compile_with_text`"):
             compile_report(compiled)

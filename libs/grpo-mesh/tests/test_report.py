@@ -70,6 +70,20 @@ def test_the_text_that_the_compiler_writes_tells_the_same():
     assert compile_report(program).flops == 3 * 3 * 2 * 16 * 64 * 64
 
 
-def test_a_compiler_that_writes_no_text_is_told():
-    with pytest.raises(MeshError, match=r"it wrote none\. Was the program read from a compilation cache"):
-        compile_with_text(lambda compiler_options: jax.jit(jnp.sin).lower(1.0).compile())
+def test_a_program_from_a_cache_is_read_back():
+    program = jax.jit(jnp.sin).lower(1.0).compile()
+    assert compile_with_text(lambda compiler_options: program) == (program, program.as_text())
+
+
+def test_a_program_that_cannot_be_read_back_is_refused_with_the_way_out():
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError(
+                "INTERNAL: Async done requires its operand to be an asynchronous op\n  at 1"
+            )
+
+        def memory_analysis(self):
+            return None
+
+    with pytest.raises(MeshError, match=r"asynchronous op\. Compile it with `compile_with_text`"):
+        compile_report(Unreadable())  # type: ignore[arg-type]

@@ -69,17 +69,13 @@ def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]
         The program, and its text for `compile_report`.
 
     Raises:
-        MeshError: the compiler wrote no text.
+        MeshError: the program came from a compilation cache, and jaxlib cannot read it.
     """
     with tempfile.TemporaryDirectory(prefix="grpo-mesh-") as folder:
         compiled = compiles(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         written = sorted(Path(folder).glob("*after_optimizations.txt"))
-        if not written:
-            raise MeshError(
-                "the compiler must write the program's text where `xla_dump_to` says: it wrote none. Was the program "
-                "read from a compilation cache? Turn that off (`jax_enable_compilation_cache`) to compile it anew."
-            )
-        return compiled, written[-1].read_text()
+        # A program that comes from a compilation cache was compiled, and written, another time.
+        return compiled, written[-1].read_text() if written else _read_back(compiled)
 
 
 def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips: float = 1) -> CompileReport:
@@ -98,13 +94,7 @@ def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips
     """
     memory = compiled.memory_analysis()
     if text is None:
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            raise MeshError(
-                f"compile_report needs a program that jaxlib can read: {str(error).splitlines()[0]}. Compile it with "
-                "`compile_with_text` and pass the text."
-            ) from error
+        text = _read_back(compiled)
     if memory is None or not text:
         raise MeshError(f"compile_report needs a program's memory and text: {jax.default_backend()} reports neither.")
     tally = Program(text, unknown_trips).tally()
@@ -120,3 +110,13 @@ def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips
         kernels=dict(sorted(tally.kernels.items())),
         unknown_loops=tally.unknown_loops,
     )
+
+
+def _read_back(compiled: Compiled) -> str:
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        raise MeshError(
+            f"a program's text must be one that jaxlib can read: {str(error).splitlines()[0]}. Compile it with "
+            "`compile_with_text`, without a compilation cache, and pass the text to `compile_report`."
+        ) from error
