@@ -1,12 +1,16 @@
 """Useful tokens/s of rollouts, side by side with google-tunix's own sampler and transformers' `generate`.
 
-    python tools/bench_rollout.py                                                   # this stack alone
-    python tools/bench_rollout.py --tunix VENV/bin/python --torch VENV/bin/python   # and the peers, each in its venv
+    hatch run bench:rollout                                                         # this stack alone
+    hatch run bench:rollout --tunix "$(hatch run peers:which python)" --transformers "$(hatch run oracles:which python)"
+
+The whole table, both peers, takes an hour on two cores, nearly all of it the peers on `small`. For a part of it:
+`--models tiny --new-tokens 128 --turns 1 --repeats 3`.
 
 Prompts of 64 to 96 tokens, groups of 8, float32, random weights, temperature 1, whole vocabulary, log-probabilities
 recorded. `full`: every sequence runs to the limit. `geometric`: each sequence has its own limit, geometric with mean
 40; peers cannot end rows early without a stop token, and since a batch of theirs waits for its longest row in any case,
 they run to the longest limit and only tokens within limits count as useful. Sides take turns, a fresh process each.
+First calls include compilation: `cold` with an empty compilation cache, `cached` by a second process with that cache.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +37,7 @@ GROUP_SIZE, LONGEST_PROMPT, PAD, EOS = 8, 96, 0, 1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tunix", help="python of an environment with google-tunix")
-    parser.add_argument("--torch", help="python of an environment with torch and transformers")
+    parser.add_argument("--transformers", help="python of an environment with torch and transformers")
     parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=list(MODELS))
     parser.add_argument("--sequences", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--new-tokens", nargs="+", type=int, default=[128, 256])
@@ -58,7 +63,7 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     sides = {"ours": sys.executable}
     sides |= {"tunix": options.tunix} if options.tunix else {}
-    sides |= {"transformers": options.torch} if options.torch else {}
+    sides |= {"transformers": options.transformers} if options.transformers else {}
     rooflines = launch(sys.executable, "machine", [])
     print(f"machine: {rooflines['flops'] / 1e9:.0f} GFLOP/s, {rooflines['bytes'] / 1e9:.1f} GB/s", flush=True)
     for model in options.models:
@@ -70,32 +75,43 @@ def compare(options: argparse.Namespace) -> None:
                     case += ["--devices", str(options.devices)] if options.devices else []
                     seconds: dict[str, list[float]] = {side: [] for side in sides}
                     last: dict[str, dict] = {}
+                    with tempfile.TemporaryDirectory() as cache:
+                        once = [*case, "--repeats", "0"]
+                        first = {
+                            kind: launch(sys.executable, "ours", once, cache=cache)["first"]
+                            for kind in ("cold", "cached")
+                        }
                     for _ in range(options.turns):
                         for side, python in sides.items():
                             last[side] = launch(python, side, case)
                             seconds[side] += last[side]["seconds"]
-                    report(f"{model} {sequences} x {new_tokens} {lengths}", model, seconds, last, rooflines)
+                    report(f"{model} {sequences} x {new_tokens} {lengths}", model, seconds, last, first, rooflines)
 
 
-def report(title: str, model: str, seconds: dict, last: dict, rooflines: dict) -> None:
+def report(title: str, model: str, seconds: dict, last: dict, first: dict, rooflines: dict) -> None:
     median = {side: statistics.median(values) for side, values in seconds.items()}
     for side, value in median.items():
         useful = last[side]["useful"]
-        line = f"{title} {side}: {useful / value:,.0f} tokens/s, first call {last[side]['first']:.1f} s"
+        line = f"{title} {side}: {useful / value:,.0f} tokens/s"
         if side == "ours":
+            line += f", first call {first['cold']:.1f} s cold, {first['cached']:.1f} s cached"
             weights = parameters(model)
             flops = 2 * weights * useful / value / rooflines["flops"]
             # Every step of every batch reads the weights once; the fewest steps are those of the longest sequence.
             read = 4 * weights * last[side]["longest"] / value / rooflines["bytes"]
             line += f", {flops:.0%} of the FLOP roofline, weights alone {read:.0%} of the bandwidth"
         else:
+            line += f", first call {last[side]['first']:.1f} s"
             line += f", ratio {(last['ours']['useful'] / median['ours']) / (useful / value):.2f}"
         print(line, flush=True)
 
 
-def launch(python: str, side: str, arguments: list[str], *, script: str = __file__) -> dict:
+def launch(python: str, side: str, arguments: list[str], *, script: str = __file__, cache: str | None = None) -> dict:
     command = [python, script, "--side", side, *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # What jax calls small stays out of its cache by default; a first call consists of small programs.
+    stored = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} if cache else {}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | stored
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""The network compiled for a TPU slice that is not there: splash attention under a mesh, forward and backward."""
+"""Network and rollout programs compiled for a TPU slice that is not there: splash attention under a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,31 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grpo_contracts import SamplingLaw
 from grpo_sampler import ModelConfig, Sampler, abstract, merge
 
 CONFIG = ModelConfig("qwen2", 512, 256, 512, 2, 8, 4, 64, qkv_bias=True, tied=True)
+# As a trainer splits them; norms are small and whole everywhere.
+SPECS = {
+    "embed": ("tp", "fsdp"),
+    "q": (None, "fsdp", "tp"),
+    "k": (None, "fsdp", "tp"),
+    "v": (None, "fsdp", "tp"),
+    "o": (None, "tp", None, "fsdp"),
+    "gate": (None, "fsdp", "tp"),
+    "up": (None, "fsdp", "tp"),
+    "down": (None, "tp", "fsdp"),
+}
+
+
+def v6e_devices() -> np.ndarray:
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with libtpu")
+    return np.asarray(topologies.get_topology_desc("v6e:2x2", "tpu", chips_per_host_bounds=(2, 2, 1)).devices)
 
 
 @pytest.mark.slow
 def test_splash_attention_compiles_for_a_v6e_slice():
-    pytest.importorskip("libtpu", reason="the TPU compiler comes with libtpu")
-    described = topologies.get_topology_desc("v6e:2x2", "tpu", chips_per_host_bounds=(2, 2, 1))
-    mesh = Mesh(np.asarray(described.devices).reshape(1, 2, 2), ("dp", "fsdp", "tp"))
+    mesh = Mesh(v6e_devices().reshape(1, 2, 2), ("dp", "fsdp", "tp"))
     graphdef, shapes = abstract(CONFIG, compute_dtype=jnp.bfloat16, remat=True, mesh=mesh)
 
     def on_mesh(shape, dtype, *axes):
@@ -56,3 +71,29 @@ def test_prompts_are_prefilled_by_splash_with_heads_split_over_tp():
     sampler = Sampler(CONFIG, max_prompt_length=64, max_new_tokens=64, slots=8, compute_dtype=jnp.bfloat16, mesh=mesh)
     prefill = sampler.programs(params, group_size=4)["prefill"]()
     assert "tpu_custom_call" in str(prefill.as_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)], ids=["fsdp4", "fsdp2-tp2"])
+def test_rollout_programs_compile_for_a_v6e_slice(shape):
+    """Qwen2.5-0.5B, 256 sequences in groups of 8, prompts of 512 and 512 new tokens, bf16; `-s` prints the bytes."""
+    config = ModelConfig("qwen2", 151_936, 896, 4864, 24, 14, 2, 64, 1_000_000.0, qkv_bias=True, tied=True)
+    mesh = Mesh(v6e_devices().reshape(shape), ("dp", "fsdp", "tp"))
+    _, shapes = abstract(config, param_dtype=jnp.bfloat16)
+
+    def place(path, leaf):
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*SPECS.get(path[-1].key, ())))
+        )
+
+    sampler = Sampler(config, SamplingLaw(), max_prompt_length=512, max_new_tokens=512, slots=256, mesh=mesh)
+    for name, compile_now in sampler.programs(jax.tree.map_with_path(place, shapes), group_size=8).items():
+        memory = compile_now().memory_analysis()
+        assert memory is not None
+        arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+        peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        print(
+            f"{shape} {name}: arguments {arguments:,}, outputs {outputs:,}, donated {memory.alias_size_in_bytes:,}, "
+            f"temporaries {memory.temp_size_in_bytes:,}, together {peak:,} bytes a device"
+        )
+        assert peak < 31 * 2**30

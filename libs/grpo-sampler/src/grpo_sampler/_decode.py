@@ -18,12 +18,12 @@ from grpo_sampler._cache import Cache, attend_cached, seen, write
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._kernels import Attention, self_attention
 from grpo_sampler._law import draw
-from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
+from grpo_sampler._layers import Layer, attention_out, fuse, mlp, qkv, rms_norm
 from grpo_sampler._rope import rope_tables
 from grpo_sampler._table import Rows, read_call, read_table, renew_table
 
 # Steps between two agreements of the shards on how many rows live.
-STRIDE = 8
+STRIDE = 4
 
 
 # The fields are arrays, of the device or the host, or what stands for them: shapes, shardings, axes.
@@ -44,16 +44,17 @@ class Emitted(NamedTuple):
     policy_logp_IS: Any
 
 
-def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, unroll: bool) -> Weights:
+def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, *, unroll: bool, fused: bool) -> Weights:
     """Casts parameters to the compute type, once a call instead of in every step.
 
     Unrolling, the layout for CPUs, takes the layers apart and turns the unembedding round: a CPU multiplies a few rows
-    with a matrix of rows up to eight times as fast as with a matrix of columns.
+    with a matrix of rows up to eight times as fast as with a matrix of columns. `fused` (unrolled only): see `fuse`.
     """
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     layers, unembed = cast["layers"], None if config.tied else cast["unembed"]
     if unroll:
         layers = tuple({name: leaf[i] for name, leaf in layers.items()} for i in range(config.layers))
+        layers = tuple(fuse(layer, config) for layer in layers) if fused else layers
         unembed = (cast["embed"] if unembed is None else unembed).T
     return Weights(cast["embed"], unembed, cast["final_norm"], layers)
 

@@ -85,15 +85,15 @@ class Engine:
             self._empty_program(shape),
         ]
 
-    def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int) -> list[Any]:
-        """Compiles what the step from `shapes[level]` to the next smaller one needs.
+    def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int = 0) -> list[Any]:
+        """Compiles what a batch needs to drain from `shapes[level]` to the smallest.
 
         Returns:
-            Futures of the compiled programs; none for the smallest.
+            Futures of the compiled programs.
         """
-        if level + 1 == len(shapes):
-            return []
-        return [self._decode_program(shapes[level + 1], filtered), self._keep_program(shapes[level], shapes[level + 1])]
+        steps = zip(shapes[level:], shapes[level + 1 :])
+        pairs = [(self._keep_program(old, new), self._decode_program(new, filtered)) for old, new in steps]
+        return [program for pair in pairs for program in pair]
 
     def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[..., Any]]:
         """The largest program of each kind, by name, each compiled when called (at once if it is there already)."""
@@ -152,7 +152,7 @@ class Engine:
             cache, table, record = self._decode_program(slots.shape, filtered).result()(
                 weights, cache, table, call, self._until(slots, shapes, level)
             )
-            if slots.live.sum() < slots.live.size:  # somebody has finished: the next size is coming
+            if slots.live.sum() < slots.live.size:  # somebody has finished: the smaller sizes are coming
                 self.start_shrinking(shapes, filtered=filtered, level=level)
             emitted, taken_N = self._read(record)
             column_N = (column_N + taken_N) % self.plan.columns
@@ -198,9 +198,16 @@ class Engine:
     # Programs: each is a pure function of `_decode`, split over the shards, with shapes and shardings fixed.
 
     def _weights_function(self, params: Any) -> Weights:
-        return weights_from(params, self.plan.config, self.plan.dtype, self.plan.unroll)
+        plan = self.plan
+        # Not where heads are split over devices: a joined product's parts would change devices in every step.
+        return weights_from(
+            params, plan.config, plan.dtype, unroll=plan.unroll, fused=plan.unroll and self.placement.tensor == 1
+        )
 
     def _weight_shardings(self) -> Weights:
+        if self.placement.tensor == 1:
+            shapes = jax.eval_shape(self._weights_function, self._params)
+            return jax.tree.map(lambda _: self.placement.replicated, shapes)
         place, params, config = self.placement.weight, self._params, self.plan.config
         if self.plan.unroll:
             once = jax.tree.map(partial(place, drop=1), params["layers"])

@@ -99,14 +99,9 @@ def draw(
     Returns:
         Token ids; log-probability under the law (0 when greedy); log-probability at temperature 1 without filters.
     """
-    mode = jnp.where(law.temperature == 0, 0, jnp.where(law.temperature == 1, 1, 2))
-    if filtered:
-        allowed_BV = _forbid(logits_BV, law, forbid_stop_B)
-        branches = (_greedy, _filtered, _filtered)
-    else:
-        allowed_BV = logits_BV
-        branches = (_greedy, _plain, _tempered)
-    return lax.switch(mode, branches, logits_BV, allowed_BV, bits_B2, law)
+    allowed_BV = _forbid(logits_BV, law, forbid_stop_B) if filtered else logits_BV
+    sampled = _filtered if filtered else _tempered
+    return lax.cond(law.temperature == 0, _greedy, sampled, logits_BV, allowed_BV, bits_B2, law)
 
 
 def law_log_probabilities(
@@ -136,14 +131,10 @@ def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays)
     return Draw(token_B.astype(jnp.int32), jnp.zeros(len(token_B)), _policy_logp(logits_BV, token_B))
 
 
-def _plain(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
-    token_B, logp_B = _invert(logits_BV, bits_B2)
-    return Draw(token_B, logp_B, logp_B)
-
-
 def _tempered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
     token_B, logp_B = _invert(logits_BV / law.temperature, bits_B2)
-    return Draw(token_B, logp_B, _policy_logp(logits_BV, token_B))
+    policy_logp_B = lax.cond(law.temperature == 1, lambda: logp_B, lambda: _policy_logp(logits_BV, token_B))
+    return Draw(token_B, logp_B, policy_logp_B)
 
 
 def _filtered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:

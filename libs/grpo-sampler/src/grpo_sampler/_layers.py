@@ -17,12 +17,12 @@ from grpo_sampler._rope import rotate
 Layer = Mapping[str, Array]
 
 
-def rms_norm(x: Float[Array, "*dims N"], scale: Float[Array, "N"], eps: float) -> Float[Array, "*dims N"]:
+def rms_norm(x: Float[Array, "*dims N"], scale: Float[Array, "*heads N"], eps: float) -> Float[Array, "*dims N"]:
     """Scales x to unit root mean square over its last axis.
 
     Args:
         x: activations.
-        scale: one factor a channel.
+        scale: one factor a channel, or a channel of each head.
         eps: added to the mean square.
 
     Returns:
@@ -75,6 +75,8 @@ def qkv(
         (q, k, v) in x's type; q and k are already rotated, q is not scaled.
     """
     normed = rms_norm(x, layer["attn_norm"], config.norm_eps)
+    if "qkv" in layer:
+        return _fused_qkv(layer, normed, cos, sin, config)
     q, k, v = project(normed, layer["q"]), project(normed, layer["k"]), project(normed, layer["v"])
     if config.qkv_bias:
         q = q + layer["q_bias"].astype(x.dtype)
@@ -84,6 +86,39 @@ def qkv(
         q = rms_norm(q, layer["q_norm"], config.norm_eps)
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _fused_qkv(layer: Layer, normed: Array, cos: Array, sin: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+    heads = project(normed, layer["qkv"])
+    if config.qkv_bias:
+        heads = heads + layer["qkv_bias"].astype(heads.dtype)
+    turned, v = jnp.split(heads, [config.query_heads + config.kv_heads], axis=-2)
+    if config.qk_norm:
+        turned = rms_norm(turned, layer["qk_norm"], config.norm_eps)
+    q, k = jnp.split(rotate(turned, cos, sin), [config.query_heads], axis=-2)
+    return q, k, v
+
+
+def fuse(layer: Layer, config: ModelConfig) -> Layer:
+    """A block whose queries, keys and values are one product: a CPU with few rows to decode pays by the call.
+
+    Not so the MLP's: the product of both is wide enough for XLA to hand it to other threads, which costs more.
+
+    Args:
+        layer: one block's parameters.
+        config: the model.
+
+    Returns:
+        What `qkv` takes in its place; `attention_out` and `mlp` find what they had.
+    """
+    fused = {name: layer[name] for name in ("attn_norm", "o", "mlp_norm", "gate", "up", "down")}
+    fused["qkv"] = jnp.concatenate([layer["q"], layer["k"], layer["v"]], axis=1)
+    if config.qkv_bias:
+        fused["qkv_bias"] = jnp.concatenate([layer["q_bias"], layer["k_bias"], layer["v_bias"]])
+    if config.qk_norm:
+        counts = ("q_norm", config.query_heads), ("k_norm", config.kv_heads)
+        fused["qk_norm"] = jnp.concatenate([jnp.tile(layer[name], (count, 1)) for name, count in counts])
+    return fused
 
 
 def attention_out(

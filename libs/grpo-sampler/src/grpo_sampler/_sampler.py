@@ -164,7 +164,7 @@ class Sampler:
                         for first in range(len(shapes)):
                             if shapes[first].share == group_size:
                                 futures += engine.start_compiling(shapes, filtered=filtered, first=first)
-                            futures += engine.start_shrinking(shapes, filtered=filtered, level=first)
+                        futures += engine.start_shrinking(shapes, filtered=filtered)
         for future in futures:
             future.result()
 
