@@ -100,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set",
             dest="sets",
-            action="append",
+            nargs="+",
+            action="extend",
             default=[],
             metavar="KEY=VALUE",
-            help="one setting, such as rollout.group_size=16; repeatable",
+            help="one or several settings, such as rollout.group_size=16; repeatable",
         )
         command.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
         if name == "train":
