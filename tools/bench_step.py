@@ -31,8 +31,8 @@ from bench_update import tunix_example, tunix_update
 SEQUENCES, NEW_TOKENS = 32, 128
 # What a user of this size and these lengths would set: rows of one group, or of two prompts.
 SETTINGS = {
-    "full": ["loss.rows=8", "loss.prompts=1"],
-    "geometric": ["loss.rows=4", "loss.prompts=2", "loss.blocks=2"],
+    "full": ["loss.row_length=128", "loss.rows=8", "loss.prompts=1", "loss.blocks=1"],
+    "geometric": ["loss.row_length=128", "loss.rows=4", "loss.prompts=2", "loss.blocks=2"],
 }
 
 

@@ -131,12 +131,12 @@ class Loss(_Section):
     epochs: Positive = Field(default=1, description="passes over each rollout")
     minibatches: Positive = Field(default=1, description="optimizer updates a pass; must divide rollout.prompts")
     row_length: Count = Field(
-        default=0, description="tokens of a packed training row; 0: chosen from rollout.max_new_tokens"
+        default=0, description="tokens of a packed training row; 0: room for two of the longest completions"
     )
-    rows: Positive = Field(default=16, description="packed rows of one micro-batch")
+    rows: Positive = Field(default=8, description="packed rows of one micro-batch")
     prompts: Count = Field(default=0, description="prompts of one micro-batch; 0: half its rows")
     blocks: Positive = Field(
-        default=1,
+        default=4,
         description="parts of a row that may each continue another prompt: fuller rows, each part a copy of its prompt",
     )
 
@@ -300,6 +300,12 @@ class Config(_Section):
             raise ValueError("\n".join(contradictions))
         return self
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed training row: as `loss.row_length` says, or room for two of the longest completions."""
+        twice = 2 * self.rollout.max_new_tokens
+        return self.loss.row_length or twice + -twice % self.loss.blocks
+
     def _contradictions(self) -> Iterator[str]:
         rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
         if loss.kl_coefficient > 0 and loss.reference == "none":
@@ -343,10 +349,10 @@ class Config(_Section):
                 f"loss.row_length must be 0 or at least rollout.max_new_tokens={rollout.max_new_tokens}, so that the "
                 f"longest completion fits a row: got {loss.row_length}"
             )
-        if (loss.row_length or rollout.max_new_tokens) % loss.blocks:
+        if self.row_length % loss.blocks:
             yield (
-                f"loss.blocks must divide the length of a row, {loss.row_length or rollout.max_new_tokens} tokens: got "
-                f"{loss.blocks}"
+                f"loss.blocks must divide loss.row_length={loss.row_length}: got {loss.blocks}. "
+                f"Use rows of {self.row_length + -self.row_length % loss.blocks} tokens"
             )
         updates = self.steps * loss.epochs * loss.minibatches
         if optimizer.warmup_steps >= updates:

@@ -184,7 +184,7 @@ def blueprint(config: Config, model: ModelConfig, mesh: Mesh) -> Blueprint:
             max_prompt_length=config.data.max_prompt_length,
             max_new_tokens=rollout.max_new_tokens,
             rows=config.loss.rows,
-            row_length=config.loss.row_length or None,
+            row_length=config.row_length,
             prompts=config.loss.prompts or None,
             blocks=config.loss.blocks,
             shards=shards,

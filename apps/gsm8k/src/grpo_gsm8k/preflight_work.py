@@ -77,7 +77,7 @@ class Splash:
 
 def head_chunk(vocabulary: int) -> int:
     """Tokens whose logits `grpo_loss.token_logp` holds at once; a test compares the two."""
-    return min(1024, max(128, 1 << (max(1, 2**27 // vocabulary).bit_length() - 1)))
+    return min(512, max(128, 1 << (max(1, 2**27 // vocabulary).bit_length() - 1)))
 
 
 def work_of(
