@@ -10,8 +10,8 @@ from grpo_mesh.render import main
 COMMAND = ["python", "-m", "train", "--name", "it's on: yes"]
 
 # The fields of jobset.x-k8s.io/v1alpha2 and of the core types below it that a launcher may use, with their types. As in
-# the API server's strict validation, an unknown field or a wrong type is an error. The JobSet's own fields were compared
-# with its definition: kubernetes-sigs/jobset, charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml at 01ad1d12.
+# the API server's strict validation, an unknown field or a wrong type is an error. The JobSet's own fields were
+# compared with its definition: kubernetes-sigs/jobset, charts/jobset/crds/jobset.x-k8s.io_jobsets.yaml at 01ad1d12.
 QUANTITIES = {str: int}
 ENV = {"name": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath": str}}}
 CONTAINER = {
