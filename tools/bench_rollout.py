@@ -73,18 +73,13 @@ def compare(options: argparse.Namespace) -> None:
                     case = ["--models", model, "--sequences", str(sequences), "--new-tokens", str(new_tokens)]
                     case += ["--lengths", lengths, "--repeats", str(options.repeats)]
                     case += ["--devices", str(options.devices)] if options.devices else []
-                    seconds: dict[str, list[float]] = {side: [] for side in sides}
-                    last: dict[str, dict] = {}
                     with tempfile.TemporaryDirectory() as cache:
                         once = [*case, "--repeats", "0"]
                         first = {
                             kind: launch(sys.executable, "ours", once, cache=cache)["first"]
                             for kind in ("cold", "cached")
                         }
-                    for _ in range(options.turns):
-                        for side, python in sides.items():
-                            last[side] = launch(python, side, case)
-                            seconds[side] += last[side]["seconds"]
+                    seconds, last = take_turns(sides, options.turns, case)
                     report(f"{model} {sequences} x {new_tokens} {lengths}", model, seconds, last, first, rooflines)
 
 
@@ -104,6 +99,19 @@ def report(title: str, model: str, seconds: dict, last: dict, first: dict, roofl
             line += f", first call {last[side]['first']:.1f} s"
             line += f", ratio {(last['ours']['useful'] / median['ours']) / (useful / value):.2f}"
         print(line, flush=True)
+
+
+def take_turns(
+    sides: dict[str, str], turns: int, case: list[str], *, script: str = __file__
+) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    """All seconds of each side, a fresh process a turn, and the last that each printed."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    last: dict[str, dict] = {}
+    for _ in range(turns):
+        for side, python in sides.items():
+            last[side] = launch(python, side, case, script=script)
+            seconds[side] += last[side]["seconds"]
+    return seconds, last
 
 
 def launch(python: str, side: str, arguments: list[str], *, script: str = __file__, cache: str | None = None) -> dict:

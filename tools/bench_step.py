@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from bench_rollout import GROUP_SIZE, LONGEST_PROMPT, MODELS, PAD, launch, tunix_network, tunix_sampler, workload
+from bench_rollout import GROUP_SIZE, LONGEST_PROMPT, MODELS, PAD, take_turns, tunix_network, tunix_sampler, workload
 from bench_update import tunix_example, tunix_update
 
 SEQUENCES, NEW_TOKENS = 32, 128
@@ -60,12 +60,7 @@ def compare(options: argparse.Namespace) -> None:
         for lengths in options.lengths:
             case = ["--models", model, "--lengths", lengths, "--repeats", str(options.repeats)]
             case += ["--devices", str(options.devices)] + (["--set", *options.set] if options.set else [])
-            seconds: dict[str, list[float]] = {side: [] for side in sides}
-            last: dict[str, dict] = {}
-            for _ in range(options.turns):
-                for side, python in sides.items():
-                    last[side] = launch(python, side, case, script=__file__)
-                    seconds[side] += last[side]["seconds"]
+            seconds, last = take_turns(sides, options.turns, case, script=__file__)
             for side, values in seconds.items():
                 median = statistics.median(values)
                 phases = ", ".join(f"{name} {value:.3f}" for name, value in last[side]["phases"].items())

@@ -13,14 +13,13 @@ the loss.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from bench_rollout import EOS, GROUP_SIZE, LONGEST_PROMPT, MODELS, PAD, tunix_network
+from bench_rollout import EOS, GROUP_SIZE, LONGEST_PROMPT, MODELS, PAD, take_turns, tunix_network
 
 GROUPS, NEW_TOKENS = 4, 128
 
@@ -51,15 +50,8 @@ def compare(options: argparse.Namespace) -> None:
     sides = {"ours": sys.executable} | ({"tunix": options.tunix} if options.tunix else {})
     for model in options.models:
         for lengths in options.lengths:
-            seconds: dict[str, list[float]] = {side: [] for side in sides}
-            last: dict[str, dict] = {}
-            for _ in range(options.turns):
-                for side, python in sides.items():
-                    command = [python, __file__, "--side", side, "--models", model, "--lengths", lengths]
-                    command += ["--repeats", str(options.repeats)]
-                    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    last[side] = json.loads(output.splitlines()[-1])
-                    seconds[side] += last[side]["seconds"]
+            case = ["--models", model, "--lengths", lengths, "--repeats", str(options.repeats)]
+            seconds, last = take_turns(sides, options.turns, case, script=__file__)
             for side, values in seconds.items():
                 median = statistics.median(values)
                 print(
