@@ -28,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("runs/long"), help="folder of the run and its samples")
-    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="as of the app")
+    parser.add_argument(
+        "--set", dest="sets", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as of the app"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing: report on what is in the folder")
     options = parser.parse_args()
     code = 0 if options.report else watch(options.out, options.steps, options.sets)
