@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from trainer_layout import SPECS
 
 from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
 from grpo_sampler import ModelConfig, Sampler, Transformer, split
@@ -33,17 +34,6 @@ CONFIG = ModelConfig(
     qk_norm=False,
     max_positions=64,
 )
-SPECS = {
-    "embed": ("tp", "fsdp"),
-    "unembed": ("tp", "fsdp"),
-    "q": (None, "fsdp", "tp"),
-    "k": (None, "fsdp", "tp"),
-    "v": (None, "fsdp", "tp"),
-    "o": (None, "tp", None, "fsdp"),
-    "gate": (None, "fsdp", "tp"),
-    "up": (None, "fsdp", "tp"),
-    "down": (None, "tp", "fsdp"),
-}
 LAW = SamplingLaw(temperature=0.9, stop_ids=(5, 9))
 
 

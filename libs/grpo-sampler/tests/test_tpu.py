@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from trainer_layout import SPECS
 
 from grpo_contracts import SamplingLaw
 from grpo_sampler import ModelConfig, Sampler, abstract, merge
 
 CONFIG = ModelConfig("qwen2", 512, 256, 512, 2, 8, 4, 64, qkv_bias=True, tied=True)
-# As a trainer splits them; norms are small and whole everywhere.
-SPECS = {
-    "embed": ("tp", "fsdp"),
-    "q": (None, "fsdp", "tp"),
-    "k": (None, "fsdp", "tp"),
-    "v": (None, "fsdp", "tp"),
-    "o": (None, "tp", None, "fsdp"),
-    "gate": (None, "fsdp", "tp"),
-    "up": (None, "fsdp", "tp"),
-    "down": (None, "tp", "fsdp"),
-}
 
 
 def v6e_devices() -> np.ndarray:
