@@ -1,5 +1,6 @@
 """Preflight: its arithmetic, its verdicts, its messages; and a small run compiled for a slice that is not there."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -147,6 +148,11 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     assert "change loss.rows=1: smaller micro-batches" in text
     assert "change --slice v5e-4: parameters and optimizer take 5.52 GiB of a device here, and 1.25 GiB" in text
     assert "remat" not in text  # on already
+    assert "row_length" not in text  # as short as its completions already
+    loss = plan.config.loss.model_copy(update={"row_length": 0})
+    wide = dataclasses.replace(plan, config=plan.config.model_copy(update={"loss": loss}))
+    text = table(judge(wide, [program("update", "update", 17.0)], find_slice("v5e-1")))
+    assert f"change loss.row_length={plan.config.rollout.max_new_tokens}: shorter rows" in text
     text = table(judge(plan, [program("decode", "rollout", 20.0)], find_slice("v5e-4")))
     assert "change rollout.slots=64" in text
     assert "change mesh=dp:1,fsdp:-1,tp:2" in text

@@ -105,8 +105,10 @@ class Verdict:
                     f"loss.rows={max(shards, config.loss.rows // 2 // shards * shards)}: smaller micro-batches, the "
                     "same update"
                 )
-            if config.loss.row_length > config.rollout.max_new_tokens:
-                lines.append(f"loss.row_length={config.rollout.max_new_tokens}: shorter rows, the same update")
+            shortest = config.rollout.max_new_tokens
+            shortest += -shortest % config.loss.blocks
+            if config.row_length > shortest:
+                lines.append(f"loss.row_length={shortest}: shorter rows, the same update")
         elif self.fullest.phase in ("rollout", "evaluation"):
             slots = self.plan.sampler.slots
             if slots > shards:
