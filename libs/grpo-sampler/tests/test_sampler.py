@@ -13,6 +13,7 @@ from scipy import stats
 
 from grpo_contracts import ContractError, FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
 from grpo_sampler import ModelConfig, Sampler, SamplerError, Transformer, merge, split
+from grpo_sampler._slots import shapes_for
 
 POLICY = PolicyIdentity(3, "ab12")
 CONFIG = ModelConfig(
@@ -213,7 +214,8 @@ def _rows(rollout: Rollout, rows: Any) -> Rollout:
 
 @pytest.mark.parametrize("batches", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warm_up(params, batches):
-    sampler = sampler_of(max_new_tokens=6, prompt_buckets=(6, 12), sizes=2 if batches == 60 else 4)
+    many = {"sizes": 4, "slots": 32} if batches == 500 else {}
+    sampler = sampler_of(max_new_tokens=6, prompt_buckets=(6, 12), **many)
     sampler.warmup(params, group_sizes=(4, 1))
     warm, rng = sampler.compile_count, np.random.default_rng(0)
     print(f"programs compiled by warm-up: {warm}")
@@ -335,3 +337,14 @@ def test_an_empty_prompt_is_refused(params):
 def test_samplers_that_make_no_sense_are_refused(options, message):
     with pytest.raises(SamplerError, match=message):
         sampler_of(**options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "few", "expected"),
+    [(64, 1, [64, 32, 16, 8]), (3, 1, [3, 2, 1]), (64, 16, [64, 32, 16, 4]), (20, 16, [20, 5]), (4, 16, [4])],
+)
+def test_a_draining_batch_halves_until_few_rows_are_left(rows, few, expected):
+    shapes = shapes_for(rows, 4, 4, streaming=False, few=few)
+    assert [shape.rows for shape in shapes] == expected
+    copies = shapes[0].units + max(1, shapes[0].units // 4)
+    assert all(shape.units <= copies for shape in shapes)

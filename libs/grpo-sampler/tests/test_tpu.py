@@ -31,6 +31,7 @@ def test_splash_attention_compiles_for_a_v6e_slice():
     prompts = on_mesh((4, 96), jnp.int32, ("dp", "fsdp"))
     rows = on_mesh((4, 384), jnp.int32, ("dp", "fsdp"))
     vector = on_mesh((4,), jnp.int32, ("dp", "fsdp"))
+    blocks = on_mesh((4, 3), jnp.int32, ("dp", "fsdp"))
 
     def plain(params, tokens, segment):
         return jnp.sum(merge(graphdef, params)(tokens, None, segment).astype(jnp.float32))
@@ -40,7 +41,7 @@ def test_splash_attention_compiles_for_a_v6e_slice():
         return jnp.sum(model.with_prompts(prompts, length, tokens, positions, segment, prompt).astype(jnp.float32))
 
     assert merge(graphdef, shapes).attention == "splash"
-    for function, inputs in ((plain, (rows, rows)), (shared, (prompts, vector, rows, rows, rows, vector))):
+    for function, inputs in ((plain, (rows, rows)), (shared, (prompts, vector, rows, rows, rows, blocks))):
         compiled = jax.jit(jax.grad(function)).lower(params, *inputs).compile()
         assert "tpu_custom_call" in str(compiled.as_text())
 

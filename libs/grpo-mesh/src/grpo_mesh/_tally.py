@@ -173,6 +173,8 @@ class Program:
     def _read(self, inner: Computation, name: str) -> float:
         """Bytes that a fusion reads of one operand: a slice taken of stacked weights is all that is read of them."""
         whole = sum(array.bytes for array in inner.arrays(name))
+        if name == inner.root:
+            return whole  # a nested fusion that only renames: what it hands on is read outside
         read = 0.0
         for user in inner.users[name]:
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:

@@ -20,6 +20,9 @@ from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._slots import Shape, shapes_for
 
+# On a CPU, a step of so few rows, or of so few products, takes the time of its calls: 16 rows of a million weights.
+_FEW_ROWS, _FEW_PRODUCTS = 16, 2**24
+
 
 @dataclass(frozen=True)
 class FinishedSequence:
@@ -60,7 +63,8 @@ class Sampler:
         max_prompt_length: longest prompt, in tokens.
         max_new_tokens: longest completion, in tokens.
         slots: sequences that decode at once, over all devices.
-        sizes: batch sizes compiled, each half of the one before; a draining batch passes through them.
+        sizes: most batch sizes compiled, each half of the one before; a draining batch passes through them. For a tiny
+            model on a CPU, a quarter is the last: there a step of 16 rows takes hardly longer than one of 8.
         pad_id: fills the padding of rollouts.
         min_new_tokens: stop ids are forbidden (and the law renormalised) before that many tokens.
         prompt_buckets: padded prompt lengths, the last one at least `max_prompt_length`; a batch takes the shortest
@@ -337,7 +341,8 @@ class Sampler:
         return -(-self.slots // engine.placement.shards)
 
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
-        return shapes_for(self._shard_slots(engine), group_size, self.sizes, streaming=streaming)
+        few = min(_FEW_ROWS, max(1, _FEW_PRODUCTS // _weights_a_token(self.config))) if self._unroll else 1
+        return shapes_for(self._shard_slots(engine), group_size, self.sizes, streaming=streaming, few=few)
 
     def _request(
         self,
@@ -398,3 +403,9 @@ class Sampler:
             seed,
             step,
         )
+
+
+def _weights_a_token(config: ModelConfig) -> int:
+    """Weights that a token is multiplied with, the unembedding's included."""
+    attention = 2 * config.head_size * (config.query_heads + config.kv_heads)
+    return config.layers * config.width * (attention + 3 * config.mlp_width) + config.width * config.vocab_size

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
         return self.rows == self.units * self.share
 
 
-def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool) -> tuple[Shape, ...]:
+def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool, few: int = 1) -> tuple[Shape, ...]:
     """The sizes a draining batch passes through, largest first.
 
     While prompts stream, stragglers hold on to their units, so a quarter more of them lets new groups enter. A small
@@ -34,18 +34,19 @@ def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool) -> t
     Args:
         rows: slots of a shard.
         group_size: samples of one prompt.
-        levels: number of sizes; each is half of the one before.
+        levels: most sizes; each is half of the one before.
         streaming: whether prompts wait for a slot.
+        few: rows at which halving hardly saves time; below twice as many, a quarter is the last size.
     Returns:
         Shapes; all but the first are the same whether streaming or not.
     """
     full = -(-rows // group_size)
     spare = full + max(1, full // 4) if group_size > 1 else rows
     shapes = [Shape(rows, spare if streaming else full, group_size)]
-    for level in range(1, levels):
-        size = -(-rows // 2**level)
-        if size == shapes[-1].rows:
-            break
+    size, last = rows, False
+    while len(shapes) < levels and size > max(1, few // 4) and not last:
+        last = size < 2 * few
+        size = -(-size // (4 if last else 2))
         shapes.append(Shape(size, size, 1) if size <= spare else Shape(size, spare, group_size))
     return tuple(shapes)
 
