@@ -3,7 +3,8 @@
 A prompt of n tokens leaves the keys and values of its first n - 1 tokens in its unit of the cache; its last token is
 the first input of every row of its group.
 
-Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, I steps of a chunk, N shards or words.
+Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, I steps of a chunk, N shards or words,
+e pairs of a head.
 """
 
 from typing import Any, NamedTuple
@@ -170,12 +171,15 @@ def decode(
     # All the chunk's random bits at once: in the loop, a generator of twenty rounds would cost as much as two layers.
     keys_S = row_keys(call.seed_N, call.step, rows.prompt_id_S, rows.sample_S)
     emitted_IS = rows.emitted_S + jnp.arange(capacity)[:, None]
+    # And all its angles: in the loop, XLA on CPUs computes cosines and sines anew for every head of every layer.
+    turns_ISe = rope_tables(rows.start_S + emitted_IS, config)
     fold = jax.vmap(jax.random.fold_in)
     bits_IS2 = jax.random.key_data(jax.vmap(lambda emitted_S: fold(keys_S, emitted_S))(emitted_IS))
 
     def one(carry: tuple) -> tuple:
         i, rows, cache, record = carry
-        hidden_SD, cache = _forward(weights, cache, rows, columns, prompt, config)
+        cos_Se, sin_Se = (table_ISe[i] for table_ISe in turns_ISe)
+        hidden_SD, cache = _forward(weights, cache, rows, cos_Se, sin_Se, columns, prompt, config)
         if isinstance(weights.layers, tuple):
             logits_SV = jnp.einsum("SD,DV->SV", hidden_SD, weights.unembed, preferred_element_type=jnp.float32)
         else:
@@ -222,10 +226,9 @@ def decode(
 
 
 def _forward(
-    weights: Weights, cache: Cache, rows: Rows, columns: int, prompt: int, config: ModelConfig
+    weights: Weights, cache: Cache, rows: Rows, cos: Array, sin: Array, columns: int, prompt: int, config: ModelConfig
 ) -> tuple[Array, Cache]:
     """Hidden states of one token a row, after the final norm, and the cache with that token in it."""
-    cos, sin = rope_tables(rows.start_S + rows.emitted_S, config)
     visible = seen(rows, rows.column, columns, prompt)
 
     def block(x: Array, layer: Layer, shared: tuple, own: tuple, at: tuple) -> tuple[Array, tuple]:
