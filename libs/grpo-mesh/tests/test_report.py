@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from grpo_mesh import MeshError, compile_report, compile_with_text
+from grpo_mesh._tally import Program
 
 
 def compiled(function, *shapes, dtype=jnp.float32):
@@ -87,3 +88,25 @@ def test_a_program_that_cannot_be_read_back_is_refused_with_the_way_out():
 
     with pytest.raises(MeshError, match=r"asynchronous op\. Compile it with `compile_with_text`"):
         compile_report(Unreadable())  # type: ignore[arg-type]
+
+
+def test_what_a_nested_fusion_only_renames_is_read():
+    text = """HloModule renamed
+
+%renames (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  ROOT %b = f32[1024]{0} bitcast(%a)
+}
+
+%doubles (c: f32[1024]) -> f32[1024] {
+  %c = f32[1024]{0} parameter(0)
+  %d = f32[1024]{0} fusion(%c), kind=kLoop, calls=%renames
+  ROOT %e = f32[1024]{0} add(%d, %d)
+}
+
+ENTRY %main (f: f32[1024]) -> f32[1024] {
+  %f = f32[1024]{0} parameter(0)
+  ROOT %g = f32[1024]{0} fusion(%f), kind=kLoop, calls=%doubles
+}
+"""
+    assert Program(text).tally().traffic == 2 * 4 * 1024  # read once, written once

@@ -13,7 +13,7 @@ from scipy import stats
 
 from grpo_contracts import ContractError, FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
 from grpo_sampler import ModelConfig, Sampler, SamplerError, Transformer, merge, split
-from grpo_sampler._slots import shapes_for
+from grpo_sampler._slots import few_rows, shapes_for
 
 POLICY = PolicyIdentity(3, "ab12")
 CONFIG = ModelConfig(
@@ -348,3 +348,11 @@ def test_a_draining_batch_halves_until_few_rows_are_left(rows, few, expected):
     assert [shape.rows for shape in shapes] == expected
     copies = shapes[0].units + max(1, shapes[0].units // 4)
     assert all(shape.units <= copies for shape in shapes)
+
+
+def test_only_a_tiny_model_on_a_cpu_saves_sizes():
+    tiny = ModelConfig("qwen3", 512, 128, 512, 4, 4, 2, 32, tied=True, qk_norm=True)
+    small = dataclasses.replace(
+        tiny, vocab_size=32_000, width=512, mlp_width=1536, layers=8, query_heads=8, head_size=64
+    )
+    assert (few_rows(tiny, unroll=True), few_rows(tiny, unroll=False), few_rows(small, unroll=True)) == (16, 1, 1)

@@ -18,10 +18,7 @@ from grpo_sampler._kernels import resolve_attention
 from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
-from grpo_sampler._slots import Shape, shapes_for
-
-# On a CPU, a step of so few rows, or of so few products, takes the time of its calls: 16 rows of a million weights.
-_FEW_ROWS, _FEW_PRODUCTS = 16, 2**24
+from grpo_sampler._slots import Shape, few_rows, shapes_for
 
 
 @dataclass(frozen=True)
@@ -341,8 +338,8 @@ class Sampler:
         return -(-self.slots // engine.placement.shards)
 
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
-        few = min(_FEW_ROWS, max(1, _FEW_PRODUCTS // _weights_a_token(self.config))) if self._unroll else 1
-        return shapes_for(self._shard_slots(engine), group_size, self.sizes, streaming=streaming, few=few)
+        rows, few = self._shard_slots(engine), few_rows(self.config, unroll=self._unroll)
+        return shapes_for(rows, group_size, self.sizes, streaming=streaming, few=few)
 
     def _request(
         self,
@@ -403,9 +400,3 @@ class Sampler:
             seed,
             step,
         )
-
-
-def _weights_a_token(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with, the unembedding's included."""
-    attention = 2 * config.head_size * (config.query_heads + config.kv_heads)
-    return config.layers * config.width * (attention + 3 * config.mlp_width) + config.width * config.vocab_size

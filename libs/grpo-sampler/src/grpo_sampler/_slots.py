@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grpo_sampler._config import ModelConfig
 from grpo_sampler._table import Rows
+
+_FEW_ROWS, _FEW_PRODUCTS = 16, 2**24
 
 
 class Shape(NamedTuple):
@@ -25,6 +28,23 @@ class Shape(NamedTuple):
         return self.rows == self.units * self.share
 
 
+def few_rows(config: ModelConfig, *, unroll: bool) -> int:
+    """Rows of a shard at which halving hardly saves time.
+
+    On a CPU (`unroll`) a step of a tiny model takes the time of its calls: up to 16 rows of a million weights.
+    Elsewhere each halving pays, down to one row.
+
+    Args:
+        config: the model.
+        unroll: as for `Sampler`.
+    Returns:
+        1 to 16.
+    """
+    attention = 2 * config.head_size * (config.query_heads + config.kv_heads)
+    weights = config.layers * config.width * (attention + 3 * config.mlp_width) + config.width * config.vocab_size
+    return min(_FEW_ROWS, max(1, _FEW_PRODUCTS // weights)) if unroll else 1
+
+
 def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool, few: int = 1) -> tuple[Shape, ...]:
     """The sizes a draining batch passes through, largest first.
 
@@ -36,7 +56,7 @@ def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool, few:
         group_size: samples of one prompt.
         levels: most sizes; each is half of the one before.
         streaming: whether prompts wait for a slot.
-        few: rows at which halving hardly saves time; below twice as many, a quarter is the last size.
+        few: from `few_rows`; below twice as many rows, a quarter is the last size.
     Returns:
         Shapes; all but the first are the same whether streaming or not.
     """
