@@ -14,7 +14,7 @@ from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import Attention, masked_attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
-from grpo_sampler._rope import rope_tables
+from grpo_sampler._rope import rope_constants, rope_tables
 
 Params = dict[str, Any]
 _INITIAL_STD = 0.02
@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
             prompt_tokens_PT: shared prompts, right-padded.
             prompt_length_P: their lengths in tokens, at least 0.
             tokens_RT: packed rows, of C equal blocks each; the tokens of a block continue the same prompt.
-            positions_RT: absolute positions, as in the unpacked sequences.
+            positions_RT: absolute positions, as in the unpacked sequences, so below Tp + T; others give NaN.
             segment_RT: 0 is padding; tokens see their block's prompt and earlier tokens of their own segment.
             prompt_RC: row of `prompt_tokens_PT` that each block continues.
             shards: equal parts of rows and prompts that lie on different devices, where a row only continues prompts
@@ -166,9 +166,11 @@ class Transformer(nnx.Module):
         Tp = prompt_tokens_PT.shape[1]
         place_T = jnp.arange(Tp, dtype=jnp.int32)
         live_PT = place_T < prompt_length_P[:, None]
-        prompt_cos, prompt_sin = rope_tables(place_T[None], config)
         prompt_segment = live_PT.astype(jnp.int32)
-        row_cos, row_sin = rope_tables(positions_RT, config)
+        # The row behind the last is where positions too large are clamped to.
+        cos, sin = (jnp.pad(table, ((0, 1), (0, 0)), constant_values=jnp.nan) for table in rope_constants(Tp + T, config))
+        prompt_cos, prompt_sin = cos[None, :Tp], sin[None, :Tp]
+        row_cos, row_sin = cos[positions_RT], sin[positions_RT]
         # Block by block of queries: what a block may see ends with itself.
         spans = [slice(at * T // blocks, (at + 1) * T // blocks) for at in range(blocks)]
         own_mask = causal_mask(segment_RT)

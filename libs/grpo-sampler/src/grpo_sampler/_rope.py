@@ -49,6 +49,25 @@ def rope_tables(
     return jnp.cos(angle), jnp.sin(angle)
 
 
+def rope_constants(
+    end: int, config: ModelConfig
+) -> tuple[Float[np.ndarray, "end half"], Float[np.ndarray, "end half"]]:
+    """`rope_tables` of every position below `end`, known when a program is traced.
+
+    Looking a position up costs less than its angles do: XLA on CPUs computes those anew for every head that it turns.
+
+    Args:
+        end: positions in the tables.
+        config: head size, base and scaling.
+
+    Returns:
+        (cos, sin), in numpy: constants of the program, rounded once from float64.
+    """
+    angle = np.arange(end, dtype=np.float32)[:, None] * inverse_frequencies(config)
+    exact = angle.astype(np.float64)
+    return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+
+
 def rotate(
     x: Float[Array, "*dims N E"], cos: Float[Array, "*dims half"], sin: Float[Array, "*dims half"]
 ) -> Float[Array, "*dims N E"]:
