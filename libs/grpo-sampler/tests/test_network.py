@@ -160,8 +160,8 @@ def test_shared_prompts_look_their_angles_up(tiny):
     assert "cosine" not in forward.lower(params, *batch).as_text()
     cos, sin = rope_constants(40, TINY)
     for table, computed in zip((cos, sin), rope_tables(jnp.arange(40), TINY)):
-        np.testing.assert_allclose(table, computed, atol=2e-7)
-    np.testing.assert_allclose(cos[:, 0], np.cos(np.arange(40.0)), atol=1e-7)
+        np.testing.assert_allclose(table[:40], computed, atol=2e-7)
+    np.testing.assert_allclose(cos[:40, 0], np.cos(np.arange(40.0)), atol=1e-7)
     # A position that no packed row has is loud, not another position's angle.
     batch[3] = batch[3] + 1000
     assert np.isnan(forward(params, *batch)[batch[4] > 0]).all()

@@ -167,8 +167,7 @@ class Transformer(nnx.Module):
         place_T = jnp.arange(Tp, dtype=jnp.int32)
         live_PT = place_T < prompt_length_P[:, None]
         prompt_segment = live_PT.astype(jnp.int32)
-        # The row behind the last is where positions too large are clamped to.
-        cos, sin = (jnp.pad(table, ((0, 1), (0, 0)), constant_values=jnp.nan) for table in rope_constants(Tp + T, config))
+        cos, sin = map(jnp.asarray, rope_constants(Tp + T, config))
         prompt_cos, prompt_sin = cos[None, :Tp], sin[None, :Tp]
         row_cos, row_sin = cos[positions_RT], sin[positions_RT]
         # Block by block of queries: what a block may see ends with itself.

@@ -51,7 +51,7 @@ def rope_tables(
 
 def rope_constants(
     end: int, config: ModelConfig
-) -> tuple[Float[np.ndarray, "end half"], Float[np.ndarray, "end half"]]:
+) -> tuple[Float[np.ndarray, "rows half"], Float[np.ndarray, "rows half"]]:
     """`rope_tables` of every position below `end`, known when a program is traced.
 
     Looking a position up costs less than its angles do: XLA on CPUs computes those anew for every head that it turns.
@@ -61,10 +61,11 @@ def rope_constants(
         config: head size, base and scaling.
 
     Returns:
-        (cos, sin), in numpy: constants of the program, rounded once from float64.
+        (cos, sin), in numpy: constants of the program, rounded once from float64. Behind the last position stands a row
+        of NaN, where an index too large is clamped to.
     """
     angle = np.arange(end, dtype=np.float32)[:, None] * inverse_frequencies(config)
-    exact = angle.astype(np.float64)
+    exact = np.pad(angle.astype(np.float64), ((0, 1), (0, 0)), constant_values=np.nan)
     return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
 
 
