@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
             prompt_tokens_PT: shared prompts, right-padded.
             prompt_length_P: their lengths in tokens, at least 0.
             tokens_RT: packed rows, of C equal blocks each; the tokens of a block continue the same prompt.
-            positions_RT: absolute positions, as in the unpacked sequences, so below Tp + T; others give NaN.
+            positions_RT: absolute positions, as in the unpacked sequences: below Tp + T, or the result is NaN.
             segment_RT: 0 is padding; tokens see their block's prompt and earlier tokens of their own segment.
             prompt_RC: row of `prompt_tokens_PT` that each block continues.
             shards: equal parts of rows and prompts that lie on different devices, where a row only continues prompts
@@ -169,7 +169,9 @@ class Transformer(nnx.Module):
         prompt_segment = live_PT.astype(jnp.int32)
         cos, sin = map(jnp.asarray, rope_constants(Tp + T, config))
         prompt_cos, prompt_sin = cos[None, :Tp], sin[None, :Tp]
-        row_cos, row_sin = cos[positions_RT], sin[positions_RT]
+        # Padding may hold anything, and 0 times the NaN of a position too large would reach what attends around it.
+        place_RT = jnp.where(segment_RT > 0, positions_RT, 0)
+        row_cos, row_sin = cos[place_RT], sin[place_RT]
         # Block by block of queries: what a block may see ends with itself.
         spans = [slice(at * T // blocks, (at + 1) * T // blocks) for at in range(blocks)]
         own_mask = causal_mask(segment_RT)
