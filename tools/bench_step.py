@@ -32,7 +32,7 @@ SEQUENCES, NEW_TOKENS = 32, 128
 # What a user of this size and these lengths would set: rows of one group, or of two prompts.
 SETTINGS = {
     "full": ["loss.row_length=128", "loss.rows=8", "loss.prompts=1", "loss.blocks=1"],
-    "geometric": ["loss.row_length=128", "loss.rows=4", "loss.prompts=2", "loss.blocks=2"],
+    "geometric": ["loss.row_length=128", "loss.rows=6", "loss.prompts=2", "loss.blocks=2"],
 }
 
 

@@ -142,19 +142,19 @@ def ours(name: str, lengths: str, repeats: int) -> dict:
     _, params = split(Transformer(config, rngs=nnx.Rngs(0)))
     tokens_BT, prompt_length_B, total_length_B, group_B, advantage_B = rollout(config.vocab_size, lengths)
 
-    def shape(prompts: int, blocks: int) -> grpo_loss.PackShape:
-        # Four rows at a time: what a micro-batch keeps for its backward pass is then memory that was there already.
+    def shape(rows: int, prompts: int, blocks: int) -> grpo_loss.PackShape:
         return grpo_loss.PackShape.for_rollout(
             sequences=len(group_B),
             groups=GROUPS,
             max_prompt_length=LONGEST_PROMPT,
             max_new_tokens=NEW_TOKENS,
-            rows=4,
+            rows=rows,
             prompts=prompts,
             blocks=blocks,
         )
 
-    shapes = [shape(prompts=1, blocks=1), shape(prompts=2, blocks=2)]
+    # A micro-batch is a group whose completions all run to the limit, or two groups of ordinary lengths.
+    shapes = [shape(rows=8, prompts=1, blocks=1), shape(rows=6, prompts=2, blocks=2)]
     state = grpo_loss.init_state(params, optimizer)
 
     def batch() -> grpo_loss.PackedBatch:

@@ -21,7 +21,7 @@ from grpo_gsm8k.preflight_local import TOLERANCE, Comparison
 from grpo_gsm8k.preflight_programs import Measured
 from grpo_gsm8k.preflight_report import EFFICIENCY, GIB, Phase, judge, table
 from grpo_gsm8k.preflight_search import Candidate, candidates
-from grpo_gsm8k.preflight_work import Splash, Work, head_chunk, work_of
+from grpo_gsm8k.preflight_work import Splash, Work, head_chunks, work_of
 from grpo_loss._token_logp import _default_chunk
 from grpo_mesh import CompileReport, MeshError, compile_with_text, find_slice, make_mesh, parse_mesh, shardings
 from grpo_sampler import abstract
@@ -71,8 +71,9 @@ def test_a_folder_needs_no_weights(toy_policy):
 
 
 @pytest.mark.parametrize("vocabulary", [48, 512, 32_000, 151_936, 152_064, 500_000])
-def test_the_head_is_counted_in_the_chunks_that_it_is_computed_in(vocabulary):
-    assert head_chunk(vocabulary) == _default_chunk(vocabulary)
+@pytest.mark.parametrize("tokens", [1, 128, 500, 512, 513, 1024, 2048, 5000, 16_384])
+def test_the_head_is_counted_in_the_chunks_that_it_is_computed_in(tokens, vocabulary):
+    assert head_chunks(tokens, vocabulary) == math.ceil(tokens / _default_chunk(tokens, vocabulary))
 
 
 def test_the_blueprint_is_what_a_run_assembles(toy_policy):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_loss import LossError, token_logp
+from grpo_loss._token_logp import _default_chunk
 
 
 def plain(hidden_RTD, unembed_VD, target_RT, temperature):
@@ -41,7 +42,7 @@ def objective(function, mask_RT, weights):
 
 @pytest.mark.parametrize(
     ("chunk", "shards", "masked", "temperature"),
-    [(7, 1, False, 1.0), (None, 1, True, 0.6), (7, 2, True, 1.3), (64, 4, False, 0.6)],
+    [(7, 1, False, 1.0), (None, 1, True, 0.6), (7, 2, True, 1.3), (None, 2, True, 1.3), (64, 4, False, 0.6)],
 )
 def test_values_and_gradients_are_those_of_the_plain_computation(problem, chunk, shards, masked, temperature):
     hidden, unembed, target, mask, weights = problem
@@ -77,7 +78,8 @@ def test_the_temperature_divides_the_logits_before_the_softmax(problem):
     np.testing.assert_allclose(logp_RT, token_logp(hidden, unembed * 2, target)[0], atol=1e-5)
 
 
-def test_float64_is_exact(problem):
+@pytest.mark.parametrize("chunk", [7, None])
+def test_float64_is_exact(problem, chunk):
     with jax.enable_x64(True):
         hidden, unembed, target, mask, weights = (jnp.asarray(np.asarray(x), x.dtype) for x in problem)
         hidden, unembed, weights = (x.astype(jnp.float64) for x in (hidden, unembed, weights))
@@ -88,7 +90,7 @@ def test_float64_is_exact(problem):
             return chosen, -(jnp.exp(logp_RTV) * logp_RTV).sum(axis=-1)
 
         def fused(hidden, unembed):
-            return token_logp(hidden, unembed, target, temperature=0.7, mask_RT=mask, chunk=7)
+            return token_logp(hidden, unembed, target, temperature=0.7, mask_RT=mask, chunk=chunk)
 
         value, gradient = objective(fused, mask, weights)(hidden, unembed)
         expected, expected_gradient = objective(reference, mask, weights)(hidden, unembed)
@@ -118,14 +120,16 @@ def test_a_tied_embedding_receives_both_gradients(problem):
     assert jnp.abs(value(token_logp) - wanted).max() <= 1e-5 * jnp.abs(wanted).max()
 
 
-def test_what_lies_at_masked_positions_never_matters(problem):
+@pytest.mark.parametrize("chunk", [7, None])
+def test_what_lies_at_masked_positions_never_matters(problem, chunk):
     hidden, unembed, target, mask, weights = problem
     poisoned = jnp.where(mask[..., None], hidden, jnp.nan)
 
+    def value(hidden, unembed):
+        return (token_logp(hidden, unembed, target, mask_RT=mask, chunk=chunk)[0] * weights[0]).sum()
+
     def gradient(hidden):
-        return jax.grad(lambda h, w: (token_logp(h, w, target, mask_RT=mask)[0] * weights[0]).sum(), (0, 1))(
-            hidden, unembed
-        )
+        return jax.grad(value, (0, 1))(hidden, unembed)
 
     for actual, wanted in zip(gradient(poisoned), gradient(hidden), strict=True):
         np.testing.assert_array_equal(actual, wanted)
@@ -136,6 +140,27 @@ def test_no_position_counts(problem):
     logp_RT, entropy_RT = token_logp(hidden, unembed, target, mask_RT=jnp.zeros_like(mask))
     assert not logp_RT.any()
     assert not entropy_RT.any()
+
+
+@pytest.mark.parametrize(("chunk", "products"), [(None, 3), (7, 4)])
+def test_logits_that_make_one_chunk_are_computed_once(problem, chunk, products):
+    hidden, unembed, target, mask, _ = problem
+
+    def value(hidden, unembed):
+        return token_logp(hidden, unembed, target, mask_RT=mask, chunk=chunk)[0].sum()
+
+    traced = jax.jit(jax.grad(value, (0, 1))).trace(hidden, unembed)
+    assert str(traced.jaxpr).count("dot_general[") == products
+
+
+@pytest.mark.parametrize("vocabulary", [48, 32_000, 151_936, 500_000])
+@pytest.mark.parametrize("tokens", [1, 511, 700, 1024, 1100, 5000, 100_000])
+def test_chunks_are_few_and_the_last_is_hardly_emptier(tokens, vocabulary):
+    chunk = _default_chunk(tokens, vocabulary)
+    chunks = -(-tokens // chunk)
+    assert chunk <= 512 or chunk * vocabulary <= 2**26
+    assert chunks == 1 or chunks * chunk - tokens < 128 * chunks
+    assert chunks == 1 or chunk > 256
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jax.stages import Compiled
 
 from grpo_contracts import SamplingLaw
 from grpo_gsm8k.preflight_blueprint import Blueprint, bytes_per_device
-from grpo_gsm8k.preflight_work import Splash, Work, head_chunk, work_of
+from grpo_gsm8k.preflight_work import Splash, Work, head_chunks, work_of
 from grpo_mesh import CompileReport, compile_with_text
 
 __all__ = ["PHASES", "Measured", "Program", "measure"]
@@ -142,7 +142,7 @@ def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
     shape = plan.pack_shape
     updates = loss.epochs * loss.minibatches
     rows = rollout.prompts * -(-rollout.group_size // (shape.row_length // rollout.max_new_tokens))
-    chunks = math.ceil(shape.rows // shards * shape.row_length / head_chunk(model.vocab_size))
+    chunks = head_chunks(shape.rows // shards * shape.row_length, model.vocab_size)
     splash = Splash(shape.prompts // shards, model.query_heads // plan.tensor, model.head_size, shape.prompt_length)
     passes = (updates > 1) + (plan.reference is not None)
     yield Program(

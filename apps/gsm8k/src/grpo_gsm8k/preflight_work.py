@@ -10,7 +10,7 @@ from jax.stages import Compiled
 
 from grpo_mesh import CompileReport, compile_report
 
-__all__ = ["Splash", "Work", "head_chunk", "work_of"]
+__all__ = ["Splash", "Work", "head_chunks", "work_of"]
 
 # Products of one splash call: the backward kernels compute the logits again.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -75,9 +75,9 @@ class Splash:
         return products * self.rows * self.heads * self.head_size * length**2
 
 
-def head_chunk(vocabulary: int) -> int:
-    """Tokens whose logits `grpo_loss.token_logp` holds at once; a test compares the two."""
-    return min(512, max(128, 1 << (max(1, 2**27 // vocabulary).bit_length() - 1)))
+def head_chunks(tokens: int, vocabulary: int) -> int:
+    """Parts in which `grpo_loss.token_logp` computes the logits of a shard's tokens; a test compares the two."""
+    return math.ceil(tokens / max(512, 2**26 // vocabulary // 128 * 128))
 
 
 def work_of(

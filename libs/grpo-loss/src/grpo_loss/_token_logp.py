@@ -3,6 +3,7 @@
 Tokens go through the unembedding a chunk at a time. Forward keeps two numbers a token (the log of the normaliser and
 the entropy); backward computes a chunk's logits once more and turns them into the chunk's part of both gradients.
 Tokens that do not count are moved behind those that do, and chunks without a live token are never computed.
+Where all tokens make one chunk, backward reads the logits that forward left, and nothing is moved.
 """
 
 from typing import NamedTuple
@@ -14,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_loss._errors import LossError, check_shape
 
-# Logits held at once, in elements; three buffers of this size are alive in the backward pass.
-_CHUNK_ELEMENTS = 2**27
+# A chunk's tokens, or, if that is more of them, those of 256 MiB of logits. Three buffers of a chunk's logits are alive
+# in the backward pass; each chunk reads and writes the whole gradient of the unembedding once.
+_CHUNK_TOKENS, _CHUNK_LOGITS = 512, 2**26
 
 
 class _Tokens(NamedTuple):
@@ -23,7 +25,7 @@ class _Tokens(NamedTuple):
 
     target_SN: Array
     order_SN: Array | None  # where each came from; None if nothing was moved
-    chunks: Array  # chunks with a live token: a traced scalar if tokens were moved
+    chunks: Array | None  # chunks with a live token: a traced scalar if tokens were moved; None if all make one
     temperature: Array
 
 
@@ -48,8 +50,9 @@ def token_logp(
         unembed_VD: One row a token of the vocabulary.
         target_RT: Token whose log-probability is wanted at each position.
         temperature: Divides the logits before the softmax; positive. May be traced.
-        mask_RT: Positions to compute; the others give 0, take no time and get no gradient. All if None.
-        chunk: Tokens whose logits exist at once, on each shard; chosen to hold some 512 MiB at most if None.
+        mask_RT: Positions to compute; the others give 0, get no gradient and, a chunk of them, take no time. All if
+            None.
+        chunk: Tokens whose logits exist at once, on each shard. None: 512 at most, or those of 256 MiB of logits.
         shards: Equal blocks of rows that lie on different devices: the product of the mesh's data axes. Each is
             chunked by itself, so that nothing moves between devices inside the loop.
 
@@ -74,24 +77,25 @@ def token_logp(
     if isinstance(temperature, int | float) and not temperature > 0:
         raise LossError(f"temperature must be positive: got {temperature}. Score greedy rollouts at 1.0.")
     tokens = rows // shards * length
-    chunk = min(tokens, chunk or _default_chunk(unembed_VD.shape[0]))
+    chunk = min(tokens, chunk or _default_chunk(tokens, unembed_VD.shape[0]))
     padded = -(-tokens // chunk) * chunk
 
     def blocks(array: Array) -> Array:
         array = array.reshape(shards, tokens, *array.shape[2:])
         return jnp.pad(array, [(0, 0), (0, padded - tokens)] + [(0, 0)] * (array.ndim - 2))
 
-    order_SN, chunks = None, padded // chunk
+    order_SN, chunks = None, None if padded == chunk else jnp.asarray(padded // chunk, jnp.int32)
     target_SN = blocks(target_RT)
     if mask_RT is not None:
         # Padding may hold anything, and 0 times a NaN in a half-dead chunk would reach the unembedding's gradient.
         hidden_RTD = jnp.where(mask_RT[..., None], hidden_RTD, 0)
+    if mask_RT is not None and chunks is not None:
         live_SN = blocks(mask_RT)
         order_SN = jnp.argsort(~live_SN, axis=1, stable=True)
-        chunks = -(-live_SN.sum(axis=1).max() // chunk)
+        chunks = -(-live_SN.sum(axis=1, dtype=jnp.int32).max() // chunk)
         target_SN = jnp.take_along_axis(target_SN, order_SN, axis=1)
     acc_dtype = jnp.promote_types(jnp.promote_types(hidden_RTD.dtype, unembed_VD.dtype), jnp.float32)
-    static = _Tokens(target_SN, order_SN, jnp.asarray(chunks, jnp.int32), jnp.asarray(temperature, acc_dtype))
+    static = _Tokens(target_SN, order_SN, chunks, jnp.asarray(temperature, acc_dtype))
     logp_SN, entropy_SN = _chunked(chunk, blocks(hidden_RTD), unembed_VD, static)
     logp_RT, entropy_RT = (x[:, :tokens].reshape(rows, length) for x in (logp_SN, entropy_SN))
     if mask_RT is None:
@@ -99,9 +103,10 @@ def token_logp(
     return jnp.where(mask_RT, logp_RT, 0), jnp.where(mask_RT, entropy_RT, 0)
 
 
-def _default_chunk(vocabulary: int) -> int:
-    """A power of two between 128 and 512 whose logits stay near the budget: a longer last chunk is more waste."""
-    return min(512, max(128, 1 << (max(1, _CHUNK_ELEMENTS // vocabulary).bit_length() - 1)))
+def _default_chunk(tokens: int, vocabulary: int) -> int:
+    """All tokens if a chunk may have as many; else as few 128s as make no more chunks, so that the last is full."""
+    chunks = -(-tokens // max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128))
+    return tokens if chunks == 1 else -(-tokens // (128 * chunks)) * 128
 
 
 def _outputs(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) -> tuple[Array, Array]:
@@ -109,58 +114,44 @@ def _outputs(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) 
 
 
 def _forward(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) -> tuple[tuple[Array, Array], tuple]:
+    if tokens.chunks is None:
+        logits_SNV = _logits(hidden_SND, unembed_VD, tokens.temperature)
+        logp_SN, entropy_SN, normaliser_SN = _scores(logits_SNV, tokens.target_SN)
+        return (logp_SN, entropy_SN), (hidden_SND, unembed_VD, tokens, normaliser_SN, entropy_SN, logits_SNV)
     moved_SND = _move(hidden_SND, tokens.order_SN)
 
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        target_SC = _slice(tokens.target_SN, i, chunk)
+    def body(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         logits_SCV = _logits(_slice(moved_SND, i, chunk), unembed_VD, tokens.temperature)
-        peak_SC = logits_SCV.max(axis=-1)
-        shifted_SCV = logits_SCV - peak_SC[..., None]
-        exp_SCV = jnp.exp(shifted_SCV)
-        total_SC = exp_SCV.sum(axis=-1)
-        normaliser_SC = peak_SC + jnp.log(total_SC)
-        # The condition changes no value: it keeps XLA on CPUs from a fused reduction that takes twenty times as long.
-        mean_SC = jnp.where(exp_SCV > 0, exp_SCV * shifted_SCV, 0).sum(axis=-1) / total_SC
-        chosen_SC = jnp.take_along_axis(logits_SCV, target_SC[..., None], axis=-1)[..., 0]
-        new = (chosen_SC - normaliser_SC, jnp.log(total_SC) - mean_SC, normaliser_SC)
-        return tuple(_put(whole, part, i, chunk) for whole, part in zip(carry, new, strict=True))  # type: ignore[return-value]
+        new = _scores(logits_SCV, _slice(tokens.target_SN, i, chunk))
+        return tuple(_put(whole, part, i, chunk) for whole, part in zip(carry, new, strict=True))
 
     zeros_SN = jnp.zeros(tokens.target_SN.shape, tokens.temperature.dtype)
     logp_SN, entropy_SN, normaliser_SN = lax.fori_loop(0, tokens.chunks, body, (zeros_SN, zeros_SN, zeros_SN))
     back = None if tokens.order_SN is None else jnp.argsort(tokens.order_SN, axis=1)
     outputs = _move(logp_SN, back), _move(entropy_SN, back)
-    return outputs, (hidden_SND, unembed_VD, tokens, normaliser_SN, entropy_SN)
+    return outputs, (hidden_SND, unembed_VD, tokens, normaliser_SN, entropy_SN, None)
 
 
 def _backward(chunk: int, saved: tuple, cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
-    hidden_SND, unembed_VD, tokens, normaliser_SN, entropy_SN = saved
+    hidden_SND, unembed_VD, tokens, normaliser_SN, entropy_SN, logits_SNV = saved
     d_logp_SN, d_entropy_SN = (_move(x_SN, tokens.order_SN) for x_SN in cotangents)
+    by_token = tokens.target_SN, normaliser_SN, entropy_SN, d_logp_SN, d_entropy_SN
+    if logits_SNV is not None:
+        d_hidden_SND, d_unembed_SVD = _gradients(logits_SNV, hidden_SND, unembed_VD, tokens.temperature, *by_token)
+        return d_hidden_SND.astype(hidden_SND.dtype), d_unembed_SVD.sum(axis=0).astype(unembed_VD.dtype), None
     moved_SND = _move(hidden_SND, tokens.order_SN)
-    acc_dtype = tokens.temperature.dtype
 
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_hidden_SND, d_unembed_SVD = carry
         hidden_SCD = _slice(moved_SND, i, chunk)
-        target_SC, normaliser_SC, entropy_SC, d_logp_SC, d_entropy_SC = (
-            _slice(x, i, chunk)[..., None]
-            for x in (tokens.target_SN, normaliser_SN, entropy_SN, d_logp_SN, d_entropy_SN)
-        )
         logits_SCV = _logits(hidden_SCD, unembed_VD, tokens.temperature)
-        logp_SCV = logits_SCV - normaliser_SC
-        d_all_SCV = -jnp.exp(logp_SCV) * (d_logp_SC + d_entropy_SC * (logp_SCV + entropy_SC))
-        d_target_SC = d_logp_SC / tokens.temperature
-        d_logits_SCV = d_all_SCV / tokens.temperature + jnp.where(
-            _is_target(logits_SCV, target_SC[..., 0]), d_target_SC, 0
-        )
-        # Low-precision inputs are multiplied in their own type, as the matrix units want it, and summed in float32.
-        d_logits_SCV = d_logits_SCV.astype(jnp.promote_types(hidden_SND.dtype, unembed_VD.dtype))
-        d_hidden_SCD = jnp.einsum("scv,vd->scd", d_logits_SCV, unembed_VD, preferred_element_type=acc_dtype)
-        d_unembed = jnp.einsum("scv,scd->svd", d_logits_SCV, hidden_SCD, preferred_element_type=acc_dtype)
+        by_token_SC = (_slice(x_SN, i, chunk) for x_SN in by_token)
+        d_hidden_SCD, d_unembed = _gradients(logits_SCV, hidden_SCD, unembed_VD, tokens.temperature, *by_token_SC)
         return _put(d_hidden_SND, d_hidden_SCD.astype(d_hidden_SND.dtype), i, chunk), d_unembed_SVD + d_unembed
 
     shards = hidden_SND.shape[0]
     # One accumulator a shard: they are added once, after the loop, and not in every turn of it.
-    zeros = jnp.zeros_like(hidden_SND), jnp.zeros((shards, *unembed_VD.shape), acc_dtype)
+    zeros = jnp.zeros_like(hidden_SND), jnp.zeros((shards, *unembed_VD.shape), tokens.temperature.dtype)
     d_hidden_SND, d_unembed_SVD = lax.fori_loop(0, tokens.chunks, body, zeros)
     back = None if tokens.order_SN is None else jnp.argsort(tokens.order_SN, axis=1)
     return _move(d_hidden_SND, back), d_unembed_SVD.sum(axis=0).astype(unembed_VD.dtype), None
@@ -173,6 +164,44 @@ _chunked.defvjp(_forward, _backward)
 def _logits(hidden_SCD: Array, unembed_VD: Array, temperature: Array) -> Array:
     logits = jnp.einsum("scd,vd->scv", hidden_SCD, unembed_VD, preferred_element_type=temperature.dtype)
     return logits / temperature
+
+
+def _scores(logits_SCV: Array, target_SC: Array) -> tuple[Array, Array, Array]:
+    """Log-probability of the targets, entropy, and log of the normaliser."""
+    peak_SC = logits_SCV.max(axis=-1)
+    shifted_SCV = logits_SCV - peak_SC[..., None]
+    exp_SCV = jnp.exp(shifted_SCV)
+    total_SC = exp_SCV.sum(axis=-1)
+    normaliser_SC = peak_SC + jnp.log(total_SC)
+    # The condition changes no value: it keeps XLA on CPUs from a fused reduction that takes twenty times as long.
+    mean_SC = jnp.where(exp_SCV > 0, exp_SCV * shifted_SCV, 0).sum(axis=-1) / total_SC
+    chosen_SC = jnp.take_along_axis(logits_SCV, target_SC[..., None], axis=-1)[..., 0]
+    return chosen_SC - normaliser_SC, jnp.log(total_SC) - mean_SC, normaliser_SC
+
+
+def _gradients(
+    logits_SCV: Array, hidden_SCD: Array, unembed_VD: Array, temperature: Array, *by_token_SC: Array
+) -> tuple[Array, Array]:
+    """A chunk's part of both gradients, of the hidden states and, a shard, of the unembedding.
+
+    Args:
+        logits_SCV: from `_logits`.
+        hidden_SCD: what they were computed from.
+        unembed_VD: the same.
+        temperature: the same.
+        *by_token_SC: target, normaliser, entropy, and the gradients of log-probability and entropy.
+    """
+    target_SC, normaliser_SC, entropy_SC, d_logp_SC, d_entropy_SC = (x_SC[..., None] for x_SC in by_token_SC)
+    acc_dtype = temperature.dtype
+    logp_SCV = logits_SCV - normaliser_SC
+    d_all_SCV = -jnp.exp(logp_SCV) * (d_logp_SC + d_entropy_SC * (logp_SCV + entropy_SC))
+    d_target_SC = d_logp_SC / temperature
+    d_logits_SCV = d_all_SCV / temperature + jnp.where(_is_target(logits_SCV, target_SC[..., 0]), d_target_SC, 0)
+    # Low-precision inputs are multiplied in their own type, as the matrix units want it, and summed in float32.
+    d_logits_SCV = d_logits_SCV.astype(jnp.promote_types(hidden_SCD.dtype, unembed_VD.dtype))
+    d_hidden_SCD = jnp.einsum("scv,vd->scd", d_logits_SCV, unembed_VD, preferred_element_type=acc_dtype)
+    d_unembed_SVD = jnp.einsum("scv,scd->svd", d_logits_SCV, hidden_SCD, preferred_element_type=acc_dtype)
+    return d_hidden_SCD, d_unembed_SVD
 
 
 def _is_target(logits_SCV: Array, target_SC: Array) -> Array:
