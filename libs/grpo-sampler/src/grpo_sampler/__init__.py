@@ -1,11 +1,12 @@
 """The policy network and the rollout engine: exact log-probabilities, fast decoding, in JAX."""
 
 from grpo_sampler._backend import SamplerBackend
+from grpo_sampler._completions import FinishedSequence
 from grpo_sampler._config import Llama3Scaling, ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
 from grpo_sampler._law import law_arrays, law_log_probabilities
 from grpo_sampler._network import Transformer, abstract, merge, split
-from grpo_sampler._sampler import FinishedSequence, Sampler
+from grpo_sampler._sampler import Sampler
 from grpo_sampler._weights import load, save
 
 __all__ = [

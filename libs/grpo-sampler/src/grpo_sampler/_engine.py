@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_contracts import SamplingLaw
 from grpo_sampler._cache import Cache, empty_cache
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weights_from
@@ -17,6 +16,7 @@ from grpo_sampler._kernels import Attention
 from grpo_sampler._law import is_filtered
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Options, Programs
+from grpo_sampler._request import Request
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
 from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
@@ -34,20 +34,6 @@ class Plan:
     prompt: int  # padded prompt length
     columns: int
     attention: Attention  # of whole prompts; decoding is plain XLA, bound by memory and not by arithmetic
-
-
-class Request(NamedTuple):
-    """A batch: prompts, limits, and the identity of its randomness."""
-
-    tokens_PT: np.ndarray
-    length_P: np.ndarray
-    prompt_id_P: np.ndarray
-    limit_B: np.ndarray
-    group_size: int
-    law: SamplingLaw
-    min_new: int
-    seed: int
-    step: int
 
 
 class Chunk(NamedTuple):

@@ -1,7 +1,6 @@
 """The sampler: prompts in, sequences with exact log-probabilities out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,38 +9,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
+from grpo_contracts import PolicyIdentity, Prompts, Rollout, SamplingLaw
+from grpo_sampler._completions import Completions, FinishedSequence
 from grpo_sampler._config import ModelConfig
-from grpo_sampler._engine import Engine, Plan, Request
+from grpo_sampler._engine import Engine, Plan
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import resolve_attention
 from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
+from grpo_sampler._request import Limits, Request, make_request
 from grpo_sampler._slots import Shape, few_rows, shapes_for
-
-
-@dataclass(frozen=True)
-class FinishedSequence:
-    """One completion, as soon as it is there.
-
-    Args:
-        group: row of its prompt in the batch.
-        sample: its index in the group.
-        prompt_id: its prompt's id.
-        tokens_T: int32, the completion alone.
-        logp_T: float32, log-probability of each token under the law it was drawn from.
-        policy_logp_T: float32, the same under the plain policy.
-        finish: why it ended.
-    """
-
-    group: int
-    sample: int
-    prompt_id: int
-    tokens_T: np.ndarray
-    logp_T: np.ndarray
-    policy_logp_T: np.ndarray
-    finish: FinishReason
 
 
 class Sampler:
@@ -219,44 +197,12 @@ class Sampler:
             SamplerError: prompts or limits that do not fit, or a law that cannot be met.
             ContractError: `prompts` break the contract.
         """
-        law = self.law if law is None else law
-        request = self._request(prompts, group_size, seed, step, law, max_new_tokens)
-        B, T = len(request.length_P) * group_size, self.max_prompt_length + self.max_new_tokens
-        prompt_length_B = np.repeat(request.length_P, group_size)
-        width = request.tokens_PT.shape[1]
-        tokens_BT = np.full((B, T), self.pad_id, np.int32)
-        tokens_BT[:, :width] = np.repeat(request.tokens_PT, group_size, 0)
-        tokens_BT[np.arange(T) >= prompt_length_B[:, None]] = self.pad_id
-        logp_BT, policy_logp_BT = np.zeros((B, T), np.float32), np.zeros((B, T), np.float32)
-        length_B = np.zeros(B, np.int32)
+        request = self._request(prompts, max_new_tokens, group_size=group_size, law=law, seed=seed, step=step)
+        completions = Completions(request, self.max_new_tokens)
         for chunk in self._chunks(params, request):
-            i, row = np.nonzero(chunk.emitted.token_IS >= 0)
-            b = chunk.request_S[row]
-            t = prompt_length_B[b] + chunk.had_S[row] + i
-            tokens_BT[b, t] = chunk.emitted.token_IS[i, row]
-            logp_BT[b, t] = chunk.emitted.logp_IS[i, row]
-            policy_logp_BT[b, t] = chunk.emitted.policy_logp_IS[i, row]
-            length_B[chunk.finished.request_F] = chunk.finished.length_F
-        total_B = prompt_length_B + length_B
-        last_B = tokens_BT[np.arange(B), total_B - 1]
-        place_T = np.arange(T)
-        return Rollout(
-            tokens_BT=tokens_BT,
-            prompt_length_B=prompt_length_B,
-            total_length_B=total_B,
-            loss_mask_BT=(place_T >= prompt_length_B[:, None]) & (place_T < total_B[:, None]),
-            logp_BT=logp_BT,
-            policy_logp_BT=policy_logp_BT,
-            finish_B=np.where(np.isin(last_B, law.stop_ids), FinishReason.STOP, FinishReason.LENGTH).astype(np.int8),
-            prompt_id_B=np.repeat(request.prompt_id_P, group_size),
-            sample_B=np.tile(np.arange(group_size, dtype=np.int32), len(request.length_P)),
-            group_B=np.repeat(np.arange(len(request.length_P), dtype=np.int32), group_size),
-            group_size=group_size,
-            law=law,
-            policy=policy,
-            vocab_size=self.config.vocab_size,
-            pad_id=self.pad_id,
-        )
+            completions.add(chunk)
+        length = self.max_prompt_length + self.max_new_tokens
+        return completions.rollout(policy, length=length, vocab_size=self.config.vocab_size, pad_id=self.pad_id)
 
     def stream(
         self,
@@ -284,31 +230,19 @@ class Sampler:
         Raises:
             SamplerError: at the call, not at the first element: see `generate`.
         """
-        law = self.law if law is None else law
-        request = self._request(prompts, group_size, seed, step, law, max_new_tokens)
+        request = self._request(prompts, max_new_tokens, group_size=group_size, law=law, seed=seed, step=step)
         return self._finished(params, request)
 
     def _finished(self, params: Any, request: Request) -> Iterator[FinishedSequence]:
-        B, G = len(request.length_P) * request.group_size, request.group_size
-        token_BT = np.zeros((B, self.max_new_tokens), np.int32)
-        logp_BT, policy_logp_BT = (np.zeros((B, self.max_new_tokens), np.float32) for _ in range(2))
+        completions = Completions(request, self.max_new_tokens)
         for chunk in self._chunks(params, request):
-            i, row = np.nonzero(chunk.emitted.token_IS >= 0)
-            b, t = chunk.request_S[row], chunk.had_S[row] + i
-            token_BT[b, t] = chunk.emitted.token_IS[i, row]
-            logp_BT[b, t] = chunk.emitted.logp_IS[i, row]
-            policy_logp_BT[b, t] = chunk.emitted.policy_logp_IS[i, row]
-            for b, n in zip(chunk.finished.request_F.tolist(), chunk.finished.length_F.tolist()):
-                stopped = token_BT[b, n - 1] in request.law.stop_ids
-                yield FinishedSequence(
-                    group=b // G,
-                    sample=b % G,
-                    prompt_id=int(request.prompt_id_P[b // G]),
-                    tokens_T=token_BT[b, :n].copy(),
-                    logp_T=logp_BT[b, :n].copy(),
-                    policy_logp_T=policy_logp_BT[b, :n].copy(),
-                    finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
-                )
+            completions.add(chunk)
+            for b in chunk.finished.request_F.tolist():
+                yield completions.finished(b)
+
+    def _request(self, prompts: Prompts, max_new_tokens: Any, *, law: SamplingLaw | None, **identity: int) -> Request:
+        limits = Limits(self.config.vocab_size, self.max_prompt_length, self.min_new_tokens, self.max_new_tokens)
+        return make_request(prompts, max_new_tokens, law=self.law if law is None else law, limits=limits, **identity)
 
     def _chunks(self, params: Any, request: Request) -> Iterator[Any]:
         bucket = next(size for size in self._buckets if size >= request.length_P.max())
@@ -340,63 +274,3 @@ class Sampler:
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
         rows, few = self._shard_slots(engine), few_rows(self.config, unroll=self._unroll)
         return shapes_for(rows, group_size, self.sizes, streaming=streaming, few=few)
-
-    def _request(
-        self,
-        prompts: Prompts,
-        group_size: int,
-        seed: int,
-        step: int,
-        law: SamplingLaw,
-        limits: np.ndarray | None,
-    ) -> Request:
-        validate(prompts, level="values")
-        length_P = np.asarray(prompts.length_P, np.int32)
-        tokens_PT = np.asarray(prompts.tokens_PT, np.int32)
-        if not len(length_P):
-            raise SamplerError("prompts must hold at least one prompt: got none.")
-        if group_size < 1:
-            raise SamplerError(f"group_size must be at least 1: got {group_size}.")
-        if length_P.max() > self.max_prompt_length:
-            worst = int(length_P.argmax())
-            raise SamplerError(
-                f"prompts must have at most max_prompt_length={self.max_prompt_length} tokens: prompt {worst} has "
-                f"{length_P[worst]}. Drop it, or make the sampler with a larger max_prompt_length."
-            )
-        live_PT = np.arange(tokens_PT.shape[1]) < length_P[:, None]
-        outside = np.argwhere(live_PT & (tokens_PT >= self.config.vocab_size))
-        if outside.size:
-            p, t = outside[0]
-            raise SamplerError(
-                f"token ids must lie in [0, {self.config.vocab_size}), the model's vocabulary: got {tokens_PT[p, t]} "
-                f"at prompt {p}, position {t}. Is the tokenizer this model's?"
-            )
-        if not 0 <= seed < 2**64:
-            raise SamplerError(f"seed must lie in [0, 2**64): got {seed}.")
-        if not 0 <= step < 2**32:
-            raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
-        P, lowest = len(length_P), max(1, self.min_new_tokens)
-        limit = np.asarray(self.max_new_tokens if limits is None else limits)
-        if limit.shape not in ((), (P,), (P, group_size)) or not np.issubdtype(limit.dtype, np.integer):
-            raise SamplerError(
-                f"max_new_tokens must hold integers of shape ({P},) or ({P}, {group_size}): "
-                f"got {limit.dtype} of shape {limit.shape}."
-            )
-        if limit.min() < lowest or limit.max() > self.max_new_tokens:
-            raise SamplerError(
-                f"max_new_tokens must lie in [{lowest}, {self.max_new_tokens}], the sampler's own limits: "
-                f"got {limit.min()} to {limit.max()}."
-            )
-        limit_PG = np.broadcast_to(limit[:, None] if limit.ndim == 1 else limit, (P, group_size))
-        law_arrays(law, self.config.vocab_size, self.min_new_tokens)
-        return Request(
-            tokens_PT[:, : length_P.max()],
-            length_P,
-            np.asarray(prompts.prompt_id_P, np.int32),
-            limit_PG.reshape(-1).astype(np.int32),
-            group_size,
-            law,
-            self.min_new_tokens,
-            seed,
-            step,
-        )

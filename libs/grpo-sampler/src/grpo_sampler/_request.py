@@ -1,0 +1,118 @@
+"""What a call asks for, checked before anything is compiled."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_contracts import Prompts, SamplingLaw, validate
+from grpo_sampler._errors import SamplerError
+from grpo_sampler._law import law_arrays
+
+
+class Request(NamedTuple):
+    """A batch: prompts, limits, and the identity of its randomness."""
+
+    tokens_PT: np.ndarray
+    length_P: np.ndarray
+    prompt_id_P: np.ndarray
+    limit_B: np.ndarray
+    group_size: int
+    law: SamplingLaw
+    min_new: int
+    seed: int
+    step: int
+
+
+class Limits(NamedTuple):
+    """What a sampler has room for: vocabulary, tokens of a prompt, and of a completion (at least, at most)."""
+
+    vocabulary: int
+    prompt: int
+    min_new: int
+    max_new: int
+
+
+def make_request(
+    prompts: Prompts,
+    max_new_tokens: np.ndarray | None,
+    *,
+    group_size: int,
+    law: SamplingLaw,
+    seed: int,
+    step: int,
+    limits: Limits,
+) -> Request:
+    """Checks a call's arguments against the sampler's limits.
+
+    Args:
+        prompts: as for `Sampler.generate`, and so the next five.
+        max_new_tokens: one a prompt [P], one a sequence [P, G], one for all, or None for the sampler's own.
+        group_size: samples of one prompt.
+        law: what to draw from.
+        seed: of the run.
+        step: optimizer step.
+        limits: the sampler's.
+    Returns:
+        The request, its tokens cut to the longest prompt.
+    Raises:
+        SamplerError: prompts or limits that do not fit, or a law that cannot be met.
+        ContractError: `prompts` break the contract.
+    """
+    validate(prompts, level="values")
+    length_P = np.asarray(prompts.length_P, np.int32)
+    tokens_PT = np.asarray(prompts.tokens_PT, np.int32)
+    if not len(length_P):
+        raise SamplerError("prompts must hold at least one prompt: got none.")
+    if group_size < 1:
+        raise SamplerError(f"group_size must be at least 1: got {group_size}.")
+    if not 0 <= seed < 2**64:
+        raise SamplerError(f"seed must lie in [0, 2**64): got {seed}.")
+    if not 0 <= step < 2**32:
+        raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
+    _check_prompts(tokens_PT, length_P, limits)
+    limit_PG = _limits(max_new_tokens, len(length_P), group_size, limits)
+    law_arrays(law, limits.vocabulary, limits.min_new)
+    return Request(
+        tokens_PT[:, : length_P.max()],
+        length_P,
+        np.asarray(prompts.prompt_id_P, np.int32),
+        limit_PG.reshape(-1).astype(np.int32),
+        group_size,
+        law,
+        limits.min_new,
+        seed,
+        step,
+    )
+
+
+def _check_prompts(tokens_PT: np.ndarray, length_P: np.ndarray, limits: Limits) -> None:
+    if length_P.max() > limits.prompt:
+        worst = int(length_P.argmax())
+        raise SamplerError(
+            f"prompts must have at most max_prompt_length={limits.prompt} tokens: prompt {worst} has "
+            f"{length_P[worst]}. Drop it, or make the sampler with a larger max_prompt_length."
+        )
+    live_PT = np.arange(tokens_PT.shape[1]) < length_P[:, None]
+    outside = np.argwhere(live_PT & (tokens_PT >= limits.vocabulary))
+    if outside.size:
+        p, t = outside[0]
+        raise SamplerError(
+            f"token ids must lie in [0, {limits.vocabulary}), the model's vocabulary: got {tokens_PT[p, t]} "
+            f"at prompt {p}, position {t}. Is the tokenizer this model's?"
+        )
+
+
+def _limits(max_new_tokens: np.ndarray | None, P: int, group_size: int, limits: Limits) -> np.ndarray:
+    limit = np.asarray(limits.max_new if max_new_tokens is None else max_new_tokens)
+    if limit.shape not in ((), (P,), (P, group_size)) or not np.issubdtype(limit.dtype, np.integer):
+        raise SamplerError(
+            f"max_new_tokens must hold integers of shape ({P},) or ({P}, {group_size}): "
+            f"got {limit.dtype} of shape {limit.shape}."
+        )
+    lowest = max(1, limits.min_new)
+    if limit.min() < lowest or limit.max() > limits.max_new:
+        raise SamplerError(
+            f"max_new_tokens must lie in [{lowest}, {limits.max_new}], the sampler's own limits: "
+            f"got {limit.min()} to {limit.max()}."
+        )
+    return np.broadcast_to(limit[:, None] if limit.ndim == 1 else limit, (P, group_size))
