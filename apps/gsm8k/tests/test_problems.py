@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -68,10 +67,8 @@ def test_deterministic_prefixes_and_seeds(train: list[Problem]) -> None:
     assert generate("train", 50, seed=1) != train[:50]
 
 
-def test_ten_thousand_problems_in_a_second() -> None:
-    started = time.process_time()
-    generate("train", 10_000)
-    assert time.process_time() - started < 1.0
+def test_ten_thousand_problems_are_all_different() -> None:
+    assert len({problem.question for problem in generate("train", 10_000)}) == 10_000
 
 
 def test_written_as_gsm8k_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
