@@ -6,9 +6,9 @@
 32 sequences in groups of 8, random prompts of 64 to 96 tokens, 128 new tokens, random weights, float32, AdamW with
 clipping, no KL. `full`: every sequence runs to the limit. `geometric`: each has its own limit, geometric with mean 40.
 This side is the app's own loop, `grpo_gsm8k.train`, metrics and completions written as in any run; a step lasts from
-one call of the sampler to the next. It draws its four prompts from 4,000, copies of tunix's four. tunix has no stop per sequence, so its sampler runs to the longest limit and what
-lies behind a sequence's own limit is masked; then come its advantages and the body of its trainer's step. The two sides
-take turns, a fresh process each.
+one call of the sampler to the next. It draws its four prompts from 4,000, copies of tunix's four. tunix has no stop per
+sequence, so its sampler runs to the longest limit and what lies behind a sequence's own limit is masked; then come its
+advantages and the body of its trainer's step. The two sides take turns, a fresh process each.
 """
 
 import argparse
