@@ -56,11 +56,13 @@ def test_one_step_is_that_of_the_whole_batch_at_once(data, batch):
     assert (int(state.step), int(state.skipped), float(metrics["finite"])) == (1, 0, 1.0)
 
 
-@pytest.mark.parametrize("poison", ["advantage", "parameter", "nothing counts"])
+@pytest.mark.parametrize("poison", ["advantage", "parameter", "moment", "nothing counts"])
 def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
     state, _ = UPDATE(fresh(), batch)
     if poison == "parameter":
         state.params["mix"] = state.params["mix"].at[0, 0].set(jnp.nan)
+    if poison == "moment":
+        state.opt_state[0].nu["mix"] = -jnp.ones_like(state.opt_state[0].nu["mix"])
     before = copied((state.params, state.opt_state))
     broken = batch
     if poison == "advantage":

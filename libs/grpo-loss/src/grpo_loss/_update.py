@@ -109,7 +109,7 @@ def make_update(
 ) -> jax.stages.Wrapped:
     """A compiled update: one optimizer step from a batch of any fill. The state it is given is donated.
 
-    A loss or gradient that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
+    A loss, gradient or change that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
     adds one to ``skipped``; so does a batch without a token that counts.
 
     Args:
@@ -135,14 +135,21 @@ def make_update(
         gradient, terms = accumulate(forward, loss, state.params, batch, param_shardings=param_shardings)
         scale = 1 / jnp.where(terms.denominator > 0, terms.denominator, 1)
         grad_norm = optax.tree.norm(gradient) * scale
-        # Decided before the optimizer runs: a check of its result would keep every new moment beside the old one.
-        finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm)
-        apply = finite & (terms.denominator > 0)
         if max_grad_norm is not None:
             scale *= jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny))
-        gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
         before = jax.tree.map(_wide, state.params) if state.master is None else state.master
-        change, opt_state = optimizer.update(gradient, state.opt_state, before)
+
+        def optimized(scale: Array) -> tuple[Params, optax.OptState]:
+            scaled = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+            return optimizer.update(scaled, state.opt_state, before)
+
+        change, _ = optimized(scale)
+        update_norm = optax.tree.norm(change)
+        finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        apply = finite & (terms.denominator > 0)
+        # Asked again for the moments alone, which wait for all of the change: so XLA computes them where the old ones
+        # lie, with neither copies of the old nor all of the new ones beside them.
+        _, opt_state = optimized(jnp.where(apply, scale, 0))
         after = optax.apply_updates(before, change)
 
         def chosen(new: Params, old: Params) -> Params:
@@ -159,7 +166,7 @@ def make_update(
             "loss": terms.loss(),
             "denominator": terms.denominator,
             "grad_norm": grad_norm,
-            "update_norm": jnp.where(apply, optax.tree.norm(change), 0),
+            "update_norm": jnp.where(apply, update_norm, 0),
             "finite": finite.astype(jnp.float32),
         }
         return new_state, metrics
