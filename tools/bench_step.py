@@ -6,9 +6,10 @@
 32 sequences in groups of 8, random prompts of 64 to 96 tokens, 128 new tokens, random weights, float32, AdamW with
 clipping, no KL. `full`: every sequence runs to the limit. `geometric`: each has its own limit, geometric with mean 40.
 This side is the app's own loop, `grpo_gsm8k.train`, metrics and completions written as in any run; a step lasts from
-one call of the sampler to the next. It draws its four prompts from 4,000, copies of tunix's four. tunix has no stop per
-sequence, so its sampler runs to the longest limit and what lies behind a sequence's own limit is masked; then come its
-advantages and the body of its trainer's step. The two sides take turns, a fresh process each.
+one call of the sampler to the next; *tiny* runs on two forced devices, which is the app's default. It draws its four
+prompts from 4,000, copies of tunix's four. tunix has no stop per sequence, so its sampler runs to the longest limit and
+what lies behind a sequence's own limit is masked; then come its advantages and the body of its trainer's step. The two
+sides take turns, a fresh process each.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from bench_update import tunix_example, tunix_update
 SEQUENCES, NEW_TOKENS = 32, 128
 # Of each prompt, for a data set of ordinary size: grain takes 6 ms to shuffle one of 4 records, 0.02 one of thousands.
 COPIES = 1000
-# What a user of this size and these lengths would set: rows of one group, or of two prompts.
-SETTINGS = {
-    "full": ["loss.row_length=128", "loss.rows=8", "loss.prompts=1", "loss.blocks=1"],
-    "geometric": ["loss.row_length=128", "loss.rows=6", "loss.prompts=2", "loss.blocks=2"],
+# What a user of this size and these lengths would set: on each device, rows of one group or of two prompts.
+ROWS = {
+    "full": {"rows": 8, "prompts": 1, "blocks": 1},
+    "geometric": {"rows": 6, "prompts": 2, "blocks": 2},
 }
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--tunix", help="python of an environment with google-tunix")
     parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", default=["full", "geometric"], choices=["full", "geometric"])
-    parser.add_argument("--devices", type=int, default=1, help="forced CPU devices of this stack")
+    parser.add_argument("--devices", type=int, help="forced CPU devices of this stack; default 2 for tiny, 1 for small")
     parser.add_argument("--set", nargs="+", default=[], help="settings of the app, as `loss.rows=4`")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -61,7 +62,8 @@ def compare(options: argparse.Namespace) -> None:
     for model in options.models:
         for lengths in options.lengths:
             case = ["--models", model, "--lengths", lengths, "--repeats", str(options.repeats)]
-            case += ["--devices", str(options.devices)] + (["--set", *options.set] if options.set else [])
+            case += ["--devices", str(options.devices)] if options.devices else []
+            case += ["--set", *options.set] if options.set else []
             seconds, last = take_turns(sides, options.turns, case, script=__file__)
             for side, values in seconds.items():
                 median = statistics.median(values)
@@ -73,8 +75,8 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
-    if options.devices > 1:
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
+    devices = options.devices or {"tiny": 2, "small": 1}[model]
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     from grpo_gsm8k import train as loop
     from grpo_gsm8k.assemble import Assembly, assemble
     from grpo_gsm8k.config import Config
@@ -120,9 +122,10 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
             "data.test_source": folder / "problems.jsonl", "data.max_prompt_length": LONGEST_PROMPT,
             "rollout.prompts": len(length_P), "rollout.group_size": GROUP_SIZE, "rollout.max_new_tokens": NEW_TOKENS,
             "eval.before": "false", "eval.after": "false", "eval.every": 0, "checkpoint.every": 0,
-            "optimizer.learning_rate": 1e-6,
+            "optimizer.learning_rate": 1e-6, "loss.row_length": 128, "loss.rows": ROWS[lengths]["rows"] * devices,
+            "loss.prompts": ROWS[lengths]["prompts"] * devices, "loss.blocks": ROWS[lengths]["blocks"],
         }  # fmt: skip
-        sets = [f"{key}={value}" for key, value in settings.items()] + SETTINGS[lengths] + options.set
+        sets = [f"{key}={value}" for key, value in settings.items()] + options.set
         with patch.object(loop, "assemble", prepared):
             loop.train(load([], sets))
         metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

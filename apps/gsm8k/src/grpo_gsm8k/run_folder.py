@@ -130,9 +130,12 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": step, "time": round(time.time(), 3), **numbers}])
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            # One event with every number: an event a number takes 3 to 5 ms a step.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
             with writing(self.path):
-                for name, value in finite.items():
-                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.file_writer.add_summary(Summary(value=values), step)
                 self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
