@@ -130,7 +130,7 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": step, "time": round(time.time(), 3), **numbers}])
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
             # One event with every number: an event a number takes 3 to 5 ms a step.
             values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
