@@ -76,6 +76,12 @@ def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
     assert float(metrics["update_norm"]) == 0
 
 
+def test_the_donated_state_is_replaced_in_place_without_a_copy(batch):
+    program = UPDATE.lower(fresh(), batch).compile().as_text()
+    assert "%state_opt_state_0__mu" in program
+    assert " copy(%state" not in program
+
+
 def test_one_program_serves_every_fill_and_donates_its_state(data):
     shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
     traced = []

@@ -116,7 +116,8 @@ def make_update(
         forward: ``(params, micro) -> (logp_RT, entropy_RT)`` of one micro-batch.
         loss: ``(logp_RT, entropy_RT, micro) -> LossTerms`` of one micro-batch. Whatever it needs beside them comes in
             ``micro.data``.
-        optimizer: Any optax optimizer; it sees float32 gradients and parameters. Schedules count applied steps.
+        optimizer: Any optax optimizer; it sees float32 gradients and parameters. Schedules count applied steps. Traced
+            twice an update, for the change and for its state: XLA drops of each what only the other needs.
         max_grad_norm: Largest Euclidean norm of the whole gradient; longer ones are scaled down. None: no limit.
         param_shardings: Sharding of every parameter; see `accumulate`.
 
