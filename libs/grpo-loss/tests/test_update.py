@@ -77,7 +77,7 @@ def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
 
 
 def test_the_donated_state_is_replaced_in_place_without_a_copy(batch):
-    program = UPDATE.lower(fresh(), batch).compile().as_text()
+    program = UPDATE.lower(fresh(), batch).compile().as_text() or ""
     assert "%state_opt_state_0__mu" in program
     assert " copy(%state" not in program
 
