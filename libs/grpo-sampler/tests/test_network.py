@@ -61,12 +61,13 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     assert np.abs(normaliser - REFERENCE[f"{case}/logsumexp"]).max() <= F32_BOUND
 
 
-def packed(seed: int = 0):
-    """Two prompts, three rows of packed completions in two blocks each, and every sequence whole."""
-    random = np.random.default_rng(seed)
+def packed(stretch: int = 1):
+    """Two prompts, three rows of packed completions in two blocks of 6 `stretch` tokens, and every sequence whole."""
+    random = np.random.default_rng(0)
     length_P = np.asarray([7, 4], np.int32)
     prompt_PT = np.where(np.arange(9) < length_P[:, None], random.integers(0, 61, (2, 9)), 0).astype(np.int32)
     segment_RT = np.asarray([[1] * 5 + [0] + [2] * 6, [1] * 12, [1] * 2 + [2] * 3 + [3] * 4 + [0] * 3], np.int32)
+    segment_RT = segment_RT.repeat(stretch, axis=1)
     prompt_RC = np.asarray([[1, 0], [0, 0], [1, 1]], np.int32)
     tokens_RT = random.integers(0, 61, segment_RT.shape).astype(np.int32)
     positions_RT = np.zeros_like(tokens_RT)
@@ -74,7 +75,7 @@ def packed(seed: int = 0):
     for r, row in enumerate(segment_RT):
         for segment in range(1, row.max() + 1):
             at = np.nonzero(row == segment)[0]
-            p = prompt_RC[r, at[0] // 6]
+            p = prompt_RC[r, at[0] // (6 * stretch)]
             positions_RT[r, at] = length_P[p] + np.arange(len(at))
             whole.append((r, at, np.concatenate([prompt_PT[p, : length_P[p]], tokens_RT[r, at]])[None]))
     return (prompt_PT, length_P, tokens_RT, positions_RT, segment_RT, prompt_RC), whole
@@ -97,11 +98,12 @@ def target(shape):
     return jnp.asarray(np.random.default_rng(1).standard_normal((*shape, TINY.width)), jnp.float32)
 
 
-@pytest.fixture(scope="module")
-def plain(tiny):
+# Blocks whose queries attend in one span and in four.
+@pytest.fixture(scope="module", params=[1, 44])
+def plain(tiny, request):
     """Hidden states of every segment, and gradients, from whole sequences in one right-padded batch."""
     graphdef, params = tiny
-    batch, whole = packed()
+    batch, whole = packed(request.param)
     longest = max(tokens.shape[1] for _, _, tokens in whole)
     rows = np.concatenate([np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1]))) for _, _, tokens in whole])
     live = np.arange(longest) < np.asarray([[tokens.shape[1]] for _, _, tokens in whole])
@@ -113,14 +115,13 @@ def plain(tiny):
         return sum(jnp.sum(part * target_RTD[r, at]) for (r, at, _), part in zip(whole, parts)), parts
 
     (_, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return [(r, at, part) for (r, at, _), part in zip(whole, parts)], gradients
+    return batch, [(r, at, part) for (r, at, _), part in zip(whole, parts)], gradients
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, remat):
-    parts, expected = plain
+    batch, parts, expected = plain
     graphdef, _ = abstract(TINY, remat=remat)
-    batch, _ = packed()
 
     def loss(params):
         hidden = merge(graphdef, params).with_prompts(*map(jnp.asarray, batch))
@@ -129,7 +130,8 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
     (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny[1])
     for r, at, part in parts:
         np.testing.assert_allclose(hidden[r, at], part, atol=5e-6)
-    assert relative(gradients, expected) <= 1e-6
+    # Of hundreds of tokens float32 rounds more away, in one span as in four.
+    assert relative(gradients, expected) <= (1e-6 if batch[2].shape[1] < 100 else 2e-6)
 
 
 def test_a_row_of_one_prompt_is_the_same_in_any_number_of_blocks(tiny):
