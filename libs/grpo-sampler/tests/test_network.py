@@ -1,6 +1,7 @@
 """The network against kept logits of transformers, and against itself in every way it can be run."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -132,6 +133,20 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
         np.testing.assert_allclose(hidden[r, at], part, atol=5e-6)
     # Of hundreds of tokens float32 rounds more away, in one span as in four.
     assert relative(gradients, expected) <= (1e-6 if batch[2].shape[1] < 100 else 2e-6)
+
+
+@pytest.mark.parametrize(("stretch", "queries"), [(1, 6), (22, 66), (44, 66)])
+def test_queries_of_long_blocks_attend_in_spans(tiny, stretch, queries):
+    graphdef, params = tiny
+    batch, _ = packed(stretch)
+    forward = jax.jit(lambda params, *batch: merge(graphdef, params).with_prompts(*batch))
+    rows = queries * TINY.query_heads // TINY.kv_heads
+    # Each span's logits, against the prompt and the row as far as the span's own end, and no others.
+    spans = range(queries, 12 * stretch + 1, queries)
+    expected = {f"tensor<3x{TINY.kv_heads}x{rows}x{9 + end}xf32>" for end in spans}
+    program = forward.lower(params, *batch).as_text()
+    products = re.findall(r"stablehlo.dot_general .* -> (tensor<3x\d+x\d+x\d+xf32>)", program)
+    assert {product for product in products if not product.endswith(f"x{TINY.head_size}xf32>")} == expected
 
 
 def test_a_row_of_one_prompt_is_the_same_in_any_number_of_blocks(tiny):

@@ -176,13 +176,13 @@ class Transformer(nnx.Module):
         row_cos, row_sin = cos[place_RT], sin[place_RT]
         # Span by span of queries: what a span may see ends with itself. Of a 7B model's update on TPUs spans would save
         # a hundredth of the arithmetic, and compile a quarter longer.
-        span_length = _span_length(T // blocks) if self.attention == "xla" else T // blocks
-        spans = [slice(start, start + span_length) for start in range(0, T, span_length)]
+        block_length = T // blocks
+        span_length = _span_length(block_length) if self.attention == "xla" else block_length
+        spans = [(start // block_length, slice(start, start + span_length)) for start in range(0, T, span_length)]
         own_mask = causal_mask(segment_RT)
         masks = []
-        for span in spans:
-            live = of_prompt(live_PT, span.start // (T // blocks))
-            prompt_mask = jnp.broadcast_to(live[:, None], (len(tokens_RT), span_length, Tp))
+        for at, span in spans:
+            prompt_mask = jnp.broadcast_to(of_prompt(live_PT, at)[:, None], (len(tokens_RT), span_length, Tp))
             masks.append(jnp.concatenate([prompt_mask, own_mask[:, span, : span.stop]], axis=2))
 
         def block(streams: tuple[Array, Array], layer: Layer) -> tuple[Array, Array]:
@@ -192,8 +192,7 @@ class Transformer(nnx.Module):
             prompts = attention_out(layer, prompts, attended)
             row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
             parts = []
-            for span, mask in zip(spans, masks):
-                at = span.start // (T // blocks)
+            for (at, span), mask in zip(spans, masks):
                 # One matrix product over prompt and row costs less than two, and the copy that it takes less than that.
                 seen_k = jnp.concatenate([of_prompt(k, at), row_k[:, : span.stop]], axis=1)
                 seen_v = jnp.concatenate([of_prompt(v, at), row_v[:, : span.stop]], axis=1)
