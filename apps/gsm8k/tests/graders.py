@@ -56,8 +56,8 @@ def short(*, completions: list[str], **_: Any) -> list[float]:
 
 
 def slow(*, completions: list[str], **_: Any) -> list[float]:
-    """A tenth of a second each."""
-    time.sleep(0.1 * len(completions))
+    """A twentieth of a second each."""
+    time.sleep(0.05 * len(completions))
     return [1.0] * len(completions)
 
 

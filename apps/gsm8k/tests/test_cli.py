@@ -48,22 +48,16 @@ def raising(error):
     return action
 
 
-def test_print_config_is_light_and_quick():
+def test_print_config_is_light():
+    """It imports nothing that takes a second to load: so it answers at once, also on a busy machine."""
     script = (
         "import sys\nfrom grpo_gsm8k.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
-        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'orbax', 'grain'} & set(sys.modules)\n"
+        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'orbax', 'grain', 'optax'} & set(sys.modules)\n"
         "sys.stderr.write(','.join(sorted(heavy)))\nsys.exit(code)\n"
     )
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-        assert done.stderr == ""
-        assert done.stdout == dump(load([], ["steps=7"]))
-    # Processor time, and the best of three: the machine that runs the tests may be busy with others.
-    assert min(seconds) < 0.5, seconds
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout == dump(load([], ["steps=7"]))
 
 
 def test_unknown_key_from_the_shell():

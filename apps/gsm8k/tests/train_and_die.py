@@ -40,10 +40,15 @@ class Trace:
         self._kill = kill if rank in kill.get("ranks", ()) else {}
         self._visited: set[str] = set()
         self._stage = ""
+        self._writing = threading.Lock()
         self.step = 0  # that is under way
 
     def write(self, **event: Any) -> None:
         """Append a line."""
+        with self._writing:
+            self._append(event)
+
+    def _append(self, event: Mapping[str, Any]) -> None:
         os.write(self._file, (json.dumps({"at": time.monotonic(), **event}) + "\n").encode())
 
     @contextmanager
@@ -64,8 +69,9 @@ class Trace:
         self.write(left=name, step=self.step)
 
     def _die(self) -> None:
-        self.write(killed=self._stage, step=self.step)
-        os.kill(os.getpid(), signal.SIGKILL)
+        with self._writing:  # for good: nothing is written after the last words
+            self._append({"killed": self._stage, "step": self.step})
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def observe(trace: Trace) -> None:
