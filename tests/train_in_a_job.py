@@ -13,11 +13,11 @@ from flax import nnx
 import grpo_mesh
 from grpo_contracts import PolicyIdentity, TrainBatch
 from grpo_gsm8k import train as training
-from grpo_gsm8k.assemble import Assembly, assemble
-from grpo_gsm8k.checkpoint import Checkpoints
-from grpo_gsm8k.layers import load
-from grpo_gsm8k.learn import advantages, place, updates
-from grpo_gsm8k.tokenizer import make_tokenizer
+from grpo_trainer.assemble.run import Assembly, assemble
+from grpo_trainer.run.checkpoint import Checkpoints
+from grpo_trainer.settings.layers import load
+from grpo_trainer.learn import advantages, place, updates
+from grpo_gsm8k.embedded.tokenizer import make_tokenizer
 from grpo_sampler import ModelConfig, Transformer, save, split
 
 

@@ -5,7 +5,7 @@
 
 32 sequences in groups of 8, random prompts of 64 to 96 tokens, 128 new tokens, random weights, float32, AdamW with
 clipping, no KL. `full`: every sequence runs to the limit. `geometric`: each has its own limit, geometric with mean 40.
-This side is the app's own loop, `grpo_gsm8k.train`, metrics and completions written as in any run; a step lasts from
+This side is the app's own loop, `grpo_trainer.train`, metrics and completions written as in any run; a step lasts from
 one call of the sampler to the next; *tiny* runs on two forced devices, which is the app's default. It draws its four
 prompts from 4,000, copies of tunix's four. tunix has no stop per sequence, so its sampler runs to the longest limit and
 what lies behind a sequence's own limit is masked; then come its advantages and the body of its trainer's step. The two
@@ -78,10 +78,10 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
     devices = options.devices or {"tiny": 2, "small": 1}[model]
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     from grpo_gsm8k import train as loop
-    from grpo_gsm8k.assemble import Assembly, assemble
-    from grpo_gsm8k.config import Config
-    from grpo_gsm8k.data import ProblemStream, Questions
-    from grpo_gsm8k.layers import load
+    from grpo_trainer.assemble.run import Assembly, assemble
+    from grpo_trainer.settings.schema import Config
+    from grpo_trainer.data.stream import ProblemStream, Questions
+    from grpo_trainer.settings.layers import load
 
     tokens_PT, length_P, limit_B = workload(model, SEQUENCES, NEW_TOKENS, lengths)
     begun: list[float] = []
@@ -140,7 +140,7 @@ def write_policy(folder: Path, model: str) -> None:
     """A random policy in Hugging Face layout, with a tokenizer that its vocabulary holds."""
     from flax import nnx
 
-    from grpo_gsm8k.tokenizer import make_tokenizer
+    from grpo_gsm8k.embedded.tokenizer import make_tokenizer
     from grpo_sampler import ModelConfig, Transformer, save, split
 
     sizes = MODELS[model]

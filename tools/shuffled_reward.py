@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_gsm8k.reward import answer
+from grpo_gsm8k.grading import answer
 
 
 def shuffled(*, completions: Sequence[str], answers: Sequence[str], step: int = 0, **_: Any) -> list[float | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from grpo_gsm8k.tokenizer import make_tokenizer
+from grpo_gsm8k.embedded.tokenizer import make_tokenizer
 from grpo_sampler import ModelConfig, Transformer, save, split
 
 # `reward.functions=[graders:digits]` is found as a user's module is: reward processes get this process's path.

@@ -10,9 +10,9 @@ import pytest
 
 from grpo_contracts import ContractError, GrpoError
 from grpo_gsm8k import cli, startup
-from grpo_gsm8k.config import Config
-from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.layers import dump, load
+from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.layers import dump, load
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def train(monkeypatch, quiet_environment, tmp_path):
             calls.append((config, options))
             return action(config, **options)
 
-        module = types.ModuleType("grpo_gsm8k.train")
+        module = types.ModuleType("grpo_trainer.train")
         module.train = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "grpo_gsm8k.train", module)
+        monkeypatch.setitem(sys.modules, "grpo_trainer.train", module)
         return calls
 
     return install
@@ -51,7 +51,7 @@ def raising(error):
 def test_print_config_is_light():
     """It imports nothing that takes a second to load: so it answers at once, also on a busy machine."""
     script = (
-        "import sys\nfrom grpo_gsm8k.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
+        "import sys\nfrom grpo_trainer.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'orbax', 'grain', 'optax'} & set(sys.modules)\n"
         "sys.stderr.write(','.join(sorted(heavy)))\nsys.exit(code)\n"
     )
@@ -61,7 +61,7 @@ def test_print_config_is_light():
 
 
 def test_unknown_key_from_the_shell():
-    command = [sys.executable, "-m", "grpo_gsm8k.cli", "train", "--set", "rollout.group_sise=4"]
+    command = [sys.executable, "-m", "grpo_trainer.cli", "train", "--set", "rollout.group_sise=4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -127,19 +127,19 @@ def test_usage(arguments, capsys):
 
 
 def test_own_commands_get_their_arguments(monkeypatch):
-    module = types.ModuleType("grpo_gsm8k.replay")
+    module = types.ModuleType("grpo_trainer.run.replay")
     seen = []
     module.main = lambda arguments: seen.append(arguments) or 4  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo_gsm8k.replay", module)
+    monkeypatch.setitem(sys.modules, "grpo_trainer.run.replay", module)
     assert cli.main(["replay", "capsule.npz", "--anything"]) == 4
     assert seen == [["capsule.npz", "--anything"]]
 
 
 def test_slice_option_of_preflight(monkeypatch, quiet_environment):
-    module = types.ModuleType("grpo_gsm8k.preflight")
+    module = types.ModuleType("grpo_trainer.assemble.preflight.command")
     seen = []
     module.preflight = lambda config, **options: seen.append((config.slices, options))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo_gsm8k.preflight", module)
+    monkeypatch.setitem(sys.modules, "grpo_trainer.assemble.preflight.command", module)
     arguments = [
         "preflight",
         "--config",
@@ -185,7 +185,7 @@ def test_unwritable_cache(quiet_environment, tmp_path):
 
 def test_jax_sees_devices_and_cache(tmp_path):
     script = (
-        "from grpo_gsm8k.layers import load\nfrom grpo_gsm8k.startup import before_jax\nimport sys\n"
+        "from grpo_trainer.settings.layers import load\nfrom grpo_trainer.run.startup import before_jax\nimport sys\n"
         "before_jax(load([], ['cpu_devices=3', 'compilation_cache=' + sys.argv[1]]))\n"
         "import jax, json\njax.jit(lambda x: x + 1)(1.0)\nprint(json.dumps([jax.device_count('cpu')]))\n"
     )
@@ -204,7 +204,7 @@ def test_huge_pages_start_again_once(quiet_environment, monkeypatch):
     config = load([], ["huge_pages=true", "compilation_cache=", "cpu_devices=0"])
     startup.with_huge_pages(config, ["train", "--set", "huge_pages=true"])
     (arguments, environment), *_ = started
-    assert arguments[1:] == ["-m", "grpo_gsm8k.cli", "train", "--set", "huge_pages=true"]
+    assert arguments[1:] == ["-m", "grpo_trainer.cli", "train", "--set", "huge_pages=true"]
     assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
     os.environ["GLIBC_TUNABLES"] = environment["GLIBC_TUNABLES"]
     startup.with_huge_pages(config, [])

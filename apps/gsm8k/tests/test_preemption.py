@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from grpo_gsm8k.preemption import preemption
+from grpo_trainer.run.preemption import preemption
 
 # Waits in C for a lock that it holds itself, as for a device that waits for a lost peer: no signal interrupts it.
 STUCK = """
 import ctypes
-from grpo_gsm8k.preemption import preemption
+from grpo_trainer.run.preemption import preemption
 with preemption() as stop:
     print("listening", flush=True)
     lock = ctypes.create_string_buffer(256)

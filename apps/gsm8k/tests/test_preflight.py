@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import pytest
 
 from grpo_gsm8k import cli
-from grpo_gsm8k.assemble import assemble
-from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.layers import load, preset_names
-from grpo_gsm8k.placement import RULES
-from grpo_gsm8k.preflight import preflight
-from grpo_gsm8k.preflight_blueprint import blueprint, model_config
-from grpo_gsm8k.preflight_local import TOLERANCE, Comparison
-from grpo_gsm8k.preflight_programs import Measured
-from grpo_gsm8k.preflight_report import EFFICIENCY, GIB, Phase, judge, table
-from grpo_gsm8k.preflight_search import Candidate, candidates
-from grpo_gsm8k.preflight_work import Splash, Work, head_chunks, work_of
+from grpo_trainer.assemble.run import assemble
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.layers import load, preset_names
+from grpo_trainer.assemble.placement import RULES
+from grpo_trainer.assemble.preflight.command import preflight
+from grpo_trainer.assemble.blueprint import blueprint, model_config
+from grpo_trainer.assemble.preflight.local import TOLERANCE, Comparison
+from grpo_trainer.assemble.preflight.programs import Measured
+from grpo_trainer.assemble.preflight.verdict import EFFICIENCY, GIB, Phase, judge, table
+from grpo_trainer.assemble.preflight.search import Candidate, candidates
+from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
 from grpo_loss._token_logp import _default_chunk
 from grpo_mesh import CompileReport, MeshError, compile_with_text, find_slice, make_mesh, parse_mesh, shardings
 from grpo_sampler import abstract
@@ -273,7 +273,7 @@ def test_a_search_ranks_the_layouts_that_fit(toy_policy, capsys):
 @needs_compiler
 def test_a_search_tells_that_nothing_fits(plan, monkeypatch, capsys):
     small = replace(find_slice("v5e-1"), chip=replace(find_slice("v5e-1").chip, usable_bytes=2 * GIB))
-    monkeypatch.setattr("grpo_gsm8k.preflight_search.find_slice", lambda name: small)
+    monkeypatch.setattr("grpo_trainer.assemble.preflight.search.find_slice", lambda name: small)
     assert preflight(plan.config, search=True) == 1
     printed = capsys.readouterr().out
     assert "skipped  mesh=dp:1,fsdp:1,tp:1 loss.rows=1: parameters and optimizer alone take 5.5 GiB" in printed

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_gsm8k.problems import Problem, generate, main, split_of, write_splits
-from grpo_gsm8k.templates import TEMPLATES
+from grpo_gsm8k.embedded.problems import Problem, generate, main, split_of, write_splits
+from grpo_gsm8k.embedded.templates import TEMPLATES
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 

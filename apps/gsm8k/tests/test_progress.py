@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_gsm8k.printable import printable
-from grpo_gsm8k.progress import Progress, duration
+from grpo_trainer.run.printable import printable
+from grpo_trainer.run.progress import Progress, duration
 
 METRICS = {"reward": 0.5, "accuracy": 0.42, "tokens_per_second": 12345.6, "kl": 0.1}
 
@@ -53,7 +53,7 @@ def test_time_left_counts_only_steps_of_this_process():
 
 def test_time_left_forgets_the_step_that_compiled(monkeypatch):
     clock = iter([0.0, 0.0, 100.0, 102.0, 104.0])
-    monkeypatch.setattr("grpo_gsm8k.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("grpo_trainer.run.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     with Progress(13, stream=stream) as progress:
         for step in (1, 2, 3):

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.reward import RewardError
-from grpo_gsm8k.reward_workers import RewardWorker
+from grpo_gsm8k.grading import RewardError
+from grpo_trainer.rewards.workers import RewardWorker
 
 
 def given(*completions: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_no_orphan_outlives_a_killed_trainer(tmp_path: Path, text: str) -> None:
     script = textwrap.dedent(f"""
         import sys
         sys.path.append({str(Path(__file__).parent)!r})
-        from grpo_gsm8k.reward_workers import RewardWorker
+        from grpo_trainer.rewards.workers import RewardWorker
         worker = RewardWorker("graders:moody", timeout=3.0)
         print(worker._process.pid, flush=True)
         worker.judge({given(text)!r})

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_gsm8k.problems import generate
-from grpo_gsm8k.tokenizer import END, PAD, TokenizerError, load_tokenizer, main, make_tokenizer
+from grpo_gsm8k.embedded.problems import generate
+from grpo_gsm8k.embedded.tokenizer import END, PAD, TokenizerError, load_tokenizer, main, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from grpo_gsm8k.assemble import assemble
-from grpo_gsm8k.checkpoint import Checkpoints, ResumeRefused
-from grpo_gsm8k.config import Config
-from grpo_gsm8k.errors import ConfigError
-from grpo_gsm8k.layers import load
-from grpo_gsm8k.train import train
+from grpo_trainer.assemble.run import assemble
+from grpo_trainer.run.checkpoint import Checkpoints, ResumeRefused
+from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.layers import load
+from grpo_trainer.train import train
 from grpo_mesh import AXES, digest
 
 
@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         return learn(run, state, batch, step)
 
     from grpo_gsm8k import train as module
-    from grpo_gsm8k.learn import learn
+    from grpo_trainer.learn import learn
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "learn", dies)
@@ -214,7 +214,7 @@ def test_rows_that_do_not_divide_over_devices_are_refused(
     def three_devices(*_: Any) -> AbstractMesh:
         return AbstractMesh((3, 1, 1), AXES)
 
-    monkeypatch.setattr("grpo_gsm8k.assemble.make_mesh", three_devices)
+    monkeypatch.setattr("grpo_trainer.assemble.run.make_mesh", three_devices)
     with pytest.raises(ConfigError, match=r"loss\.rows must be a multiple of dp·fsdp = 3 .* got 4\. Use 6"):
         assemble(settings(toy_policy, tmp_path / "rows"))
 

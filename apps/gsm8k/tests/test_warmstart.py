@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import grpo_gsm8k
-from grpo_gsm8k.lessons import Teacher, lessons, teach
-from grpo_gsm8k.problems import generate
-from grpo_gsm8k.tokenizer import load_tokenizer, make_tokenizer
-from grpo_gsm8k.warmstart import Recipe, main, measure, train
+from grpo_gsm8k.embedded.lessons import Teacher, lessons, teach
+from grpo_gsm8k.embedded.problems import generate
+from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
+from grpo_gsm8k.embedded.warmstart import Recipe, main, measure, train
 from grpo_sampler import ModelConfig, load
 
 POLICY = Path(grpo_gsm8k.__file__).parent / "policy"

@@ -1,0 +1,1 @@
+"""GRPO for any task: four libraries assembled into one trainer."""

@@ -1,0 +1,1 @@
+"""From settings to a run: shapes first, then weights and data."""

@@ -1,0 +1,1 @@
+"""Does a run fit its slice? Read off its compiled programs."""

@@ -1,0 +1,222 @@
+"""Prompts for every step: grain shuffles the problems by (seed, epoch), and each step takes the next few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import grain
+import numpy as np
+
+from grpo_contracts import Prompts
+from grpo_trainer.data.sources import DataError, Record, digest, read_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from grpo_trainer.settings.schema import Config
+
+Overlong = Literal["refuse", "drop"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Problems put to the policy.
+
+    Args:
+        prompts: their token ids, padded to one length for the whole run.
+        problems: what they say, in the same order.
+    """
+
+    prompts: Prompts
+    problems: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A data set whose prompts are token ids already: the chat template is applied once, here.
+
+    Args:
+        records: the problems that fit.
+        tokens_NT: prompts, right-padded.
+        length_N: their lengths in tokens.
+        vocab_size: ids are below it.
+        pad_id: fills the rows up.
+        dropped: how many over-long problems were left out.
+        digest: of the problems that fit.
+    """
+
+    records: tuple[Record, ...]
+    tokens_NT: np.ndarray
+    length_N: np.ndarray
+    vocab_size: int
+    pad_id: int
+    dropped: int
+    digest: str
+
+    def ask(self, index_P: Sequence[int] | np.ndarray) -> Asked:
+        """Pick problems by their index in the data set."""
+        index_P = np.asarray(index_P, np.int32)
+        prompts = Prompts(
+            tokens_PT=self.tokens_NT[index_P],
+            length_P=self.length_N[index_P],
+            prompt_id_P=index_P,
+            vocab_size=self.vocab_size,
+            pad_id=self.pad_id,
+        )
+        return Asked(prompts, tuple(self.records[index] for index in index_P))
+
+
+def tokenize(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: Overlong = "refuse",
+    vocab_size: int | None = None,
+) -> Questions:
+    """Turn questions into prompts by the tokenizer's chat template.
+
+    Args:
+        records: the problems.
+        tokenizer: with a chat template and a padding token.
+        max_length: tokens of the longest prompt; every row is padded to it, so that no batch compiles anew.
+        overlong: what to do with longer ones: refuse the data set, naming the first, or drop and count them.
+        vocab_size: the model's; None is the tokenizer's.
+
+    Returns:
+        The data set as token ids.
+
+    Raises:
+        DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
+    """
+    asked = [[{"role": "user", "content": record.question}] for record in records]
+    texts = cast("list[str]", tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    # The template has written every special token: the tokenizer must add none of its own.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    ids = cast("list[list[int]]", encoded["input_ids"])
+    fitting = [n for n, row in enumerate(ids) if len(row) <= max_length]
+    if overlong == "refuse" and len(fitting) < len(records):
+        first = next(n for n, row in enumerate(ids) if len(row) > max_length)
+        raise DataError(
+            f"{records[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
+            f"this one has {len(ids[first])}, {len(records) - len(fitting)} of {len(records)} are too long, "
+            f"the longest has {max(map(len, ids))}"
+        )
+    if not fitting:
+        raise DataError(
+            f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(records)} does"
+        )
+    pad_id = cast("int", tokenizer.pad_token_id)
+    tokens_NT = np.full((len(fitting), max_length), pad_id, np.int32)
+    for row, n in enumerate(fitting):
+        tokens_NT[row, : len(ids[n])] = ids[n]
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    if tokens_NT.max() >= size:
+        raise DataError(
+            f"prompts must hold ids below the model's vocabulary of {size}: got {tokens_NT.max()}. "
+            "Is this the model's own tokenizer?"
+        )
+    kept = tuple(records[n] for n in fitting)
+    length_N = np.array([len(ids[n]) for n in fitting], np.int32)
+    return Questions(kept, tokens_NT, length_N, size, pad_id, len(records) - len(fitting), digest(kept))
+
+
+class ProblemStream(Iterator[Asked]):
+    """Problems for one step after another, without end; which ones is a function of (seed, step) alone.
+
+    An epoch is a shuffle of all problems; the next epoch begins where one ends, in the middle of a step if need be,
+    so each problem comes exactly once an epoch. Every process walks the same order and takes its share of each step:
+    a saved state fits any number of processes.
+
+    Args:
+        questions: the data set.
+        count: problems of one step, over all processes.
+        seed: of the order.
+        shard: this process's number among ``shards``, which must divide ``count``.
+        shards: how many processes share a step.
+
+    Raises:
+        DataError: if the shares do not come out even.
+    """
+
+    def __init__(self, questions: Questions, *, count: int, seed: int, shard: int = 0, shards: int = 1) -> None:
+        if count < 1 or not 0 <= shard < shards or count % shards:
+            raise DataError(
+                f"{count} problems a step must split evenly over the processes: this is number {shard} of {shards}"
+            )
+        self.questions = questions
+        share = count // shards
+        steps = grain.MapDataset.range(len(questions.records)).seed(seed).shuffle().repeat().batch(count)
+        mine = steps.map(lambda index_P: index_P[shard * share : (shard + 1) * share])
+        # The work is a few array look-ups: threads that read ahead would only take time from the rollout.
+        self._steps = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the problems."""
+        return self.questions.digest
+
+    def __next__(self) -> Asked:
+        return self.questions.ask(next(self._steps))
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands, as plain JSON."""
+        return dict(self._steps.get_state())
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `get_state` was called."""
+        self._steps.set_state(state)
+
+
+def open_problems(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
+) -> ProblemStream:
+    """Open the training problems.
+
+    Args:
+        config: ``data``, ``rollout.prompts`` and ``seed`` are read.
+        tokenizer: the policy's.
+        vocab_size: the model's; None is the tokenizer's.
+
+    Returns:
+        Their stream.
+
+    Raises:
+        DataError: if they cannot be read or do not fit.
+    """
+    records = read_records(config.data.source, "train", limit=config.data.train_size)
+    questions = tokenize(
+        records,
+        tokenizer,
+        max_length=config.data.max_prompt_length,
+        overlong=config.data.overlong,
+        vocab_size=vocab_size,
+    )
+    return ProblemStream(questions, count=config.rollout.prompts, seed=config.seed)
+
+
+def held_out(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Asked:
+    """Read the problems of every evaluation: the first ``eval.problems`` of the test split, all if there are fewer.
+
+    Args:
+        config: ``data`` and ``eval.problems`` are read.
+        tokenizer: the policy's.
+        vocab_size: the model's; None is the tokenizer's.
+
+    Returns:
+        The problems, the same in every run.
+
+    Raises:
+        DataError: if they cannot be read or do not fit.
+    """
+    records = read_records(config.data.test_source or config.data.source, "test", limit=config.eval.problems)
+    questions = tokenize(
+        records,
+        tokenizer,
+        max_length=config.data.max_prompt_length,
+        overlong=config.data.overlong,
+        vocab_size=vocab_size,
+    )
+    return questions.ask(range(len(questions.records)))

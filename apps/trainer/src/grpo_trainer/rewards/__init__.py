@@ -1,0 +1,1 @@
+"""Scoring completions, and the processes that run other people's reward functions."""

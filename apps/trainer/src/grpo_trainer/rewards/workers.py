@@ -1,0 +1,214 @@
+"""Reward functions of a user's, each in a process of its own: they may raise, hang or crash, and the run goes on.
+
+A function gets a step's completions in one call of at most `reward.timeout` seconds. If that fails, each completion is
+put to it alone, for an eighth of the timeout each and the timeout in all: so that one completion that a function cannot
+stomach costs that completion, not the step, and a step at most twice the timeout (and the restarts of a process that
+died). What fails alone, or is not reached in time, stays unscored. A function must therefore judge each completion by
+itself, whatever else is in the list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from grpo_gsm8k.grading import RewardError
+from grpo_trainer.rewards.worker import receive, send
+
+__all__ = ["FAILURES", "Failure", "RewardWorker"]
+
+Kind = Literal["exception", "timeout", "crash", "shape"]
+FAILURES: tuple[Kind, ...] = ("exception", "timeout", "crash", "shape")
+
+_SHARE_OF_ONE = 1 / 8  # of the timeout, for one completion alone
+_START_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
+_GRACE_SECONDS = 1.0  # for the process to say where it hung before it is killed
+_OUTPUT_BYTES = 2_000
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call of a reward function that gave no reward.
+
+    Args:
+        kind: `exception`, `timeout`, `crash` (the process died), or `shape` (no list of as many numbers).
+        rows: completions left unscored by it; none where each of them could be judged alone.
+        message: what happened.
+        output: the end of what the function printed, with a traceback where a crash or a hang left one.
+    """
+
+    kind: Kind
+    rows: tuple[int, ...]
+    message: str
+    output: str = ""
+
+
+class RewardWorker:
+    """One reward function in a process of its own, started at once and again whenever it dies.
+
+    Any thread may call it. The process ends with this object, with `close`, or with this process, even by SIGKILL.
+
+    Args:
+        name: `module:function`, or a built-in's name.
+        timeout: seconds for all completions of a step.
+
+    Raises:
+        RewardError: the function cannot be loaded; says why.
+    """
+
+    def __init__(self, name: str, *, timeout: float) -> None:
+        self.name = name
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._end: weakref.finalize | None = None
+        self._start()
+
+    def judge(self, given: Mapping[str, Any]) -> tuple[list[float | None], list[Failure]]:
+        """Judge the completions of a step.
+
+        Args:
+            given: keyword arguments of the function; those that are lists have one entry a completion.
+
+        Returns:
+            A reward a completion, None where unscored; and what failed.
+        """
+        with self._lock:
+            return self._judge(given)
+
+    def close(self) -> None:
+        """End the process; it leaves neither an orphan nor a zombie."""
+        if self._end is not None:
+            self._end()
+
+    def _judge(self, given: Mapping[str, Any]) -> tuple[list[float | None], list[Failure]]:
+        rows = len(given["completions"])
+        values, failures = self._call(given, self._timeout)
+        if values is not None or rows == 1:
+            return values or [None], failures
+        (whole,) = failures
+        alone: list[float | None] = [None] * rows
+        failures = []
+        until = time.monotonic() + self._timeout
+        for row in range(rows):
+            if time.monotonic() >= until:
+                message = (
+                    f"not reached within {self._timeout:g} s (reward.timeout) after the whole batch {whole.message}"
+                )
+                failures.append(Failure(whole.kind, tuple(range(row, rows)), message, whole.output))
+                break
+            one = {key: [value[row]] if isinstance(value, list) else value for key, value in given.items()}
+            value, failed = self._call(one, self._timeout * _SHARE_OF_ONE)
+            alone[row] = value[0] if value else None
+            failures += [Failure(failure.kind, (row,), failure.message, failure.output) for failure in failed]
+        if not failures:
+            message = f"{whole.message}; each completion alone could be judged"
+            failures = [Failure(whole.kind, (), message, whole.output)]
+        return alone, failures
+
+    def _call(self, given: Mapping[str, Any], seconds: float) -> tuple[list[float | None] | None, list[Failure]]:
+        """One request. Values, and failures of single rows; or None and the failure of them all."""
+        everything = tuple(range(len(given["completions"])))
+        if self._process.poll() is not None:
+            try:
+                self._start()
+            except RewardError as error:
+                return None, [Failure("crash", everything, f"could not be started again: {error}")]
+        begun = time.monotonic()
+        try:
+            reply = self._exchange({"given": dict(given), "seconds": seconds}, seconds)
+        except (EOFError, OSError):
+            slow = time.monotonic() - begun >= seconds
+            code = self._reap()
+            message = f"took longer than {seconds:g} s and was killed" if slow else f"crashed: {_died(code)}"
+            return None, [Failure("timeout" if slow else "crash", everything, message, self._printed())]
+        if "kind" in reply:
+            return None, [Failure(reply["kind"], everything, reply["message"], self._printed())]
+        printed = self._printed() if reply["wrong"] else ""
+        return reply["values"], [
+            Failure("shape", (int(row),), f"must return finite numbers or None: got {shown}", printed)
+            for row, shown in reply["wrong"].items()
+        ]
+
+    def _start(self) -> None:
+        self.close()
+        # A file without a name, emptied at every call: a function may print as much as it likes.
+        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - it lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-u", "-m", "grpo_trainer.rewards.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            start_new_session=True,  # out of Ctrl+C's reach, and killed together with what it started
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        try:
+            paths = [path or os.getcwd() for path in sys.path]
+            request = {"function": self.name, "paths": paths, "seconds": _START_SECONDS}
+            reply = self._exchange(request, _START_SECONDS)
+        except (EOFError, OSError) as error:
+            code = self._reap()
+            raise RewardError(
+                f"reward function {self.name!r}: the process that imports it {_died(code)} "
+                f"(it has {_START_SECONDS:g} s). It printed: {self._printed() or 'nothing'}"
+            ) from error
+        if "error" in reply:
+            self._reap()
+            raise RewardError(reply["error"])
+
+    def _exchange(self, request: Mapping[str, Any], seconds: float) -> Any:
+        process = self._process
+        pipe_in, pipe_out = process.stdin, process.stdout
+        if pipe_in is None or pipe_out is None:
+            raise OSError("the process has no pipes")
+        self._output.truncate(0)
+        # A timer rather than a signal: it works in any thread, and reading ends when the process does.
+        timer = threading.Timer(seconds + _GRACE_SECONDS, _kill, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            send(pipe_in, request)
+            return receive(pipe_out)
+        finally:
+            timer.cancel()
+
+    def _reap(self) -> int:
+        self.close()
+        return self._process.returncode
+
+    def _printed(self) -> str:
+        size = self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, size - _OUTPUT_BYTES))
+        return self._output.read().decode("utf-8", "backslashreplace").strip()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it started, and collect its exit code; one that is gone already keeps its own."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                pipe.close()
+    if process.returncode is None:
+        _kill(process)
+        process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "win32":
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # the session's leader, and whatever it started
+
+
+def _died(code: int) -> str:
+    return f"ended with code {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"

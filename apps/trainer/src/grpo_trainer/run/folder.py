@@ -1,0 +1,314 @@
+"""What a run leaves behind: its settings, one line of metrics a step, sampled completions, a summary.
+
+Files only grow by whole lines, and a resumed run first cuts them back to the step it goes on from, so that every step
+stands in them once however often the run was killed.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from hashlib import sha256
+from importlib import import_module, metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.errors import ConfigError, RunFolderError
+from grpo_trainer.settings.layers import changed_keys, dump, load
+from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
+
+__all__ = ["RunFolder", "versions"]
+
+# Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
+_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "health.")
+_FREE_KEYS = ("cpu_devices", "mesh", "slices", "compilation_cache", "huge_pages", "phase_timeout")
+
+
+class RunFolder:
+    """One run's folder, held by this process until it is closed; a context manager.
+
+    An exception that leaves the `with` block is written to error.txt and noted on the exception.
+
+    Args:
+        config: of the run; `run.dir=auto` continues the newest unfinished run of these settings under `root`, or
+            starts one.
+        writer: False on all processes but the first of a many-process run: nothing is locked or written.
+        processes: how many processes the run has; with more than one, run.dir must be named.
+        root: where `auto` looks and starts.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, or run.dir=auto with several processes.
+        RunFolderError: the folder is in use by a live process, cannot be written, or is damaged.
+    """
+
+    def __init__(
+        self, config: Config, *, writer: bool = True, processes: int = 1, root: str | os.PathLike[str] = "runs"
+    ) -> None:
+        if config.run.dir == "auto":
+            if processes > 1:
+                raise ConfigError(f"run.dir must name a folder that all {processes} processes see: got auto")
+            self.path = _auto(config, Path(root))
+        else:
+            self.path = Path(config.run.dir).expanduser()
+        self.config = config
+        self._writer = writer
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._lock: int | None = None
+        self.resumed = (self.path / "config.yaml").is_file()
+        if not writer:
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.path)
+        try:
+            if self.resumed:
+                _refuse_other(self.path, config)
+            with writing(self.path):
+                replace(self.path / "config.yaml", dump(config))
+                (self.path / "error.txt").unlink(missing_ok=True)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a summary says that the run reached its last step."""
+        return read_summary(self.path).get("steps", 0) >= self.config.steps
+
+    def start(self, step: int) -> None:
+        """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
+
+        Args:
+            step: the last step that the restored checkpoint contains.
+
+        Raises:
+            ConfigError: log.wandb is set and wandb is not installed.
+            RunFolderError: the files cannot be written.
+        """
+        if not self._writer:
+            return
+        with writing(self.path):
+            for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
+                cut_back(self.path / name, step)
+            (self.path / "summary.json").unlink(missing_ok=True)
+            if self.config.log.tensorboard:
+                from tensorboardX import SummaryWriter
+
+                # Its file names hold the second only: a run resumed within it would overwrite the first one's events.
+                self._tensorboard = SummaryWriter(
+                    str(self.path / "tensorboard"),
+                    purge_step=step + 1 if self.resumed else None,
+                    filename_suffix=f".{step}.{os.getpid()}",
+                )
+        if self.config.log.wandb:
+            self._wandb = _wandb(self.path, self.config)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one step's metrics; call it before that step's checkpoint is saved, or a kill between loses the line.
+
+        Args:
+            step: 1 for the first step; 0 for what is measured before it.
+            metrics: name -> number; a number that is not finite becomes null.
+        """
+        if not self._writer:
+            return
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        self._append("metrics.jsonl", [{"step": step, "time": round(time.time(), 3), **numbers}])
+        finite = {name: value for name, value in numbers.items() if value is not None}
+        if self._tensorboard is not None:
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+            # One event with every number: an event a number takes 3 to 5 ms a step.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+            with writing(self.path):
+                self._tensorboard.file_writer.add_summary(Summary(value=values), step)
+                self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+    def completions(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Write sampled completions.
+
+        Args:
+            step: that sampled them.
+            samples: each with `prompt`, `completion`, `reward`, and what else is known (`rewards`, `answer`, `finish`).
+        """
+        if self._writer and samples:
+            self._append("completions.jsonl", [{"step": step, **sample} for sample in samples])
+
+    def reward_failures(self, step: int, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Write what reward functions failed at.
+
+        Args:
+            step: whose completions they were.
+            failures: each as `Rewards.score` reports it.
+        """
+        if self._writer and failures:
+            self._append("reward_failures.jsonl", [{"step": step, **failure} for failure in failures])
+
+    def summary(
+        self,
+        *,
+        steps: int,
+        seconds: float,
+        device: str,
+        accuracy: Mapping[str, Mapping[str, Any]] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Write summary.json: the run is finished.
+
+        Args:
+            steps: done.
+            seconds: of all of the run's processes, one after another.
+            device: such as "2 x cpu".
+            accuracy: evaluations named `before` and `after`, each with `correct` and `total` and what else it has to
+                say (`eval/format` becomes `format_before`).
+            more: further JSON values.
+
+        Returns:
+            What was written.
+        """
+        summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 3), "device": device}
+        for name in ("before", "after"):
+            record = dict((accuracy or {}).get(name) or {})
+            measured = Accuracy(record.pop("correct"), record.pop("total")) if record else None
+            summary |= {f"{key.removeprefix('eval/')}_{name}": value for key, value in record.items()}
+            summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
+            summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
+            summary[f"problems_{name}"] = measured and measured.total
+        summary |= {**more, "versions": versions()}
+        if self._writer:
+            with writing(self.path):
+                replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        if self._wandb is not None:
+            self._wandb.summary.update(summary)
+        return summary
+
+    def close(self) -> None:
+        """Flush the loggers and let other processes have the folder."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self._writer:
+            file = self.path / "error.txt"
+            try:
+                file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                error.add_note(f"full traceback: {file}")
+            except OSError as failure:
+                # The disk may be what failed; the error itself must still reach the user.
+                error.add_note(f"(the traceback could not be saved: {failure})")
+        self.close()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        with writing(self.path):
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                left = memoryview(text.encode("utf-8", "backslashreplace"))
+                while left:
+                    left = left[os.write(descriptor, left) :]
+            finally:
+                os.close(descriptor)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of Python, the app and everything it declares; not to be changed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "grpo-gsm8k": metadata.version("grpo-gsm8k")}
+    declared = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in metadata.requires("grpo-gsm8k") or []]
+    for name in sorted([*declared, "jaxlib", "libtpu"]):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    return found
+
+
+def _refuse_other(path: Path, config: Config) -> None:
+    file = path / "config.yaml"
+    try:
+        old = load([str(file)])
+    except ConfigError as error:
+        raise RunFolderError(f"{file} is not the settings of a run of this version: {error}") from error
+    changed = changed_keys(old, config)
+    if config.optimizer.schedule == "constant" and config.steps >= old.steps:
+        changed.pop("steps", None)  # a longer run under a constant learning rate is the same run, continued
+    free = (*_FREE_SECTIONS, "data.") if config.checkpoint.any_data else _FREE_SECTIONS
+    bad = {key: pair for key, pair in changed.items() if key not in _FREE_KEYS and not key.startswith(free)}
+    if bad:
+        listed = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in bad.items())
+        hint = "\nIf the problems were corrected, checkpoint.any_data=true lets data.* change."
+        raise ConfigError(
+            f"run.dir={path} holds a run with other settings; name another folder, or undo:{listed}"
+            + (hint if all(key.startswith("data.") for key in bad) else "")
+        )
+
+
+def _auto(config: Config, root: Path) -> Path:
+    """The newest unfinished run with these settings that nobody is running; or a new folder."""
+    for folder in sorted(root.glob("*/config.yaml"), reverse=True):
+        path = folder.parent
+        if (path / "summary.json").exists():
+            continue
+        try:
+            _refuse_other(path, config)
+            os.close(lock(path))
+        except (ConfigError, RunFolderError):
+            continue
+        return path
+    settings = sha256(dump(config).encode()).hexdigest()[:6]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings}"
+    taken = sum(1 for _ in root.glob(f"{stem}*"))
+    return root / (f"{stem}-{taken}" if taken else stem)
+
+
+def _number(value: Any) -> int | float | None:
+    # numpy and jax scalars too: they answer item().
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, bool | int):
+        return int(plain)
+    return float(plain) if math.isfinite(plain) else None
+
+
+def _wandb(path: Path, config: Config) -> Any:
+    try:
+        wandb = import_module("wandb")
+    except ImportError as error:
+        raise ConfigError("log.wandb needs wandb: pip install 'grpo-gsm8k[wandb]', or set log.wandb=false") from error
+    # The same folder is the same run there, also after a resume.
+    identity = sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project="grpo-gsm8k",
+        id=identity,
+        name=path.name,
+        dir=str(path),
+        resume="allow",
+        config=config.model_dump(mode="json"),
+    )

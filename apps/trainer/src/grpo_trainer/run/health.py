@@ -1,0 +1,187 @@
+"""Is the run still learning? What is wrong is said once, kept in the summary, or stops the run with a sentence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from grpo_contracts import GrpoError, PolicyIdentity, Rollout, TrainBatch
+from grpo_trainer.run.capsule import Capsule, write_capsule
+from grpo_trainer.settings.schema import Config
+from grpo_trainer.run.progress import Progress
+from grpo_trainer.rewards.workers import FAILURES
+from grpo_trainer.run.folder import RunFolder, versions
+from grpo_mesh import digest
+
+if TYPE_CHECKING:
+    from grpo_trainer.assemble.run import Assembly
+
+__all__ = ["Diverged", "Health", "StaleWeights"]
+
+# Mean |sampler - trainer| log-probability of a token, nats: a hundred times what the same arithmetic gives in another
+# order, and still far below what moves a ratio across its clip range.
+_USUAL_GAP = {"float32": 1e-4, "bfloat16": 0.05}
+
+# What comes and goes for days is told so often and no more: warnings are kept, and saved with every checkpoint.
+_OFTEN = 3
+
+
+class Diverged(GrpoError, RuntimeError):
+    """Updates in a row were not finite; the message names the capsule to look into."""
+
+
+class StaleWeights(GrpoError, RuntimeError):
+    """A rollout was drawn from other parameters than the trainer holds."""
+
+
+class Health:
+    """Watches the steps of a run.
+
+    Args:
+        config: `health` and what decides how far sampler and trainer may differ.
+        folder: of the run.
+        progress: where warnings are shown.
+        memory: what a resumed run must know, plain JSON kept with its checkpoints; empty for a new run.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, progress: Progress, memory: dict[str, Any]) -> None:
+        self.warnings: list[str] = memory.setdefault("warnings", [])
+        self._streak: dict[str, int] = memory.setdefault("streak", {})
+        self._told: dict[str, int] = memory.setdefault("told", {})
+        self._memory = memory
+        memory.setdefault("skipped", 0)
+        self._config, self._folder, self._progress = config, folder, progress
+        self._failures: Counter[str] = Counter()
+        rollout = config.rollout
+        # Filters make the sampler's law another one than the trainer's: their gap then says nothing about arithmetic.
+        self._compares = rollout.top_k == 0 and rollout.top_p == 1 and rollout.min_p == 0
+        self._max_gap = config.health.max_logp_gap or _USUAL_GAP[config.model.compute_dtype]
+
+    def check_rollout(self, rollout: Rollout, policy: PolicyIdentity) -> None:
+        """Refuse completions of other parameters than the trainer's.
+
+        Args:
+            rollout: as the sampler gave it.
+            policy: of the parameters that are about to be updated.
+
+        Raises:
+            StaleWeights: they differ.
+        """
+        if rollout.policy != policy:
+            raise StaleWeights(
+                f"a rollout must be drawn from the parameters that learn from it, {_shown(policy)}: this one is of "
+                f"{_shown(rollout.policy)}. The sampler was not given the latest parameters; start again from the last "
+                "checkpoint"
+            )
+
+    def reward_failures(self, step: int, failures: list[dict[str, Any]]) -> None:
+        """Count and write down what reward functions failed at, with the texts that caused it.
+
+        Args:
+            step: 1 for the first.
+            failures: as `Rewards.score` reports them.
+        """
+        for failure in failures:
+            self._failures[failure["kind"]] += max(1, len(failure["rows"]))
+        self._folder.reward_failures(step, failures)
+
+    def watch(self, step: int, learned: Mapping[str, float]) -> dict[str, float]:
+        """Look at a step's metrics; warn once of each thing that begins to be wrong, the first few times it does.
+
+        Args:
+            step: 1 for the first.
+            learned: the step's metrics.
+
+        Returns:
+            What to add to them: completions that reward functions failed at, by kind.
+        """
+        health = self._config.health
+        updates = self._config.loss.epochs * self._config.loss.minibatches
+        last = int(learned["skipped_in_a_row"])
+        self._memory["skipped"] = self._memory["skipped"] + last if last == updates else last
+        gap = learned.get("sampling_logp_difference/mean", 0.0)
+        self._say(
+            step,
+            "silent",
+            learned["frac_reward_zero_std"] == 1,
+            f"no group's rewards differ since {health.silent_steps} steps: nothing is learned. Are the problems too "
+            "easy or too hard, or is the reward the same for everything?",
+            after=health.silent_steps,
+        )
+        self._say(
+            step,
+            "truncated",
+            learned["completions/clipped_ratio"] == 1,
+            f"every completion reached rollout.max_new_tokens={self._config.rollout.max_new_tokens} and was cut: "
+            "allow more tokens, or check that the policy knows its end token",
+        )
+        self._say(
+            step,
+            "gap",
+            self._compares and not gap <= self._max_gap,
+            f"sampler and trainer differ by {gap:.2g} nats a token on average, more than {self._max_gap:g} "
+            "(health.max_logp_gap): the ratio of the first update is not 1",
+        )
+        self._say(
+            step,
+            "skipped",
+            learned["finite"] < 1,
+            f"an update is not finite and was skipped; {health.max_skipped} in a row stop the run (health.max_skipped)",
+        )
+        counts = {f"reward_failures/{kind}": float(self._failures[kind]) for kind in FAILURES}
+        self._failures.clear()
+        return counts
+
+    @property
+    def failing(self) -> bool:
+        """Whether so many updates in a row were skipped that the run must stop, once its state is saved."""
+        return self._memory["skipped"] >= self._config.health.max_skipped
+
+    def stop(self, step: int, run: Assembly, params: Any, batch: TrainBatch, learned: Mapping[str, float]) -> None:
+        """End the run with a capsule of the step that failed.
+
+        Args:
+            step: the step just done, 1 for the first; its checkpoint is on disk.
+            run: the assembled run.
+            params: which the skipped updates left as they were.
+            batch: what was to be learned from.
+            learned: the step's metrics.
+
+        Raises:
+            Diverged: always.
+        """
+        path = self._folder.path / f"capsule-{step:06}.zip"
+        capsule = Capsule(
+            step=step,
+            config=self._config,
+            identity=run.identity,
+            parameters=digest(params),
+            checkpoint=self._folder.checkpoints.name,
+            versions=versions(),
+            metrics={name: float(value) for name, value in learned.items()},
+            warnings=tuple(self.warnings),
+        )
+        if jax.process_index() == 0:
+            write_capsule(path, capsule, batch)
+        raise Diverged(
+            f"{self._memory['skipped']} updates in a row up to step {step} had a loss, gradient or step that is not "
+            f"finite (health.max_skipped={self._config.health.max_skipped}). The parameters are as before them, saved "
+            f"as {self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
+            f"hatch run apps/gsm8k:replay {path}"
+        )
+
+    def _say(self, step: int, name: str, wrong: bool, text: str, *, after: int = 1) -> None:
+        self._streak[name] = self._streak.get(name, 0) + 1 if wrong else 0
+        if self._streak[name] != after or self._told.get(name, 0) == _OFTEN:
+            return
+        self._told[name] = self._told.get(name, 0) + 1
+        last = " (not told again: see metrics.jsonl)" if self._told[name] == _OFTEN else ""
+        self.warnings.append(f"step {step}: {text}{last}")
+        self._progress.note(f"warning: step {step}: {text}{last}")
+
+
+def _shown(policy: PolicyIdentity) -> str:
+    return f"step {policy.step} with digest {policy.digest[:12]}"

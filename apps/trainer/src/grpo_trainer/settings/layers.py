@@ -1,0 +1,321 @@
+"""From defaults, YAML and `--set a.b=value` to one checked `Config`; and back to YAML.
+
+Strict on purpose: an unknown or repeated key, or a value of the wrong type, is refused in one message that names
+the key, the nearest valid one, and what was expected.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+from grpo_trainer.settings.schema import Config
+
+__all__ = ["changed_keys", "dump", "flat", "load", "preset_names"]
+
+
+def load(configs: Sequence[str] = (), sets: Sequence[str] = ()) -> Config:
+    """Resolve defaults, then each YAML, then each `--set`, later ones winning.
+
+    Args:
+        configs: names of presets or paths of YAML files.
+        sets: assignments such as "rollout.group_size=16"; the value is read as YAML.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: an unknown or repeated key, a wrong type or range, a contradiction, an unreadable file.
+    """
+    merged: dict[str, Any] = {}
+    for name in configs:
+        source, text = _read(name)
+        _merge(merged, _checked_keys(_parse(text, source), source))
+    for assignment in sets:
+        _merge(merged, _assigned(assignment))
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        _refuse("\n".join(dict.fromkeys(_explained(error))))
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.dump(_lists(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, in the order of the schema."""
+    return dict(_leaves(config.model_dump()))
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ -> (old, new)."""
+    before, after = flat(old), flat(new)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` takes besides paths."""
+    folder = resources.files("grpo_gsm8k") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(name: str) -> tuple[str, str]:
+    presets = preset_names()
+    if name in presets:
+        file = resources.files("grpo_gsm8k") / "presets" / f"{name}.yaml"
+        return f"preset {name}", file.read_text(encoding="utf-8")
+    path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        _refuse(f"--config must be a YAML file or a preset ({', '.join(presets)}): got {name!r}.{guess}")
+    try:
+        return name, path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        _refuse(f"--config {name} cannot be read: {error}")
+
+
+def _assigned(assignment: str) -> dict[str, Any]:
+    key, equals, text = assignment.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        _refuse(f"--set must look like key=value, such as rollout.group_size=8: got {assignment!r}")
+    field = _field(key)
+    if field is None and _section(key) is None:
+        _refuse(_unknown(key, "--set"))
+    value: Any = text
+    # Text stays text: a mesh of 1,-1,1 or a folder called 2026 needs no quotes on the command line.
+    if field is None or field.annotation is not str or text[:1] in ("'", '"'):
+        value = _parse(text, f"--set {key}", document=False)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return _checked_keys(value, "--set")
+
+
+# -- keys ----------------------------------------------------------------------------------------------------------
+
+
+def _field(key: str) -> FieldInfo | None:
+    """The leaf that a dotted key names, or None."""
+    name, _, leaf = key.partition(".")
+    section = _section(name)
+    if section is not None:
+        return section.model_fields.get(leaf)
+    return None if leaf else Config.model_fields.get(name)
+
+
+def _section(name: str) -> type[BaseModel] | None:
+    """The model of a section such as `rollout`, or None."""
+    annotation = Config.model_fields[name].annotation if name in Config.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _valid_keys() -> list[str]:
+    keys = []
+    for name in Config.model_fields:
+        section = _section(name)
+        keys += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
+    return keys
+
+
+def _unknown(key: str, source: str) -> str:
+    valid = _valid_keys()
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
+    leaf = key.rpartition(".")[2]
+    # `group_size` alone, or `sampler.group_size`: the last part is right and only its section is missing or wrong.
+    near = next((known for known in valid if known.rpartition(".")[2] == leaf), near)
+    field = _field(near)
+    expected = f", which takes {_expected(field)}: {field.description}" if field else ""
+    return f"{source}: unknown key {key!r}. The nearest valid key is {near!r}{expected}."
+
+
+def _checked_keys(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Refuse unknown keys; drop sections left empty (all of their keys commented out)."""
+    checked: dict[str, Any] = {}
+    problems = []
+    for name, value in given.items():
+        section = _section(name)
+        if name not in Config.model_fields:
+            dotted = _field(name) is not None
+            problems.append(
+                f"{source}: key {name!r} must be written nested, `{name.replace('.', ': {', 1)}: ...}}`."
+                if dotted
+                else _unknown(f"{name}.{next(iter(value))}" if isinstance(value, dict) and value else name, source)
+            )
+        elif section is None:
+            checked[name] = value
+        elif isinstance(value, dict):
+            unknown = [leaf for leaf in value if leaf not in section.model_fields]
+            problems += [_unknown(f"{name}.{leaf}", source) for leaf in unknown]
+            checked[name] = value
+        elif value is not None:
+            leaves = ", ".join(section.model_fields)
+            problems.append(f"{source}: {name!r} is a section and must hold keys ({leaves}): got {value!r}.")
+    if problems:
+        _refuse("\n".join(problems))
+    return checked
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for name, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            # New weights are made for new functions; those of an earlier layer belonged to the earlier functions.
+            if name == "reward" and "functions" in value and "weights" not in value:
+                into[name].pop("weights", None)
+            into[name].update(value)
+        else:
+            into[name] = dict(value) if isinstance(value, dict) else value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+# -- messages ------------------------------------------------------------------------------------------------------
+
+
+def _refuse(message: str) -> NoReturn:
+    # Imported here: the error's root lives in grpo_contracts, whose numpy would double the time of --print-config.
+    from grpo_trainer.settings.errors import ConfigError
+
+    raise ConfigError(message) from None
+
+
+def _explained(error: ValidationError) -> Iterator[str]:
+    problems = error.errors()
+    for problem in problems:
+        # A bad item also fails its list: the item says more.
+        if any(other["loc"][:-1] == problem["loc"] != () for other in problems):
+            continue
+        names = [str(part) for part in problem["loc"]]
+        key = ".".join(names[:2] if _section(names[0]) else names[:1]) if names else ""
+        field = _field(key) if key else None
+        if field is None:
+            # A contradiction: our own text, which names its keys.
+            yield str(problem["msg"]).removeprefix("Value error, ")
+            continue
+        got = problem["input"]
+        item = f" (item {names[-1]})" if isinstance(problem["loc"][-1], int) else ""
+        hint = ""
+        options = _options(field)
+        if options and isinstance(got, str):
+            near = difflib.get_close_matches(got, options, n=1, cutoff=0.6)
+            hint = f" Did you mean {near[0]}?" if near else ""
+        what = "nothing" if got is None else f"{got!r} ({type(got).__name__})"
+        yield f"{key} must be {_expected(field)} ({field.description}): got {what}{item}.{hint}"
+
+
+def _options(field: FieldInfo) -> list[str]:
+    return [str(option) for option in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _expected(field: FieldInfo) -> str:
+    options = _options(field)
+    if options:
+        return f"one of {', '.join(options)}"
+    annotation, metadata = field.annotation, list(field.metadata)
+    while get_origin(annotation) is Annotated:
+        annotation, *inner = get_args(annotation)
+        metadata += inner
+    if get_origin(annotation) is tuple:
+        if field.examples:
+            return f"a list of names like {', '.join(map(str, field.examples))}"
+        return f"a list, each of it {_KINDS[get_args(annotation)[0]]}"
+    bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
+    kinds = [_KINDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,)]
+    kind = " or ".join(sorted(kinds, key="null".__eq__))
+    if field.examples:
+        kind = f"empty or like {', '.join(map(str, field.examples))}"
+    elif any(getattr(m, "min_length", 0) for m in metadata):
+        kind = "non-empty text"
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+# -- YAML ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 1e-3 is a number, `no` and `on` and 1:30 are text; keys once; no aliases."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ComposerError(None, None, "aliases (*name) are not read here", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+            if key in seen:
+                message = f"key {key!r} is given twice (first on line {seen[key].line + 1})"
+                raise ConstructorError(None, None, message, key_node.start_mark)
+            seen[key] = key_node.start_mark
+        return super().construct_mapping(node, deep=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes short lists on one line."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _starts = [("" if char == "\0" else char) for char in _first]
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _starts)
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+def _parse(text: str, source: str, *, document: bool = True) -> Any:
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None and document else ""
+        _refuse(f"{source}{where}: not valid YAML: {getattr(error, 'problem', None) or error}")
+    if not document:
+        return value
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        _refuse(f"{source} must hold keys and values, such as `steps: 100`: got {type(value).__name__}")
+    return value
