@@ -1,72 +1,95 @@
-"""The command line: a checked config first, heavy imports after, and errors as sentences."""
+"""The command line of every app: checked settings first, heavy imports after, and errors as sentences."""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from grpo_trainer.settings.layers import dump, load, preset_names
-from grpo_trainer.run.startup import before_jax, with_huge_pages
+from grpo_trainer.run.startup import prepare_process
+from grpo_trainer.settings.layers import dump, load, preset_files
+from grpo_trainer.task import Task
 
-__all__ = ["main"]
+__all__ = ["Command", "main", "run_app"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
-# Commands that read a run's settings: name -> (module:function taking the config, one line of help).
+# (module:function taking a task and the arguments after the command's name, one line of help)
+Command = tuple[str, str]
+
+# Commands that read a run's settings: name -> (module:function taking settings and task, one line of help).
 _CONFIGURED = {
     "train": ("grpo_trainer.train:train", "train a policy with GRPO and show what it learned"),
     "eval": ("grpo_trainer.evaluate:evaluate_command", "measure a policy on held-out problems"),
-    "preflight": ("grpo_trainer.assemble.preflight.command:preflight", "prove on this machine that a run fits its TPU slice"),
+    "preflight": (
+        "grpo_trainer.assemble.preflight.command:preflight",
+        "prove on this machine that a run fits its TPU slice",
+    ),
 }
-# Commands with options of their own: name -> (module:function taking the arguments, one line of help).
-_OWN = {
-    "warmstart": ("grpo_gsm8k.embedded.warmstart:main", "make the embedded policy from scratch by supervised training"),
-    "make-data": ("grpo_gsm8k.embedded.problems:main", "write the embedded problems as JSONL in GSM8K's format"),
-    "make-tokenizer": ("grpo_gsm8k.embedded.tokenizer:main", "make the embedded tokenizer from the problems"),
-    "replay": ("grpo_trainer.run.replay:main", "run a failed step again from its capsule and say what was not finite, where"),
+_OWN: dict[str, Command] = {
+    "replay": ("grpo_trainer.run.replay:main", "run a failed step again from its capsule and say what was not finite"),
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_app(task: Task, commands: Mapping[str, Command] | None = None) -> NoReturn:
+    """Run the command that this process was started with, and end the process with its exit code.
+
+    Args:
+        task: of the app.
+        commands: the app's own commands, by name.
+    """
+    code = main(task, commands=commands)
+    if code and "grpo_mesh" in sys.modules:
+        import jax
+
+        from grpo_mesh import abort
+
+        if jax.process_count() > 1 and code != EXIT_PREEMPTED:
+            abort(code, "see the message above")  # a plain exit would wait for processes that wait for this one
+    sys.exit(code)
+
+
+def main(
+    task: Task, arguments: Sequence[str] | None = None, *, commands: Mapping[str, Command] | None = None
+) -> int:
     """Run one command.
 
     Args:
+        task: of the app.
         arguments: of the command line; None: this process's.
+        commands: the app's own commands, by name.
 
     Returns:
         Exit code: 0 done, 1 failed, 2 a setting or input must be changed, 75 stopped on request and resumable,
         130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    own = _OWN | dict(commands or {})
     try:
-        return _run(given)
+        if given and given[0] in own:
+            return int(_function(own[given[0]][0])(task, given[1:]) or 0)
+        return _run(task, _parser(task, own).parse_args(given))
     except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return _fail(task, "interrupted", EXIT_INTERRUPTED)
     except _grpo_error() as error:
         notes = [str(note) for note in getattr(error, "__notes__", ())]
-        return _fail("\n".join([f"error: {error}", *notes]), _exit_code(error))
+        return _fail(task, "\n".join([f"error: {error}", *notes]), _exit_code(error))
 
 
-def _run(given: list[str]) -> int:
-    if given and given[0] in _OWN:
-        return int(_function(_OWN[given[0]][0])(given[1:]) or 0)
-    options = _parser().parse_args(given)
+def _run(task: Task, options: argparse.Namespace) -> int:
     sets = list(options.sets)
     if getattr(options, "slice", None):
         sets.append(f"slices=[{', '.join(options.slice)}]")
-    config = load(options.config, sets)
+    settings = load(task, options.config, sets)
     if options.print_config:
-        sys.stdout.write(dump(config))
+        sys.stdout.write(dump(settings))
         return 0
-    if options.command == "train":
-        with_huge_pages(config, given)
-    for line in before_jax(config):
+    for line in prepare_process(settings):
         print(line, flush=True)
     if options.command != "preflight":
         _join_the_job()
     run = _function(_CONFIGURED[options.command][0])
-    return int(run(config, **_extra(options)) or 0)
+    return int(run(settings, task, **_extra(options)) or 0)
 
 
 def _join_the_job() -> None:
@@ -78,15 +101,13 @@ def _join_the_job() -> None:
 
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a configured command takes besides its config."""
+    """The options that a configured command takes besides its settings."""
     names = {"train": ("dry_run",), "eval": ("checkpoint",), "preflight": ("search",)}[options.command]
     return {name: getattr(options, name) for name in names}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="grpo-gsm8k", description="GRPO on grade-school mathematics.", allow_abbrev=False
-    )
+def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"grpo-{task.name}", description=task.title, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in _CONFIGURED.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
@@ -95,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="NAME|PATH",
-            help=f"a preset ({', '.join(preset_names())}) or a YAML file; repeatable, later ones win",
+            help=f"a preset ({', '.join(preset_files(task))}) or a YAML file; repeatable, later ones win",
         )
         command.add_argument(
             "--set",
@@ -116,12 +137,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--slice",
                 action="append",
                 metavar="NAME",
-                help="TPU slice such as v5e-16, in place of the config's; repeatable",
+                help="TPU slice such as v5e-16, instead of the settings' own; repeatable",
             )
             command.add_argument(
                 "--search", action="store_true", help="try meshes and micro-batches, rank those that fit"
             )
-    for name, (_, text) in _OWN.items():
+    for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
     return parser
 
@@ -145,23 +166,7 @@ def _exit_code(error: Exception) -> int:
     return EXIT_USAGE if isinstance(error, ValueError) and not isinstance(error, ContractError) else EXIT_FAILED
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(task: Task, message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"grpo-gsm8k: {message}", file=sys.stderr, flush=True)
+    print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
     return code
-
-
-def _exit() -> NoReturn:
-    code = main()
-    if code and "grpo_mesh" in sys.modules:
-        import jax
-
-        from grpo_mesh import leave
-
-        if jax.process_count() > 1 and code != EXIT_PREEMPTED:
-            leave(code, "see the message above")  # a plain exit would wait for processes that wait for this one
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    _exit()

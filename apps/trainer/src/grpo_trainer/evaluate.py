@@ -1,21 +1,24 @@
-"""Held-out accuracy: every problem once, decoded greedily, judged by GSM8K's own rule and by the last number."""
+"""Held-out accuracy: every problem once, decoded greedily, judged by the task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_contracts import FinishReason, PolicyIdentity
-from grpo_trainer.run.accuracy import Accuracy
-from grpo_trainer.settings.schema import Config
-from grpo_gsm8k.grading import BUILT_IN
+from grpo_contracts import FinishReason, PolicyVersion
 from grpo_mesh import digest
+from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.rewards.scoring import transcribe
+from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.task import Task
 
-if TYPE_CHECKING:
-    from grpo_trainer.assemble.run import Assembly
+__all__ = ["Evaluation", "evaluate", "evaluate_command"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,16 @@ class Evaluation:
     """Greedy accuracy on held-out problems.
 
     Args:
-        strict: right by GSM8K's rule, the number after `####`.
-        flexible: right by the last number of the completion.
-        formatted: completions that end in one `#### n` line.
+        strict: right by the rule that results are published by.
+        lenient: right, however the answer is put.
+        formed: completions in the form that was asked for.
         truncated: share of completions that reached the limit.
         mean_length: tokens of a completion.
     """
 
     strict: Accuracy
-    flexible: Accuracy
-    formatted: Accuracy
+    lenient: Accuracy
+    formed: Accuracy
     truncated: float
     mean_length: float
 
@@ -40,8 +43,8 @@ class Evaluation:
         """As in metrics.jsonl."""
         return {
             "eval/accuracy": self.strict.share,
-            "eval/accuracy_flexible": self.flexible.share,
-            "eval/format": self.formatted.share,
+            "eval/accuracy_flexible": self.lenient.share,
+            "eval/format": self.formed.share,
             "eval/clipped_ratio": self.truncated,
             "eval/mean_length": self.mean_length,
         }
@@ -51,13 +54,11 @@ class Evaluation:
         return {"correct": self.strict.correct, "total": self.strict.total, **self.metrics()}
 
     def __str__(self) -> str:
-        return (
-            f"held-out accuracy {self.strict}, last number {self.flexible.share:.1%}, form {self.formatted.share:.1%}"
-        )
+        return f"held-out accuracy {self.strict}, lenient {self.lenient.share:.1%}, form {self.formed.share:.1%}"
 
 
-def evaluate(run: Assembly, params: Any) -> Evaluation:
-    """Decode every held-out problem greedily and judge it.
+def evaluate(run: Run, params: Any) -> Evaluation:
+    """Decode every held-out problem greedily and have the task judge it.
 
     Args:
         run: the assembled run.
@@ -67,58 +68,46 @@ def evaluate(run: Assembly, params: Any) -> Evaluation:
         The evaluation; the same parameters give the same one.
     """
     asked = run.held_out
-    rollout = run.sampler.generate(
+    rollout = run.plan.sampler.generate(
         params,
         asked.prompts,
         group_size=1,
         seed=0,
         step=0,
-        policy=PolicyIdentity(0, digest(params)),
-        law=run.greedy,
+        policy=PolicyVersion(0, digest(params)),
+        sampling=run.plan.greedy,
     )
-    completions = run.rewards.texts(rollout, range(len(rollout.tokens_BT)))
-    given = {
-        "prompts": [problem.question for problem in asked.problems],
-        "completions": completions,
-        "answers": [problem.answer for problem in asked.problems],
-        "finished": [bool(reason == FinishReason.STOP) for reason in rollout.finish_B],
-    }
-    total = len(completions)
-    strict, loose, formed = (
-        Accuracy(sum(value == 1.0 for value in BUILT_IN[name](**given)), total)
-        for name in ("answer", "flexible", "format")
-    )
+    judgements = transcribe(rollout, asked.problems, run.tokenizer).judgements(run.task)
+    total = len(judgements)
     return Evaluation(
-        strict,
-        loose,
-        formed,
+        Accuracy(sum(judgement.strict for judgement in judgements), total),
+        Accuracy(sum(judgement.lenient for judgement in judgements), total),
+        Accuracy(sum(judgement.formed for judgement in judgements), total),
         truncated=float(np.mean(rollout.finish_B == FinishReason.LENGTH)),
         mean_length=float(rollout.completion_length_B.mean()),
     )
 
 
-def evaluate_command(config: Config, *, checkpoint: str | None = None) -> int:
+def evaluate_command(settings: Settings, task: Task, *, checkpoint: str | None = None) -> int:
     """Print the held-out accuracy of a policy.
 
     Args:
-        config: names the policy (`model.path`) and the problems.
-        checkpoint: run folder whose newest checkpoint is measured in its place.
+        settings: name the policy (`model.path`) and the problems.
+        task: reads the problems and judges the answers.
+        checkpoint: run folder whose newest checkpoint is measured instead.
 
     Returns:
         Exit code 0.
     """
-    from pathlib import Path
-
-    from grpo_trainer.assemble.run import assemble
-    from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints
-
-    run = assemble(config)
+    run = assemble(settings, task)
     for line in run.description:
         print(line, flush=True)
-    params, name = run.state.params, config.model.path
+    params, name = run.state.params, settings.model.path
     if checkpoint is not None:
         # A reader: nothing of the run may be deleted, and any problems may be put to it.
-        checkpoints = Checkpoints(Path(checkpoint) / "checkpoints", keep=1_000_000, any_data=True)
+        checkpoints = Checkpoints(
+            Path(checkpoint) / "checkpoints", keep=1_000_000, versions=run.versions, any_data=True
+        )
         restored = checkpoints.restore(run.state, run.identity, donate=True)
         if restored is None:
             raise CheckpointError(f"{checkpoint} holds no checkpoint to evaluate")

@@ -1,47 +1,44 @@
-"""One rollout's updates: advantages, packing, old and reference log-probabilities, optimizer steps."""
+"""One rollout's updates: advantages, minibatches, optimizer steps, and their metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_contracts import Scored, TrainBatch
-from grpo_trainer.settings.schema import Config
 from grpo_loss import (
     PackedBatch,
     TrainState,
     group_advantage,
-    pack,
+    iterate_minibatches,
     reinforce_plus_plus_advantage,
     reinforce_plus_plus_baseline_advantage,
     rloo_advantage,
-    split_minibatches,
-    unpack_tokens,
 )
-from grpo_mesh import BATCH_AXES, replicated, to_host
+from grpo_mesh import BATCH_AXES, to_global, to_host
+from grpo_trainer.assemble import Run
+from grpo_trainer.settings.schema import Settings
 
-if TYPE_CHECKING:
-    from grpo_trainer.assemble.run import Assembly
+__all__ = ["advantages", "learn", "place", "updates"]
 
 
-def advantages(scored: Scored, config: Config) -> np.ndarray:
+def advantages(scored: Scored, settings: Settings) -> np.ndarray:
     """The advantage of each sequence, or of each token for the REINFORCE++ estimators.
 
     Args:
         scored: rewards of whole groups; unscored rows take no part and get 0.
-        config: `loss.advantage` names the estimator.
+        settings: `loss.advantage` names the estimator.
 
     Returns:
         float32 [B] or [B, T].
     """
     reward_B, groups = scored.reward_B, {"scored_B": scored.scored_B, "group_B": scored.rollout.group_B}
     mask_BT = scored.rollout.completion_BT & scored.scored_B[:, None]
-    match config.loss.advantage:
+    match settings.loss.advantage:
         case "grpo":
             result = group_advantage(reward_B, **groups)
         case "dr-grpo":
@@ -55,13 +52,12 @@ def advantages(scored: Scored, config: Config) -> np.ndarray:
         case "reinforce++":
             # The outcome reward stands on each completion's last token.
             reward_BT = np.zeros(mask_BT.shape, np.float32)
-            rows = np.arange(len(reward_B))
-            reward_BT[rows, scored.rollout.total_length_B - 1] = reward_B
+            reward_BT[np.arange(len(reward_B)), scored.rollout.total_length_B - 1] = reward_B
             result = reinforce_plus_plus_advantage(reward_BT, mask_BT)
     return np.asarray(result, np.float32)
 
 
-def learn(run: Assembly, state: TrainState, batch: TrainBatch, step: int) -> tuple[TrainState, dict[str, float]]:
+def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[TrainState, dict[str, float]]:
     """Every update of one rollout.
 
     Args:
@@ -76,12 +72,12 @@ def learn(run: Assembly, state: TrainState, batch: TrainBatch, step: int) -> tup
     """
     results = []
     for packed in updates(run, state.params, batch, step):
-        state, metrics = run.update(state, place(run, packed))
+        state, metrics = run.plan.update(state, place(run, packed))
         results.append((metrics, packed.fill))
     return state, _merge([{**jax.device_get(metrics), "packing/fill": fill} for metrics, fill in results])
 
 
-def updates(run: Assembly, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
+def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
     """What each update of one rollout consumes, on the host.
 
     Args:
@@ -93,56 +89,26 @@ def updates(run: Assembly, params: Any, batch: TrainBatch, step: int) -> Iterato
     Yields:
         One packed batch an update.
     """
-    config, rollout = run.config, batch.scored.rollout
-    several = config.loss.epochs * config.loss.minibatches > 1
-    token_data: dict[str, np.ndarray] = {"sampler_logp": rollout.logp_BT}
-    sequence_data: dict[str, np.ndarray] = {}
-    (sequence_data if batch.advantage.ndim == 1 else token_data)["advantage"] = batch.advantage
 
-    if several or run.reference is not None:
-        everything = _packed(run, batch, keep_B=None)
-        placed = place(run, everything)
-        if several:
-            token_data["old_logp"] = _scored(run, params, everything, placed, rollout.tokens_BT.shape)
-        if run.reference is not None:
-            token_data["reference_logp"] = _scored(run, run.reference, everything, placed, rollout.tokens_BT.shape)
+    def log_probabilities(params: Any, packed: PackedBatch) -> np.ndarray:
+        return to_host(run.plan.score(params, place(run, packed))[0])
 
-    for epoch in range(config.loss.epochs):
-        for keep_B in split_minibatches(
-            rollout.group_B, config.loss.minibatches, seed=config.seed, step=step, epoch=epoch
-        ):
-            yield _packed(run, batch, keep_B).with_tokens(**token_data).with_sequences(**sequence_data)
-
-
-def _packed(run: Assembly, batch: TrainBatch, keep_B: np.ndarray | None) -> PackedBatch:
-    rollout, scored_B = batch.scored.rollout, batch.scored.scored_B
-    return pack(
-        rollout.tokens_BT,
-        rollout.prompt_length_B,
-        rollout.total_length_B,
-        rollout.group_B,
-        rollout.loss_mask_BT,
-        shape=run.pack_shape,
-        keep_B=scored_B if keep_B is None else scored_B & keep_B,
-        pad_id=rollout.pad_id,
+    loss, reference = run.settings.loss, run.reference
+    return iterate_minibatches(
+        batch,
+        shape=run.plan.pack_shape,
+        epochs=loss.epochs,
+        minibatches=loss.minibatches,
+        seed=run.settings.seed,
+        step=step,
+        old=lambda packed: log_probabilities(params, packed),
+        reference=None if reference is None else lambda packed: log_probabilities(reference, packed),
     )
 
 
-def _scored(run: Assembly, params: Any, packed: PackedBatch, placed: PackedBatch, shape: tuple[int, int]) -> np.ndarray:
-    """Log-probabilities [B, T] of the rollout's tokens under `params`."""
-    logp_MRT, _ = run.score(params, placed)
-    return unpack_tokens(to_host(logp_MRT), packed.micro.source_RT, shape)
-
-
-def place(run: Assembly, packed: PackedBatch) -> PackedBatch:
+def place(run: Run, packed: PackedBatch) -> PackedBatch:
     """Rows and prompts of every micro-batch over the mesh's data axes. Every process packed the same batch."""
-    rows = NamedSharding(run.mesh, PartitionSpec(None, BATCH_AXES))
-
-    def place(leaf: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, rows, lambda index: leaf[index])
-
-    count = jax.make_array_from_callback((), replicated(run.mesh), lambda _: np.asarray(packed.count))
-    return replace(packed, micro=jax.tree.map(place, packed.micro), count=count)
+    return to_global(packed, NamedSharding(run.plan.mesh, PartitionSpec(None, BATCH_AXES)))
 
 
 def _merge(results: list[Mapping[str, Any]]) -> dict[str, float]:

@@ -4,154 +4,208 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
 
 import jax
 
-from grpo_contracts import PolicyIdentity, TrainBatch, validate
-from grpo_trainer.assemble.run import Assembly, assemble
-from grpo_trainer.run.checkpoint import Checkpoints
-from grpo_trainer.settings.schema import Config
+from grpo_contracts import PolicyVersion, TrainBatch, validate
+from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
+from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.evaluate import evaluate
-from grpo_trainer.run.health import Health
 from grpo_trainer.learn import advantages, learn
-from grpo_trainer.run.metrics import Clock, sample_records, step_metrics
-from grpo_trainer.run.preemption import EXIT_PREEMPTED, preemption
+from grpo_trainer.report import write_report
+from grpo_trainer.rewards import transcribe
+from grpo_trainer.run.accuracy import verdict
+from grpo_trainer.run.checkpoint import Checkpoints
+from grpo_trainer.run.clock import Clock
+from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.health import Health
+from grpo_trainer.run.metrics import completion_records, step_metrics
 from grpo_trainer.run.progress import Progress
-from grpo_trainer.report.page import write_report
-from grpo_trainer.run.folder import RunFolder, versions
-from grpo_mesh import check_agreement, digest
+from grpo_trainer.run.state import LoopState
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.task import Task
+
+__all__ = ["fit", "train"]
 
 
-def train(config: Config, *, dry_run: bool = False) -> int:
-    """Train a policy with GRPO; started again with the same config, go on where the last run stopped.
+def train(settings: Settings, task: Task, *, dry_run: bool = False) -> int:
+    """Train a policy with GRPO; started again with the same settings, go on where the last run stopped.
 
     Args:
-        config: the resolved settings.
+        settings: resolved.
+        task: what to learn.
         dry_run: validate and build everything, then stop before the first rollout.
 
     Returns:
         Exit code: 0 when the last step is done, `EXIT_PREEMPTED` when a signal stopped the run after a saved step.
     """
     started = time.monotonic()
-    run = assemble(config)
-    facts = {"identity": run.identity, "shapes": run.shapes, "version": versions()}
-    check_agreement({"config": config.model_dump(mode="json"), **facts})
-    leader = jax.process_index() == 0
-    for line in run.description if leader else ():
-        print(line, flush=True)
-    if dry_run:
-        print("dry run: everything is valid and built; nothing was sampled")
-        return 0
-    with RunFolder(config, writer=leader, processes=jax.process_count()) as folder:
+    run = assemble(settings, task)
+    if not dry_run:
+        return fit(run, started=started)
+    _introduce(run)
+    print("dry run: everything is valid and built; nothing was sampled")
+    return 0
+
+
+def fit(
+    run: Run, *, started: float | None = None, progress: Progress | None = None, checkpoints: Checkpoints | None = None
+) -> int:
+    """Train an assembled run to its last step, in its folder.
+
+    Args:
+        run: from `assemble`.
+        started: `time.monotonic()` of the run's beginning; None: now.
+        progress: shows steps and phases; None: on standard output, by the first process.
+        checkpoints: of the run; None: those in its folder, as the settings say.
+
+    Returns:
+        Exit code, as of `train`.
+    """
+    started = time.monotonic() if started is None else started
+    settings, leader = run.settings, jax.process_index() == 0
+    _introduce(run)
+    with RunFolder(settings, run.versions, writer=leader, processes=jax.process_count()) as folder:
         if folder.finished:
             print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
             return 0
-        settings = config.checkpoint
-        checkpoints = Checkpoints(
-            folder.checkpoints, keep=settings.keep, any_version=settings.any_version, any_data=settings.any_data
-        )
-        with preemption() as stop, Progress(config.steps, enabled=leader) as progress:
-            code = _run(run, folder, checkpoints, stop, progress, started)
+        if checkpoints is None:
+            checkpoints = Checkpoints(
+                folder.checkpoints,
+                keep=settings.checkpoint.keep,
+                versions=run.versions,
+                any_version=settings.checkpoint.any_version,
+                any_data=settings.checkpoint.any_data,
+            )
+        shown = Progress(settings.steps, enabled=leader) if progress is None else progress
+        with preemption() as stop, shown:
+            code = _steps(run, folder, checkpoints, stop, shown, started)
         checkpoints.close()
         if leader and code == 0:
             print(f"report: {write_report(folder.path)}")
     return code
 
 
-def _run(
-    run: Assembly, folder: RunFolder, checkpoints: Checkpoints, stop: Any, progress: Progress, started: float
-) -> int:
-    config, state, problems = run.config, run.state, run.problems
-    notes: dict[str, Any] = {"identity": run.identity, "accuracy": {}, "seconds": 0.0, "phases": {}, "health": {}}
-    if restored := checkpoints.restore(state, run.identity, donate=True):
-        state, notes = restored.state, notes | restored.notes | {"identity": run.identity}
-        problems.set_state(notes["problems"])
-        if restored.notes["identity"].get("held_out") != run.identity["held_out"]:
-            notes["accuracy"] = {}  # of other problems: no gain can be told from it
-        checkpoints.forget_after(restored.step)
-        progress.note(f"going on after step {restored.step} of {folder.path}")
-    first = restored.step if restored else 0
-    folder.start(first)
-    progress.resume(first)
-    seconds_before = notes["seconds"]
-    health = Health(config, folder, progress, notes["health"])
+def _introduce(run: Run) -> None:
+    """Make sure that every process of the job means the same run, and say what it is."""
+    facts = {"identity": run.identity, "shapes": run.plan.shapes, "version": run.versions}
+    check_agreement({"config": run.settings.model_dump(mode="json"), **facts})
+    for line in run.description if jax.process_index() == 0 else ():
+        print(line, flush=True)
 
-    if config.eval.before and not first:
-        with Clock(progress, limit=config.phase_timeout, totals=notes["phases"]).phase("evaluation"):
-            result = evaluate(run, state.params)
-        notes["accuracy"]["before"] = result.record()
+
+def _steps(
+    run: Run, folder: RunFolder, checkpoints: Checkpoints, stop: Preemption, progress: Progress, started: float
+) -> int:
+    settings, sampler, problems = run.settings, run.plan.sampler, run.problems
+    loop = _resume(run, folder, checkpoints, progress)
+    seconds_before = loop.seconds
+    health = Health(settings, folder, progress, loop.health)
+
+    if settings.eval.before and not loop.step:
+        with _clock(run, progress, loop).phase("evaluation"):
+            result = evaluate(run, loop.train.params)
+        loop.accuracy["before"] = result.record()
         folder.log(0, result.metrics())
         progress.note(f"before: {result}")
 
-    for step in range(first, config.steps):
-        clock = Clock(progress, limit=config.phase_timeout, totals=notes["phases"])
+    for step in range(loop.step, settings.steps):
+        clock = _clock(run, progress, loop)
         with clock.phase("rollout"):
             asked = next(problems)
-            policy = PolicyIdentity(step, digest(state.params))
-            rollout = run.sampler.generate(
-                state.params,
+            policy = PolicyVersion(step, digest(loop.train.params))
+            rollout = sampler.generate(
+                loop.train.params,
                 asked.prompts,
-                group_size=config.rollout.group_size,
-                seed=config.seed,
+                group_size=settings.rollout.group_size,
+                seed=settings.seed,
                 step=step,
                 policy=policy,
             )
         with clock.phase("reward"):
             health.check_rollout(rollout, policy)
-            scored = run.rewards.score(rollout, asked, partial(health.reward_failures, step + 1))
+            transcript = transcribe(rollout, asked.problems, run.tokenizer)
+            scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
+            judgements = transcript.judgements(run.task)
         with clock.phase("advantage"):
-            batch = TrainBatch(scored, advantages(scored, config))
+            batch = TrainBatch(scored, advantages(scored, settings))
             validate(batch, level="values")
         with clock.phase("update"):
-            state, learned = learn(run, state, batch, step)
+            loop.train, learned = learn(run, loop.train, batch, step)
 
-        done = step + 1
-        last = done == config.steps
-        metrics = step_metrics(batch, learned, clock) | {"learning_rate": run.learning_rate(state.step)}
+        loop.step = done = step + 1
+        last = done == settings.steps
+        metrics = step_metrics(batch, judgements, learned, clock.seconds)
+        metrics["learning_rate"] = float(run.plan.learning_rate(loop.train.step))
         metrics |= health.watch(done, metrics)
-        if _due(done, config.eval.every) or (last and config.eval.after):
+        if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
-                result = evaluate(run, state.params)
-            notes["accuracy"]["after" if last else "latest"] = result.record()
+                result = evaluate(run, loop.train.params)
+            loop.accuracy["after" if last else "latest"] = result.record()
             metrics |= result.metrics()
             progress.note(f"step {done}: {result}")
         with clock.phase("logging", together=False):
             folder.log(done, metrics)
-            folder.completions(done, sample_records(run, scored, asked, count=config.log.completions))
+            folder.completions(
+                done, completion_records(scored, transcript, judgements, count=settings.log.completions)
+            )
             progress.step(done, metrics)
 
         stopping = stop.requested() and not last
-        due = last or stopping or _due(done, config.checkpoint.every)
-        if health.failing or (config.checkpoint.every and due):
-            notes |= {"problems": problems.get_state(), "seconds": seconds_before + time.monotonic() - started}
-            notes["config"] = config.model_dump(mode="json")
+        due = last or stopping or _due(done, settings.checkpoint.every)
+        if health.failing or (settings.checkpoint.every and due):
+            loop.problems, loop.seconds = problems.get_state(), seconds_before + time.monotonic() - started
             with clock.phase("checkpoint"):
-                checkpoints.save(done, state, notes, accuracy=metrics.get("eval/accuracy"))
+                checkpoints.save(loop, run.identity, settings, accuracy=metrics.get("eval/accuracy"))
         if health.failing:
             checkpoints.wait()
-            health.stop(done, run, state.params, batch, metrics)
+            health.stop(done, run, loop.train.params, batch, metrics)
         if stopping:
             checkpoints.wait()
-            kept = "saved" if config.checkpoint.every else "lost, because checkpoint.every is 0"
+            kept = "saved" if settings.checkpoint.every else "lost, because checkpoint.every is 0"
             progress.note(f"asked to stop: step {done} is done and {kept}; the same command goes on")
             return EXIT_PREEMPTED
 
     checkpoints.wait()
-    seconds = seconds_before + time.monotonic() - started
-    folder.summary(
-        steps=config.steps,
-        seconds=seconds,
-        seconds_by_phase={name: round(total, 3) for name, total in notes["phases"].items()},
-        device=run.device,
-        accuracy=notes["accuracy"],
-        skipped_updates=int(state.skipped),
-        warnings=health.warnings,
-        compiled_programs=run.sampler.compile_count,
-        state_digest=digest(state),
-    )
-    progress.note(run.verdict(notes["accuracy"], seconds))
+    loop.seconds = seconds_before + time.monotonic() - started
+    _finish(run, folder, loop)
+    progress.note(verdict(settings.steps, loop.accuracy, loop.seconds))
     return 0
+
+
+def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Progress) -> LoopState:
+    """The loop's state after the newest checkpoint that is whole, or at the beginning."""
+    restored = checkpoints.restore(run.state, run.identity, donate=True)
+    if restored is None:
+        loop = LoopState(run.state)
+    else:
+        loop = LoopState.from_notes(restored.state, restored.notes)
+        run.problems.set_state(loop.problems)
+        if restored.identity.get("held_out") != run.identity["held_out"]:
+            loop.accuracy = {}  # of other problems: no gain can be told from it
+        checkpoints.forget_after(loop.step)
+        progress.note(f"going on after step {loop.step} of {folder.path}")
+    folder.start(loop.step)
+    progress.resume(loop.step)
+    return loop
+
+
+def _finish(run: Run, folder: RunFolder, loop: LoopState) -> None:
+    folder.summary(
+        steps=run.settings.steps,
+        seconds=loop.seconds,
+        seconds_by_phase={name: round(total, 3) for name, total in loop.phases.items()},
+        device=run.plan.device,
+        accuracy=loop.accuracy,
+        skipped_updates=int(loop.train.skipped),
+        warnings=loop.health.warnings,
+        compiled_programs=run.plan.sampler.compile_count,
+        state_digest=digest(loop.train),
+    )
+
+
+def _clock(run: Run, progress: Progress, loop: LoopState) -> Clock:
+    return Clock(progress, limit=run.settings.phase_timeout, totals=loop.phases)
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,93 +1,71 @@
-"""A run as shapes and shardings: what `assemble` builds, without weights, data or devices."""
+"""The one place where a run is wired: shapes, shardings and compiled functions; no weights, no data.
+
+`assemble` fills a blueprint with weights, problems and rewards. Preflight compiles it for devices that are not there.
+"""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from grpo_contracts import SamplingLaw
-from grpo_trainer.assemble.run import EMBEDDED_POLICY, _optimizer
-from grpo_trainer.settings.schema import Config
+from grpo_contracts import SamplingParams
+from grpo_loss import PackedBatch, PackShape, TrainState, accumulate, init_state, make_score, make_update
+from grpo_mesh import BATCH_AXES, Rules, shardings, state_shardings
+from grpo_sampler import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, ModelConfig, Sampler, abstract, merge
+from grpo_trainer.assemble.objective import make_forward, make_policy_loss
+from grpo_trainer.assemble.optimizer import make_optimizer
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.assemble.objective import make_forward, make_loss
-from grpo_trainer.assemble.placement import RULES
-from grpo_loss import MicroBatch, PackedBatch, PackShape, TrainState, init_state, make_score, make_update
-from grpo_mesh import BATCH_AXES, replicated, shardings, state_shardings
-from grpo_sampler import ModelConfig, Sampler, abstract, merge
+from grpo_trainer.settings.schema import Settings
 
-__all__ = ["Blueprint", "blueprint", "bytes_per_device", "model_config"]
+__all__ = ["RULES", "Blueprint", "blueprint"]
 
-_SHIPPED = Path(__file__).parent / "model_configs"
-
-
-def model_config(path: str) -> ModelConfig:
-    """The dimensions of a policy, without its weights and without the network.
-
-    Args:
-        path: `embedded`, a folder, or the hub id of a Qwen2.5 model whose dimensions come with the app.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: another hub id.
-    """
-    if path == "embedded":
-        return ModelConfig.from_file(EMBEDDED_POLICY)
-    if Path(path).expanduser().is_dir():
-        return ModelConfig.from_file(Path(path).expanduser())
-    known = re.fullmatch(r"Qwen/(Qwen2\.5-[\d.]+B)(-Instruct)?", path)
-    file = _SHIPPED / f"{known[1].lower()}.json" if known else None
-    if file is None or not file.is_file():
-        shipped = ", ".join(sorted(shipped.stem for shipped in _SHIPPED.glob("*.json")))
-        raise ConfigError(
-            f"preflight knows the dimensions of {shipped} without the network: got model.path={path!r}. For another "
-            "model put its config.json into a folder and set model.path to the folder; no weights are needed"
-        )
-    return ModelConfig.from_file(file)
+RULES = Rules(PARTITION_RULES, axes=PARTITION_AXES, pad=PADDED_AXES)
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What `assemble` builds, as shapes and shardings.
+    """A run without weights or data.
 
     Args:
-        config: the resolved settings.
+        settings: resolved.
         model: dimensions of the policy.
-        mesh: of devices that need not be there.
-        attention: kernel that `model.attention` came to.
-        state: parameters and optimizer state.
-        reference: frozen parameters for the KL term; None without one.
-        sampler: compiles what a rollout runs.
-        pack_shape: sizes of a packed batch.
-        start, update, score: functions to be lowered.
+        mesh: axes dp, fsdp, tp; its devices need not be there.
+        attention: the kernel that `model.attention` came to.
+        state: shapes and shardings of parameters and optimizer state.
+        reference: shapes and shardings of the frozen parameters for the KL term; None without one.
+        sampler: draws rollouts under the settings' sampling parameters.
+        greedy: the sampling parameters of evaluations.
+        pack_shape: sizes of a packed batch, the only ones the update is compiled for.
+        start: parameters -> state before the first update.
+        update, score, gradient: compiled on first use; `gradient` is what `update` adds up, for looking into.
+        learning_rate: of an optimizer update.
     """
 
-    config: Config
+    settings: Settings
     model: ModelConfig
     mesh: Mesh
     attention: str
     state: TrainState
     reference: Any
     sampler: Sampler
+    greedy: SamplingParams
     pack_shape: PackShape
     start: Any
     update: Any
     score: Any
+    gradient: Callable[[Any, PackedBatch], Any]
+    learning_rate: Callable[[Any], Any]
 
     @property
     def shards(self) -> int:
-        """Blocks that rows are spread over: dp times fsdp."""
+        """Parts that rows are spread over: dp times fsdp."""
         return self.pack_shape.shards
 
     @property
@@ -95,125 +73,113 @@ class Blueprint:
         """Devices that split each product."""
         return self.mesh.shape["tp"]
 
-    def batch(self, data: Iterable[str] = ()) -> PackedBatch:
-        """A packed batch as `learn` places it.
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """What the compiled programs depend on: equal on every process of a job."""
+        return {"pack": asdict(self.pack_shape), "mesh": dict(self.mesh.shape), "slots": self.sampler.slots}
 
-        Args:
-            data: names of per-token arrays besides the tokens.
-
-        Returns:
-            Shapes with shardings.
-        """
-        shape = self.pack_shape
-        rows = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
-
-        def array(*sizes: int, dtype: Any = np.int32) -> Any:
-            return jax.ShapeDtypeStruct((shape.micro_batches, *sizes), dtype, sharding=rows)
-
-        tokens = partial(array, shape.rows, shape.row_length)
-        micro = MicroBatch(
-            prompt_tokens_PT=array(shape.prompts, shape.prompt_length),
-            prompt_length_P=array(shape.prompts),
-            tokens_RT=tokens(),
-            target_RT=tokens(),
-            positions_RT=tokens(),
-            segment_RT=tokens(),
-            prompt_RC=array(shape.rows, shape.blocks),
-            source_RT=tokens(),
-            sequence_RT=tokens(),
-            mask_RT=tokens(dtype=np.bool_),
-            data={name: tokens(dtype=np.float32) for name in data},
-        )
-        count: Any = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(self.mesh))
-        return PackedBatch(micro, count)
+    @property
+    def device(self) -> str:
+        """Such as "2 x cpu"."""
+        return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
 
 
-def blueprint(config: Config, model: ModelConfig, mesh: Mesh) -> Blueprint:
-    """Lays a run out on a mesh.
+def blueprint(
+    settings: Settings, model: ModelConfig, mesh: Mesh, *, stop_ids: tuple[int, ...] = (), pad_id: int = 0
+) -> Blueprint:
+    """Lay a run out on a mesh.
 
     Args:
-        config: the resolved settings.
+        settings: resolved.
         model: dimensions of the policy.
         mesh: of devices at hand, or of `grpo_mesh.slice_devices`.
+        stop_ids: token ids that end a completion; programs read them as values, so preflight needs none.
+        pad_id: fills padding.
 
     Returns:
         The blueprint; nothing is compiled or allocated.
 
     Raises:
-        GrpoError: sizes that do not divide, as they would at the start of the run.
+        GrpoError: sizes that do not divide.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    compute_dtype = jnp.dtype(config.model.compute_dtype)
+    _check_rows(settings, mesh, shards)
+    compute_dtype = jnp.dtype(settings.model.compute_dtype)
     graphdef, shapes = abstract(
         model,
-        param_dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(settings.model.dtype),
         compute_dtype=compute_dtype,
-        attention=config.model.attention,
-        remat=config.model.remat,
+        attention=settings.model.attention,
+        remat=settings.model.remat,
         mesh=mesh,
     )
     placed = shardings(shapes, mesh, RULES)
-    params = _on(shapes, placed)
-    optimizer, _ = _optimizer(config)
+    optimizer, schedule = make_optimizer(settings)
     start = partial(init_state, optimizer=optimizer)
     state = jax.eval_shape(start, shapes)
     state_placed = state_shardings(state, shapes, mesh, RULES)
-    rollout = config.rollout
+    rollout, data, loss = settings.rollout, settings.data, settings.loss
     sequences = rollout.prompts * rollout.group_size
-    forward = make_forward(graphdef, config, shards=shards)
+    forward, policy_loss = make_forward(graphdef, settings, shards=shards), make_policy_loss(settings)
     return Blueprint(
-        config=config,
+        settings=settings,
         model=model,
         mesh=mesh,
-        attention=_attention(graphdef, shapes),
-        state=_on(state, state_placed),
-        reference=None if config.loss.reference == "none" else params,
+        attention=merge(graphdef, shapes).attention,
+        state=_placed(state, state_placed),
+        reference=None if loss.reference == "none" else _placed(shapes, placed),
         sampler=Sampler(
             model,
-            # Stop ids are values that a program reads, no part of it.
-            SamplingLaw(temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p),
-            max_prompt_length=config.data.max_prompt_length,
+            SamplingParams(
+                temperature=rollout.temperature,
+                top_k=rollout.top_k,
+                top_p=rollout.top_p,
+                min_p=rollout.min_p,
+                stop_ids=stop_ids,
+            ),
+            max_prompt_length=data.max_prompt_length,
             max_new_tokens=rollout.max_new_tokens,
             slots=rollout.slots or sequences,
+            pad_id=pad_id,
             compute_dtype=compute_dtype,
             mesh=mesh,
         ),
+        greedy=SamplingParams(temperature=0.0, stop_ids=stop_ids),
         pack_shape=PackShape.for_rollout(
             sequences=sequences,
             groups=rollout.prompts,
-            max_prompt_length=config.data.max_prompt_length,
+            max_prompt_length=data.max_prompt_length,
             max_new_tokens=rollout.max_new_tokens,
-            rows=config.loss.rows,
-            row_length=config.row_length,
-            prompts=config.loss.prompts or None,
-            blocks=config.loss.blocks,
+            rows=loss.rows,
+            row_length=settings.row_length,
+            prompts=loss.prompts or None,
+            blocks=loss.blocks,
             shards=shards,
         ),
         start=jax.jit(start, out_shardings=state_placed, donate_argnums=0),
         update=make_update(
             forward,
-            make_loss(config),
+            policy_loss,
             optimizer,
-            max_grad_norm=config.optimizer.max_grad_norm,
+            max_grad_norm=settings.optimizer.max_grad_norm,
             param_shardings=placed,
         ),
         score=make_score(forward),
+        gradient=jax.jit(partial(accumulate, forward, policy_loss)),
+        learning_rate=schedule,
     )
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct`s or arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+def _check_rows(settings: Settings, mesh: Mesh, shards: int) -> None:
+    rows = settings.loss.rows
+    if rows % shards:
+        raise ConfigError(
+            f"loss.rows must be a multiple of dp·fsdp = {shards} (mesh {settings.mesh!r} on {mesh.size} devices), so "
+            f"that every device gets as many rows: got {rows}. Use {rows + -rows % shards}"
+        )
 
 
-def _on(shapes: Any, placed: Any) -> Any:
+def _placed(shapes: Any, placed: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
     )
-
-
-def _attention(graphdef: Any, shapes: Any) -> str:
-    return merge(graphdef, shapes).attention

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from grpo_trainer.settings.schema import Config
 from grpo_loss import (
-    LossTerms,
-    MicroBatch,
-    policy_loss,
+    KL,
+    Aggregation,
+    Forward,
+    Loss,
+    Objective,
+    cispo,
+    fixed,
+    gspo,
+    gspo_token,
+    make_loss,
+    ppo,
+    reinforce,
+    sapo,
+    sequence_mean_token_mean,
+    sequence_mean_token_sum,
     token_logp,
+    token_mean,
 )
 from grpo_sampler import merge
+from grpo_trainer.settings.schema import Settings
+
+__all__ = ["make_forward", "make_policy_loss"]
 
 
-def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any, MicroBatch], tuple[Array, Array]]:
+def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> Forward:
     """The training forward: each prompt once, its packed completions after it, never a [batch, time, vocabulary] array.
 
     Args:
         graphdef: static part of the network, from `grpo_sampler.split`.
-        config: the run's; the temperature that completions are drawn at is the one they are scored at.
-        shards: blocks that the rows of a micro-batch are spread over (dp times fsdp).
+        settings: completions are scored at the temperature they are drawn at.
+        shards: parts that the rows of a micro-batch are spread over (dp times fsdp).
 
     Returns:
         `(params, micro) -> (logp_RT, entropy_RT)` in nats.
@@ -44,7 +58,7 @@ def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any
             hidden_RTD,
             model.unembedding,
             micro.target_RT,
-            temperature=config.rollout.temperature,
+            temperature=settings.rollout.temperature,
             mask_RT=micro.mask_RT,
             shards=shards,
         )
@@ -52,36 +66,49 @@ def make_forward(graphdef: Any, config: Config, *, shards: int) -> Callable[[Any
     return forward
 
 
-def make_loss(config: Config) -> Callable[[Array, Array, MicroBatch], LossTerms]:
-    """The policy loss of the config, over one micro-batch.
+def make_policy_loss(settings: Settings) -> Loss:
+    """The policy loss of the settings, over one micro-batch.
 
     Args:
-        config: the run's.
+        settings: the section `loss`.
 
     Returns:
-        `(logp_RT, entropy_RT, micro) -> LossTerms`. It reads from `micro.data`: `advantage`, `sampler_logp`, `old_logp`
-        when a rollout is used for several updates, and `reference_logp` when there is a KL term.
+        `(logp_RT, entropy_RT, micro) -> LossTerms`.
     """
-    settings = config.loss
+    loss = settings.loss
+    return make_loss(
+        objective=_objective(settings),
+        aggregation=_aggregation(settings),
+        kl=KL("k3", loss.kl_coefficient) if loss.kl_coefficient else None,
+        entropy_coefficient=loss.entropy_coefficient,
+    )
 
-    def loss(logp_RT: Array, entropy_RT: Array, micro: Any) -> LossTerms:
-        return policy_loss(
-            logp_RT,
-            old_logp_RT=micro.data.get("old_logp"),  # None: one update a rollout, so the old policy is this one
-            advantage_RT=micro.data["advantage"],
-            mask_RT=micro.mask_RT,
-            segment_RT=micro.segment_RT,
-            kind=settings.kind,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-            aggregation=settings.aggregation,
-            horizon=config.rollout.max_new_tokens if settings.aggregation == "fixed" else None,
-            reference_logp_RT=micro.data.get("reference_logp"),
-            kl_coefficient=settings.kl_coefficient,
-            entropy_RT=entropy_RT,
-            entropy_coefficient=settings.entropy_coefficient,
-            sampler_logp_RT=micro.data["sampler_logp"],
-        )
 
-    return loss
+def _objective(settings: Settings) -> Objective:
+    loss = settings.loss
+    clip = {} if loss.clip_low is None else {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
+    match loss.kind:
+        case "ppo":
+            return ppo(**clip, dual_clip=loss.dual_clip)
+        case "gspo":
+            return gspo(**clip)
+        case "gspo-token":
+            return gspo_token(**clip)
+        case "cispo":
+            return cispo(**clip)
+        case "sapo":
+            return sapo()
+        case "reinforce":
+            return reinforce()
+
+
+def _aggregation(settings: Settings) -> Aggregation:
+    match settings.loss.aggregation:
+        case "token-mean":
+            return token_mean
+        case "sequence-mean-token-mean":
+            return sequence_mean_token_mean
+        case "sequence-mean-token-sum":
+            return sequence_mean_token_sum
+        case "fixed":
+            return fixed(settings.rollout.max_new_tokens)

@@ -1,20 +1,17 @@
-"""Reading problems: GSM8K's JSONL, a hub data set, or the embedded generator. Every fault is named with its line."""
+"""Reading problems from JSONL, Parquet or a Hub data set. Every fault is reported with its line."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from grpo_contracts import GrpoError
-from grpo_gsm8k.embedded.problems import Split, generate
+from grpo_trainer.task import Problem, Split
 
-EMBEDDED = "embedded"
-EMBEDDED_SIZE: dict[Split, int] = {"train": 8_192, "test": 1_024}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -22,60 +19,40 @@ class DataError(GrpoError, ValueError):
     """Problems cannot be read; the message names the file and the line."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """A problem as the data set gives it.
+def read_problems(source: str, split: Split, *, limit: int = 0) -> list[Problem]:
+    """Read a split of a data set whose rows have the text fields ``question`` and ``answer``.
 
     Args:
-        question: the text posed.
-        answer: the worked solution, ending in ``#### n`` in GSM8K.
-        place: where it was read, such as ``train.jsonl:17``.
-    """
-
-    question: str
-    answer: str
-    place: str
-
-
-def read_records(source: str, split: Split, *, limit: int = 0) -> list[Record]:
-    """Read a split of a data set.
-
-    Args:
-        source: ``embedded``; a JSONL file (whatever the split); a folder with train.jsonl and test.jsonl; or a hub id.
+        source: a JSONL or Parquet file (whatever the split); a folder with train.jsonl and test.jsonl; or a Hub id.
         split: which one.
         limit: at most so many, from the beginning; 0 is all.
 
     Returns:
-        The records in the order of the file.
+        The problems in the order of the file, with every further field as a column.
 
     Raises:
-        DataError: if there is no such source, a line does not hold a problem, a question comes twice, or there is none.
+        DataError: there is no such source, a line is not a problem, a question comes twice, or there is none.
     """
-    if source == EMBEDDED:
-        problems = generate(split, limit or EMBEDDED_SIZE[split])
-        return [
-            Record(problem.question, problem.answer, f"embedded {split}:{n + 1}") for n, problem in enumerate(problems)
-        ]
     path = _locate(source, split)
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    records = _checked(rows, limit)
-    if not records:
+    problems = _checked(rows, limit)
+    if not problems:
         raise DataError(f"{path} must hold at least one problem: it is empty")
-    return records
+    return problems
 
 
-def digest(records: Iterable[Record]) -> str:
+def digest(problems: Iterable[Problem]) -> str:
     """Identify a data set by what it says, wherever it was read.
 
     Args:
-        records: in order.
+        problems: in order.
 
     Returns:
         sha256 of their questions and answers, in hexadecimal.
     """
     total = sha256()
-    for record in records:
-        total.update(json.dumps([record.question, record.answer]).encode() + b"\n")
+    for problem in problems:
+        total.update(json.dumps([problem.question, problem.answer]).encode() + b"\n")
     return total.hexdigest()
 
 
@@ -93,7 +70,7 @@ def _locate(source: str, split: Split) -> Path:
         return _download(source, split)
     raise DataError(
         f"a data source must be `embedded`, a JSONL file, a folder with {split}.jsonl, or a hub id such as "
-        f"openai/gsm8k: there is no {source}"
+        f"OWNER/NAME: there is no {source}"
     )
 
 
@@ -118,7 +95,7 @@ def _download(repository: str, split: Split) -> Path:
 
 
 def _choose(files: Sequence[str], split: Split) -> str | None:
-    """The split's file; of several configurations `main` or none at all is meant (openai/gsm8k also has `socratic`)."""
+    """The split's file; of several configurations `main`, `default` or none at all is meant."""
     fitting = [
         name
         for name in files
@@ -153,8 +130,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", row
 
 
-def _checked(rows: Iterable[tuple[str, Any]], limit: int) -> list[Record]:
-    records: list[Record] = []
+def _checked(rows: Iterable[tuple[str, Any]], limit: int) -> list[Problem]:
+    problems: list[Problem] = []
     seen: dict[str, str] = {}
     for place, row in rows:
         if not isinstance(row, dict):
@@ -168,7 +145,8 @@ def _checked(rows: Iterable[tuple[str, Any]], limit: int) -> list[Record]:
         if question in seen:
             raise DataError(f"{place} must not repeat the question of {seen[question]}: {question[:60]!r}. Remove one")
         seen[question] = place
-        records.append(Record(question, row["answer"], place))
-        if limit and len(records) == limit:
+        columns = {name: value for name, value in row.items() if name not in ("question", "answer")}
+        problems.append(Problem(question, row["answer"], place, columns))
+        if limit and len(problems) == limit:
             break
-    return records
+    return problems

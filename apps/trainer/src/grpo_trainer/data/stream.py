@@ -10,12 +10,13 @@ import grain
 import numpy as np
 
 from grpo_contracts import Prompts
-from grpo_trainer.data.sources import DataError, Record, digest, read_records
+from grpo_trainer.data.sources import DataError, digest
+from grpo_trainer.task import Problem, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grpo_trainer.settings.schema import Config
+    from grpo_trainer.settings.schema import Settings
 
 Overlong = Literal["refuse", "drop"]
 
@@ -30,7 +31,7 @@ class Asked:
     """
 
     prompts: Prompts
-    problems: tuple[Record, ...]
+    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Questions:
     """A data set whose prompts are token ids already: the chat template is applied once, here.
 
     Args:
-        records: the problems that fit.
+        problems: those that fit.
         tokens_NT: prompts, right-padded.
         length_N: their lengths in tokens.
         vocab_size: ids are below it.
@@ -47,7 +48,7 @@ class Questions:
         digest: of the problems that fit.
     """
 
-    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
     tokens_NT: np.ndarray
     length_N: np.ndarray
     vocab_size: int
@@ -65,11 +66,11 @@ class Questions:
             vocab_size=self.vocab_size,
             pad_id=self.pad_id,
         )
-        return Asked(prompts, tuple(self.records[index] for index in index_P))
+        return Asked(prompts, tuple(self.problems[index] for index in index_P))
 
 
 def tokenize(
-    records: Sequence[Record],
+    problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
@@ -79,7 +80,7 @@ def tokenize(
     """Turn questions into prompts by the tokenizer's chat template.
 
     Args:
-        records: the problems.
+        problems: to put to the policy.
         tokenizer: with a chat template and a padding token.
         max_length: tokens of the longest prompt; every row is padded to it, so that no batch compiles anew.
         overlong: what to do with longer ones: refuse the data set, naming the first, or drop and count them.
@@ -91,22 +92,22 @@ def tokenize(
     Raises:
         DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
     """
-    asked = [[{"role": "user", "content": record.question}] for record in records]
+    asked = [[{"role": "user", "content": problem.question}] for problem in problems]
     texts = cast("list[str]", tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     # The template has written every special token: the tokenizer must add none of its own.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     ids = cast("list[list[int]]", encoded["input_ids"])
     fitting = [n for n, row in enumerate(ids) if len(row) <= max_length]
-    if overlong == "refuse" and len(fitting) < len(records):
+    if overlong == "refuse" and len(fitting) < len(problems):
         first = next(n for n, row in enumerate(ids) if len(row) > max_length)
         raise DataError(
-            f"{records[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
-            f"this one has {len(ids[first])}, {len(records) - len(fitting)} of {len(records)} are too long, "
+            f"{problems[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
+            f"this one has {len(ids[first])}, {len(problems) - len(fitting)} of {len(problems)} are too long, "
             f"the longest has {max(map(len, ids))}"
         )
     if not fitting:
         raise DataError(
-            f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(records)} does"
+            f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(problems)} does"
         )
     pad_id = cast("int", tokenizer.pad_token_id)
     tokens_NT = np.full((len(fitting), max_length), pad_id, np.int32)
@@ -118,9 +119,9 @@ def tokenize(
             f"prompts must hold ids below the model's vocabulary of {size}: got {tokens_NT.max()}. "
             "Is this the model's own tokenizer?"
         )
-    kept = tuple(records[n] for n in fitting)
+    kept = tuple(problems[n] for n in fitting)
     length_N = np.array([len(ids[n]) for n in fitting], np.int32)
-    return Questions(kept, tokens_NT, length_N, size, pad_id, len(records) - len(fitting), digest(kept))
+    return Questions(kept, tokens_NT, length_N, size, pad_id, len(problems) - len(fitting), digest(kept))
 
 
 class ProblemStream(Iterator[Asked]):
@@ -148,7 +149,7 @@ class ProblemStream(Iterator[Asked]):
             )
         self.questions = questions
         share = count // shards
-        steps = grain.MapDataset.range(len(questions.records)).seed(seed).shuffle().repeat().batch(count)
+        steps = grain.MapDataset.range(len(questions.problems)).seed(seed).shuffle().repeat().batch(count)
         mine = steps.map(lambda index_P: index_P[shard * share : (shard + 1) * share])
         # The work is a few array look-ups: threads that read ahead would only take time from the rollout.
         self._steps = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -171,12 +172,13 @@ class ProblemStream(Iterator[Asked]):
 
 
 def open_problems(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
+    settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
 ) -> ProblemStream:
     """Open the training problems.
 
     Args:
-        config: ``data``, ``rollout.prompts`` and ``seed`` are read.
+        settings: ``data``, ``rollout.prompts`` and ``seed`` are read.
+        task: reads them.
         tokenizer: the policy's.
         vocab_size: the model's; None is the tokenizer's.
 
@@ -186,22 +188,19 @@ def open_problems(
     Raises:
         DataError: if they cannot be read or do not fit.
     """
-    records = read_records(config.data.source, "train", limit=config.data.train_size)
-    questions = tokenize(
-        records,
-        tokenizer,
-        max_length=config.data.max_prompt_length,
-        overlong=config.data.overlong,
-        vocab_size=vocab_size,
-    )
-    return ProblemStream(questions, count=config.rollout.prompts, seed=config.seed)
+    problems = task.problems(settings.data.source, "train", settings.data.train_size)
+    questions = _fitting(problems, settings, tokenizer, vocab_size)
+    return ProblemStream(questions, count=settings.rollout.prompts, seed=settings.seed)
 
 
-def held_out(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None) -> Asked:
+def held_out(
+    settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
+) -> Asked:
     """Read the problems of every evaluation: the first ``eval.problems`` of the test split, all if there are fewer.
 
     Args:
-        config: ``data`` and ``eval.problems`` are read.
+        settings: ``data`` and ``eval.problems`` are read.
+        task: reads them.
         tokenizer: the policy's.
         vocab_size: the model's; None is the tokenizer's.
 
@@ -211,12 +210,15 @@ def held_out(config: Config, tokenizer: PreTrainedTokenizerBase, *, vocab_size: 
     Raises:
         DataError: if they cannot be read or do not fit.
     """
-    records = read_records(config.data.test_source or config.data.source, "test", limit=config.eval.problems)
-    questions = tokenize(
-        records,
-        tokenizer,
-        max_length=config.data.max_prompt_length,
-        overlong=config.data.overlong,
-        vocab_size=vocab_size,
+    problems = task.problems(settings.data.test_source or settings.data.source, "test", settings.eval.problems)
+    questions = _fitting(problems, settings, tokenizer, vocab_size)
+    return questions.ask(range(len(questions.problems)))
+
+
+def _fitting(
+    problems: Sequence[Problem], settings: Settings, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+) -> Questions:
+    data = settings.data
+    return tokenize(
+        problems, tokenizer, max_length=data.max_prompt_length, overlong=data.overlong, vocab_size=vocab_size
     )
-    return questions.ask(range(len(questions.records)))

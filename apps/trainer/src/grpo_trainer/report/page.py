@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from grpo_trainer.run.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.settings.layers import flat, load
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.settings.layers import flat, load_saved
 from grpo_trainer.run.printable import printable
 from grpo_trainer.run.progress import duration
 from grpo_trainer.run.files import read_lines, read_summary
@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         RunFolderError: a file of the folder is damaged.
     """
-    config = load([str(folder / "config.yaml")])
+    settings = load_saved(folder / "config.yaml")
     records = read_lines(folder / "metrics.jsonl")
     summary = read_summary(folder)
     rows = [
@@ -44,16 +44,16 @@ def write_report(folder: Path) -> Path:
         if summary.get(f"accuracy_{name}") is not None
     ]
     environment = Environment(
-        loader=PackageLoader("grpo_gsm8k", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("grpo_trainer", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
         name=folder.absolute().name,
         accuracies=dict(rows),
         verdict=_verdict(dict(rows)),
         intervals=Markup(intervals(rows)) if rows else None,  # our own SVG, its labels escaped
-        facts=_facts(config, records, summary),
+        facts=_facts(settings, records, summary),
         charts=[chart for chart in (plan.draw(records) for plan in _plans(records)) if chart],
-        settings=_settings(config),
+        settings=_settings(settings),
         examples=_examples(read_lines(folder / "completions.jsonl")),
         versions=summary.get("versions", {}),
         number=number,
@@ -209,24 +209,24 @@ def _verdict(accuracies: Mapping[str, Accuracy]) -> str:
     )
 
 
-def _facts(config: Config, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, str]:
+def _facts(settings: Settings, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, str]:
     done = max((record["step"] for record in records), default=0)
-    facts = {"steps": f"{done:,} of {config.steps:,}"}
+    facts = {"steps": f"{done:,} of {settings.steps:,}"}
     if "seconds" in summary:
         facts["time"] = duration(summary["seconds"])
         facts["device"] = summary["device"]
     return facts | {
-        "policy": config.model.path,
-        "problems": config.data.source,
-        "step": f"{config.rollout.prompts} prompts x {config.rollout.group_size} samples",
+        "policy": settings.model.path,
+        "problems": settings.data.source,
+        "step": f"{settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",
     }
 
 
-def _settings(config: Config) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+def _settings(settings: Settings) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """Sections of (key, value, whether it is not the default)."""
-    defaults = flat(Config())
+    defaults = flat(Settings())
     sections: dict[str, list[tuple[str, str, bool]]] = {}
-    for key, value in flat(config).items():
+    for key, value in flat(settings).items():
         section, _, leaf = key.rpartition(".")
         text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         if value is None or isinstance(value, bool):

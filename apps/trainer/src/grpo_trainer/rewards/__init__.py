@@ -1,1 +1,6 @@
 """Scoring completions, and the processes that run other people's reward functions."""
+
+from grpo_trainer.rewards.functions import RewardError
+from grpo_trainer.rewards.scoring import Rewards, Transcript, transcribe
+
+__all__ = ["RewardError", "Rewards", "Transcript", "transcribe"]

@@ -2,24 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_contracts import FinishReason, Rollout, Scored
-from grpo_gsm8k.grading import BUILT_IN, RewardError, RewardFunction
-from grpo_trainer.rewards.worker import judged
+from grpo_contracts import FinishReason, RewardFunction, Rollout, Scored
+from grpo_trainer.rewards.functions import RewardError
+from grpo_trainer.rewards.worker import call_function
 from grpo_trainer.rewards.workers import Failure, RewardWorker
+
+from grpo_trainer.task import Judgement, Problem, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grpo_trainer.settings.schema import Reward
-    from grpo_trainer.data.stream import Asked
+    from grpo_trainer.settings.schema import RewardSettings
 
-__all__ = ["Rewards"]
+__all__ = ["Rewards", "Transcript", "transcribe"]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A rollout as text: what reward functions and the task's judge read.
+
+    Args:
+        problems: of each row.
+        completions: the text of each row, without its stop token.
+        finished: whether each row ended by itself, rather than at the limit.
+        step: of the policy that wrote them.
+    """
+
+    problems: tuple[Problem, ...]
+    completions: tuple[str, ...]
+    finished: tuple[bool, ...]
+    step: int
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a reward function."""
+        return {
+            "prompts": [problem.question for problem in self.problems],
+            "completions": list(self.completions),
+            "answers": [problem.answer for problem in self.problems],
+            "finished": list(self.finished),
+            "step": self.step,
+        }
+
+    def judgements(self, task: Task) -> list[Judgement]:
+        """What the task says of each row."""
+        rows = zip(self.completions, self.problems, self.finished)
+        return [task.judge(completion, problem, finished=finished) for completion, problem, finished in rows]
+
+
+def transcribe(rollout: Rollout, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Transcript:
+    """Turn a rollout into text.
+
+    Args:
+        rollout: what was sampled.
+        problems: one a group.
+        tokenizer: the policy's.
+
+    Returns:
+        The transcript.
+    """
+    finished_B = rollout.finish_B == FinishReason.STOP
+    ends = rollout.total_length_B - finished_B
+    spans = zip(rollout.tokens_BT, rollout.prompt_length_B, ends)
+    texts = tokenizer.batch_decode(
+        [row[start:end].tolist() for row, start, end in spans],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return Transcript(
+        problems=tuple(problems[group] for group in rollout.group_B),
+        completions=tuple(texts),
+        finished=tuple(map(bool, finished_B)),
+        step=rollout.policy.step,
+    )
 
 
 @dataclass(frozen=True)
@@ -30,21 +90,19 @@ class Rewards:
         functions: by name, in the order of the config; those of users run in processes of their own.
         weights: by name.
         max_unscored: largest share of rows without a reward that a step may have.
-        tokenizer: turns completions into text, once, for the functions alone.
     """
 
     functions: Mapping[str, RewardFunction | RewardWorker]
     weights: Mapping[str, float]
     max_unscored: float
-    tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def from_config(cls, config: Reward, tokenizer: PreTrainedTokenizerBase) -> Rewards:
-        """Find the functions that the config names, and start the processes of a user's own ones.
+    def start(cls, settings: RewardSettings, task: Task) -> Rewards:
+        """Find the functions that the settings name, and start the processes of a user's own ones.
 
         Args:
-            config: the section ``reward``.
-            tokenizer: the policy's.
+            settings: the section ``reward``.
+            task: its built-in functions go by their names.
 
         Returns:
             The rewards.
@@ -53,36 +111,22 @@ class Rewards:
             RewardError: a function cannot be found or imported; says why.
         """
         functions = {
-            name: BUILT_IN[name] if name in BUILT_IN else RewardWorker(name, timeout=config.timeout)
-            for name in config.functions
+            name: task.rewards.get(name) or RewardWorker(name, timeout=settings.timeout) for name in settings.functions
         }
-        return cls(functions, dict(zip(config.functions, config.weights)), config.max_unscored, tokenizer)
-
-    def texts(self, rollout: Rollout, rows: Iterable[int]) -> list[str]:
-        """Completions as text, without their stop tokens.
-
-        Args:
-            rollout: what was sampled.
-            rows: which rows.
-
-        Returns:
-            One text a row.
-        """
-        ids = []
-        for row in rows:
-            end = int(rollout.total_length_B[row]) - int(rollout.finish_B[row] == FinishReason.STOP)
-            ids.append([int(token) for token in rollout.tokens_BT[row, int(rollout.prompt_length_B[row]) : end]])
-        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return cls(functions, dict(zip(settings.functions, settings.weights)), settings.max_unscored)
 
     def score(
-        self, rollout: Rollout, asked: Asked, report: Callable[[list[dict[str, Any]]], None] | None = None
+        self,
+        rollout: Rollout,
+        transcript: Transcript,
+        report: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> Scored:
-        """Judge every completion by every function; what a function fails at stays unscored.
+        """Score every completion by every function; what a function fails at stays unscored.
 
         Args:
             rollout: what was sampled.
-            asked: the problems it answers, one a group.
-            report: told of every failure, with the text that caused it: `function`, `kind`, `rows`, `message`,
+            transcript: the same as text.
+            report: gets every failure, with the text that caused it: `function`, `kind`, `rows`, `message`,
                 `output`, and the first row's `prompt`, `completion` and `answer`.
 
         Returns:
@@ -91,19 +135,11 @@ class Rewards:
         Raises:
             RewardError: more rows than ``reward.max_unscored`` have no reward.
         """
-        rows = len(rollout.tokens_BT)
-        problems = [asked.problems[group] for group in rollout.group_B]
-        given: dict[str, Any] = {
-            "prompts": [problem.question for problem in problems],
-            "completions": self.texts(rollout, range(rows)),
-            "answers": [problem.answer for problem in problems],
-            "finished": [bool(reason == FinishReason.STOP) for reason in rollout.finish_B],
-            "step": rollout.policy.step,
-        }
+        rows, given = len(transcript.completions), transcript.arguments()
         columns: dict[str, list[float | None]] = {}
         records: list[dict[str, Any]] = []
         for name, function in self.functions.items():
-            columns[name], failures = _judge(function, given)
+            columns[name], failures = _score_by(function, given)
             records += [_record(name, failure, given) for failure in failures]
         if records and report is not None:
             report(records)
@@ -120,11 +156,11 @@ class Rewards:
         return scored
 
 
-def _judge(function: RewardFunction | RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
+def _score_by(function: RewardFunction | RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
     rows = len(given["completions"])
     if isinstance(function, RewardWorker):
-        return _agreed(function, given)
-    reply = judged(function, given)
+        return _agree(function, given)
+    reply = call_function(function, given)
     if "kind" in reply:
         return [None] * rows, [Failure(reply["kind"], tuple(range(rows)), reply["message"])]
     return reply["values"], [
@@ -133,8 +169,8 @@ def _judge(function: RewardFunction | RewardWorker, given: dict[str, Any]) -> tu
     ]
 
 
-def _agreed(worker: RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
-    """What the first process's worker says, in all processes: whether a time limit is hit differs between them."""
+def _agree(worker: RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
+    """The rewards of the first process's worker, in all processes: whether a time limit is hit differs between them."""
     import jax  # a reward process imports what stands above, and needs none of it
 
     if jax.process_count() == 1:
@@ -144,8 +180,8 @@ def _agreed(worker: RewardWorker, given: dict[str, Any]) -> tuple[list[float | N
     first = jax.process_index() == 0
     values, failures = worker.judge(given) if first else ([None] * len(given["completions"]), [])
     value_B = np.array([np.nan if value is None else value for value in values], np.float32)
-    told_B = np.asarray(multihost_utils.broadcast_one_to_all(value_B))
-    return [None if np.isnan(value) else float(value) for value in told_B], failures
+    shared_B = np.asarray(multihost_utils.broadcast_one_to_all(value_B))
+    return [None if np.isnan(value) else float(value) for value in shared_B], failures
 
 
 def _record(name: str, failure: Failure, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from grpo_gsm8k.grading import RewardError, load_function
+from grpo_trainer.rewards.functions import RewardError, load_function
 
 __all__ = ["main", "receive", "send"]
 
@@ -59,12 +59,12 @@ def main() -> None:
         # In C, so that it also ends a function that never lets go of the interpreter's lock (such as a regular
         # expression that backtracks for ever), and shows where it was.
         faulthandler.dump_traceback_later(request["seconds"], exit=True)
-        reply = judged(function, request["given"])
+        reply = call_function(function, request["given"])
         faulthandler.cancel_dump_traceback_later()
         send(pipe_out, reply)
 
 
-def judged(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
     """Call a reward function that may do anything.
 
     Args:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grpo_gsm8k.grading import RewardError
+from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.worker import receive, send
 
 __all__ = ["FAILURES", "Failure", "RewardWorker"]

@@ -1,9 +1,11 @@
 """A share of right answers with the uncertainty it comes with."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Accuracy"]
+__all__ = ["Accuracy", "verdict"]
 
 _Z95 = 1.959963984540054
 
@@ -46,3 +48,25 @@ class Accuracy:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.share:.1%} ({low:.1%} to {high:.1%}, {self.correct} of {self.total})"
+
+
+def verdict(steps: int, accuracy: Mapping[str, Any], seconds: float) -> str:
+    """The last line of a run: what was learned, and in what time.
+
+    Args:
+        steps: that the run took.
+        accuracy: evaluations named `before` and `after`, with `correct` and `total`.
+        seconds: that the run took.
+
+    Returns:
+        One line.
+    """
+    before, after = (
+        Accuracy(accuracy[when]["correct"], accuracy[when]["total"]) if when in accuracy else None
+        for when in ("before", "after")
+    )
+    took = f"{steps} steps in {seconds:.0f} s"
+    if before is None or after is None:
+        return f"{took}; held-out accuracy {after or before or 'not measured (eval.before, eval.after are off)'}"
+    gain = 100 * (after.share - before.share)
+    return f"{took}; held-out accuracy before {before}, after {after}: {gain:+.1f} points"

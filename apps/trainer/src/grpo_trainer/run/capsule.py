@@ -12,12 +12,12 @@ from typing import Any
 
 import grpo_contracts
 from grpo_contracts import GrpoError, TrainBatch
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
 from grpo_trainer.run.files import writing
 
 __all__ = ["Capsule", "CapsuleError", "read_capsule", "write_capsule"]
 
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT, _BATCH = "capsule.json", "batch.npz"
 
 
@@ -31,7 +31,7 @@ class Capsule:
 
     Args:
         step: whose updates failed, 1 for the first.
-        config: of the run.
+        settings: of the run.
         identity: what the checkpoint must agree with.
         parameters: digest of the parameters, which are in the checkpoint.
         checkpoint: folder of the run's checkpoints, beside the capsule; the one of `step` has the parameters.
@@ -41,7 +41,7 @@ class Capsule:
     """
 
     step: int
-    config: Config
+    settings: Settings
     identity: dict[str, Any]
     parameters: str
     checkpoint: str
@@ -61,10 +61,10 @@ def write_capsule(path: Path, capsule: Capsule, batch: TrainBatch) -> None:
     Raises:
         RunFolderError: the file cannot be written.
     """
-    about = {**vars(capsule), "format": _FORMAT, "config": capsule.config.model_dump(mode="json")}
+    about = {**vars(capsule), "format": _FORMAT, "settings": capsule.settings.model_dump(mode="json")}
     part = path.with_name(f".{path.name}.part")
     with writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        grpo_contracts.save(batch, Path(folder) / _BATCH)
+        grpo_contracts.save_batch(batch, Path(folder) / _BATCH)
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(_ABOUT, json.dumps(about, indent=1))
             archive.write(Path(folder) / _BATCH, _BATCH)
@@ -88,9 +88,9 @@ def read_capsule(path: Path) -> tuple[Capsule, TrainBatch]:
             about = json.loads(archive.read(_ABOUT))
             if about.pop("format") != _FORMAT:
                 raise CapsuleError(f"{path} is a capsule of another version; read it with the one that wrote it")
-            batch = grpo_contracts.load(archive.extract(_BATCH, folder), level="shapes")
-            config = Config.model_validate(about["config"])
-            capsule = Capsule(**{**about, "config": config, "warnings": tuple(about["warnings"])})
+            batch = grpo_contracts.load_batch(archive.extract(_BATCH, folder), level="shapes")
+            settings = Settings.model_validate(about["settings"])
+            capsule = Capsule(**{**about, "settings": settings, "warnings": tuple(about["warnings"])})
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, CapsuleError):
             raise

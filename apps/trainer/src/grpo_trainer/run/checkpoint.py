@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from grpo_contracts import GrpoError
-from grpo_trainer.run.folder import versions
+from grpo_trainer.run.state import LoopState
+from grpo_trainer.settings.schema import Settings
 from grpo_mesh import digest
 
-FORMAT = 1
+FORMAT = 2
 
 # What of a run's identity may change under a checkpoint, where that is asked for.
 _DATA = ("problems", "held_out")
@@ -43,11 +44,21 @@ class ResumeRefused(GrpoError, ValueError):
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gave back: the step it was taken after, the state, and the notes beside it."""
+    """What a checkpoint holds.
+
+    Args:
+        step: it was taken after.
+        state: arrays.
+        notes: of the loop, see `LoopState.notes`.
+        identity: of the run that wrote it.
+        settings: of the run that wrote it, as plain values.
+    """
 
     step: int
     state: Any
     notes: dict[str, Any]
+    identity: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class Checkpoints:
@@ -59,11 +70,20 @@ class Checkpoints:
     Args:
         folder: where the checkpoints live, one sub-folder a step.
         keep: how many of the newest to keep; the one with the best accuracy is kept besides.
+        versions: installed ones, recorded and compared.
         any_version: read checkpoints of incompatible library versions too.
         any_data: read checkpoints of runs on other problems too.
     """
 
-    def __init__(self, folder: Path, *, keep: int, any_version: bool = False, any_data: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        versions: Mapping[str, str],
+        any_version: bool = False,
+        any_data: bool = False,
+    ) -> None:
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
@@ -76,29 +96,35 @@ class Checkpoints:
             step_prefix="step",
             enable_async_checkpointing=True,
         )
-        self._folder, self._any_version, self._any_data = folder, any_version, any_data
+        self._folder, self._versions = folder, dict(versions)
+        self._any_version, self._any_data = any_version, any_data
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, step: int, state: Any, notes: Mapping[str, Any], *, accuracy: float | None = None) -> None:
-        """Starts writing the checkpoint of `step`; the state is copied before this returns, so it may be donated.
+    def save(
+        self, loop: LoopState, identity: Mapping[str, Any], settings: Settings, *, accuracy: float | None = None
+    ) -> None:
+        """Start writing the checkpoint of `loop.step`; arrays are copied before this returns, so they may be donated.
 
         Args:
-            step: number of finished steps.
-            state: any pytree of arrays.
-            notes: what is not an array: iterator state, counters, config, versions. Must be JSON.
+            loop: all that a run needs to go on.
+            identity: facts of the run (model, tokenizer, data set, ...) that must be equal when it is read.
+            settings: of the run.
             accuracy: held-out accuracy in [0, 1], if it was measured at this step; the best one is kept.
 
         Raises:
             CheckpointError: the disk is full, the folder is not writable, or the previous write failed.
         """
+        step, state = loop.step, loop.train
         if step in self._manager.all_steps():
             return
         # Written in the background, while the run goes on changing its notes: what is sealed must be a copy.
         body = {
             "format": FORMAT,
-            "versions": versions(),
+            "versions": self._versions,
             "state_digest": digest(state),
-            "notes": json.loads(json.dumps(notes)),
+            "identity": dict(identity),
+            "settings": settings.model_dump(mode="json"),
+            "notes": json.loads(json.dumps(loop.notes())),
         }
         sealed = {"body": body, "sha256": _sha256(body)}
         try:
@@ -143,7 +169,7 @@ class Checkpoints:
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
-            expected: facts of this run (model, tokenizer, data set, ...) that must equal `notes["identity"]`.
+            expected: facts of this run (model, tokenizer, data set, ...) that must equal those it was saved with.
             at: read the checkpoint of this step and no other; None: the newest.
             donate: the arrays of `like` are deleted before one that is there is read: a device that a state fills
                 cannot hold it twice.
@@ -169,7 +195,7 @@ class Checkpoints:
             if not damage and digest(state) != body["state_digest"]:
                 damage = "its arrays do not match their checksum"
             if not damage:
-                return Restored(step, state, body["notes"])
+                return Restored(step, state, body["notes"], body["identity"], body["settings"])
             log.warning("checkpoint %s is damaged (%s); trying the one before it", folder, damage)
         if steps:
             raise CheckpointError(
@@ -188,7 +214,7 @@ class Checkpoints:
         whose = f"the checkpoint of step {step} in {self._folder}"
         if body["format"] != FORMAT:
             raise ResumeRefused(f"{whose} has format {body['format']}; this program reads {FORMAT}.")
-        recorded = body["notes"].get("identity", {})
+        recorded = body["identity"]
         differing = [key for key in sorted({*recorded, *expected}) if recorded.get(key) != expected.get(key)]
         table = "".join(
             f"\n  {key}: checkpoint {recorded.get(key)!r}, this run {expected.get(key)!r}" for key in differing
@@ -209,7 +235,7 @@ class Checkpoints:
 
     def _check_versions(self, step: int, written: Mapping[str, str]) -> None:
         """Refuse what other libraries may mean something else by; say what only changes rounding."""
-        here = versions()
+        here = self._versions
         others = {name: pair for name in written if len(set(pair := (written[name], here.get(name, "none")))) > 1}
         table = "".join(f"\n  {name}: checkpoint {then}, here {now}" for name, (then, now) in others.items())
         bad = [name for name, pair in others.items() if _decides(name) and len({_series(part) for part in pair}) > 1]

@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import cache
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -20,9 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpo_trainer.run.accuracy import Accuracy
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.settings.layers import changed_keys, dump, load
+from grpo_trainer.settings.layers import changed_keys, dump, load_saved
 from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
 
 __all__ = ["RunFolder", "versions"]
@@ -38,8 +37,9 @@ class RunFolder:
     An exception that leaves the `with` block is written to error.txt and noted on the exception.
 
     Args:
-        config: of the run; `run.dir=auto` continues the newest unfinished run of these settings under `root`, or
+        settings: of the run; `run.dir=auto` continues the newest unfinished run of these settings under `root`, or
             starts one.
+        versions: installed ones, for the summary.
         writer: False on all processes but the first of a many-process run: nothing is locked or written.
         processes: how many processes the run has; with more than one, run.dir must be named.
         root: where `auto` looks and starts.
@@ -50,15 +50,21 @@ class RunFolder:
     """
 
     def __init__(
-        self, config: Config, *, writer: bool = True, processes: int = 1, root: str | os.PathLike[str] = "runs"
+        self,
+        settings: Settings,
+        versions: Mapping[str, str],
+        *,
+        writer: bool = True,
+        processes: int = 1,
+        root: str | os.PathLike[str] = "runs",
     ) -> None:
-        if config.run.dir == "auto":
+        if settings.run.dir == "auto":
             if processes > 1:
                 raise ConfigError(f"run.dir must name a folder that all {processes} processes see: got auto")
-            self.path = _auto(config, Path(root))
+            self.path = _auto(settings, Path(root))
         else:
-            self.path = Path(config.run.dir).expanduser()
-        self.config = config
+            self.path = Path(settings.run.dir).expanduser()
+        self.settings, self._versions = settings, dict(versions)
         self._writer = writer
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -71,9 +77,9 @@ class RunFolder:
         self._lock = lock(self.path)
         try:
             if self.resumed:
-                _refuse_other(self.path, config)
+                _refuse_other(self.path, settings)
             with writing(self.path):
-                replace(self.path / "config.yaml", dump(config))
+                replace(self.path / "config.yaml", dump(settings))
                 (self.path / "error.txt").unlink(missing_ok=True)
         except BaseException:
             self.close()
@@ -87,7 +93,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether a summary says that the run reached its last step."""
-        return read_summary(self.path).get("steps", 0) >= self.config.steps
+        return read_summary(self.path).get("steps", 0) >= self.settings.steps
 
     def start(self, step: int) -> None:
         """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
@@ -105,7 +111,7 @@ class RunFolder:
             for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
             (self.path / "summary.json").unlink(missing_ok=True)
-            if self.config.log.tensorboard:
+            if self.settings.log.tensorboard:
                 from tensorboardX import SummaryWriter
 
                 # Its file names hold the second only: a run resumed within it would overwrite the first one's events.
@@ -114,8 +120,8 @@ class RunFolder:
                     purge_step=step + 1 if self.resumed else None,
                     filename_suffix=f".{step}.{os.getpid()}",
                 )
-        if self.config.log.wandb:
-            self._wandb = _wandb(self.path, self.config)
+        if self.settings.log.wandb:
+            self._wandb = _wandb(self.path, self.settings)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; call it before that step's checkpoint is saved, or a kill between loses the line.
@@ -190,7 +196,7 @@ class RunFolder:
             summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
             summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
             summary[f"problems_{name}"] = measured and measured.total
-        summary |= {**more, "versions": versions()}
+        summary |= {**more, "versions": self._versions}
         if self._writer:
             with writing(self.path):
                 replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -238,12 +244,18 @@ class RunFolder:
                 os.close(descriptor)
 
 
-@cache
-def versions() -> dict[str, str]:
-    """Installed versions of Python, the app and everything it declares; not to be changed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3])), "grpo-gsm8k": metadata.version("grpo-gsm8k")}
-    declared = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for line in metadata.requires("grpo-gsm8k") or []]
-    for name in sorted([*declared, "jaxlib", "libtpu"]):
+def versions(distribution: str) -> dict[str, str]:
+    """Installed versions of Python, the trainer, an app, and everything they declare.
+
+    Args:
+        distribution: of the app, such as `grpo-trainer` itself where there is none.
+    """
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    ours = [distribution, "grpo-trainer"]
+    declared = [
+        re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for name in ours for line in metadata.requires(name) or []
+    ]
+    for name in sorted({*ours, *declared, "jaxlib", "libtpu"}):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -251,16 +263,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _refuse_other(path: Path, config: Config) -> None:
+def _refuse_other(path: Path, settings: Settings) -> None:
     file = path / "config.yaml"
     try:
-        old = load([str(file)])
+        old = load_saved(file)
     except ConfigError as error:
         raise RunFolderError(f"{file} is not the settings of a run of this version: {error}") from error
-    changed = changed_keys(old, config)
-    if config.optimizer.schedule == "constant" and config.steps >= old.steps:
+    changed = changed_keys(old, settings)
+    if settings.optimizer.schedule == "constant" and settings.steps >= old.steps:
         changed.pop("steps", None)  # a longer run under a constant learning rate is the same run, continued
-    free = (*_FREE_SECTIONS, "data.") if config.checkpoint.any_data else _FREE_SECTIONS
+    free = (*_FREE_SECTIONS, "data.") if settings.checkpoint.any_data else _FREE_SECTIONS
     bad = {key: pair for key, pair in changed.items() if key not in _FREE_KEYS and not key.startswith(free)}
     if bad:
         listed = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in bad.items())
@@ -271,19 +283,19 @@ def _refuse_other(path: Path, config: Config) -> None:
         )
 
 
-def _auto(config: Config, root: Path) -> Path:
+def _auto(settings: Settings, root: Path) -> Path:
     """The newest unfinished run with these settings that nobody is running; or a new folder."""
     for folder in sorted(root.glob("*/config.yaml"), reverse=True):
         path = folder.parent
         if (path / "summary.json").exists():
             continue
         try:
-            _refuse_other(path, config)
+            _refuse_other(path, settings)
             os.close(lock(path))
         except (ConfigError, RunFolderError):
             continue
         return path
-    settings = sha256(dump(config).encode()).hexdigest()[:6]
+    settings = sha256(dump(settings).encode()).hexdigest()[:6]
     stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings}"
     taken = sum(1 for _ in root.glob(f"{stem}*"))
     return root / (f"{stem}-{taken}" if taken else stem)
@@ -297,18 +309,18 @@ def _number(value: Any) -> int | float | None:
     return float(plain) if math.isfinite(plain) else None
 
 
-def _wandb(path: Path, config: Config) -> Any:
+def _wandb(path: Path, settings: Settings) -> Any:
     try:
         wandb = import_module("wandb")
     except ImportError as error:
-        raise ConfigError("log.wandb needs wandb: pip install 'grpo-gsm8k[wandb]', or set log.wandb=false") from error
+        raise ConfigError("log.wandb needs wandb: pip install 'grpo-trainer[wandb]', or set log.wandb=false") from error
     # The same folder is the same run there, also after a resume.
     identity = sha256(str(path.absolute()).encode()).hexdigest()[:16]
     return wandb.init(
-        project="grpo-gsm8k",
+        project="grpo-trainer",
         id=identity,
         name=path.name,
         dir=str(path),
         resume="allow",
-        config=config.model_dump(mode="json"),
+        config=settings.model_dump(mode="json"),
     )

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from grpo_contracts import GrpoError, PolicyIdentity, Rollout, TrainBatch
+from grpo_contracts import GrpoError, PolicyVersion, Rollout, TrainBatch
 from grpo_trainer.run.capsule import Capsule, write_capsule
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
 from grpo_trainer.run.progress import Progress
 from grpo_trainer.rewards.workers import FAILURES
-from grpo_trainer.run.folder import RunFolder, versions
+from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.state import HealthMemory
 from grpo_mesh import digest
 
 if TYPE_CHECKING:
-    from grpo_trainer.assemble.run import Assembly
+    from grpo_trainer.assemble import Run
 
 __all__ = ["Diverged", "Health", "StaleWeights"]
 
@@ -25,8 +26,8 @@ __all__ = ["Diverged", "Health", "StaleWeights"]
 # order, and still far below what moves a ratio across its clip range.
 _USUAL_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
-# What comes and goes for days is told so often and no more: warnings are kept, and saved with every checkpoint.
-_OFTEN = 3
+# A condition that comes and goes for days is reported this often: warnings are kept, and saved with every checkpoint.
+_MOST = 3
 
 
 class Diverged(GrpoError, RuntimeError):
@@ -41,26 +42,22 @@ class Health:
     """Watches the steps of a run.
 
     Args:
-        config: `health` and what decides how far sampler and trainer may differ.
+        settings: `health` and what decides how far sampler and trainer may differ.
         folder: of the run.
         progress: where warnings are shown.
-        memory: what a resumed run must know, plain JSON kept with its checkpoints; empty for a new run.
+        memory: what a resumed run must know; changed in place and saved with each checkpoint.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, progress: Progress, memory: dict[str, Any]) -> None:
-        self.warnings: list[str] = memory.setdefault("warnings", [])
-        self._streak: dict[str, int] = memory.setdefault("streak", {})
-        self._told: dict[str, int] = memory.setdefault("told", {})
+    def __init__(self, settings: Settings, folder: RunFolder, progress: Progress, memory: HealthMemory) -> None:
         self._memory = memory
-        memory.setdefault("skipped", 0)
-        self._config, self._folder, self._progress = config, folder, progress
+        self._settings, self._folder, self._progress = settings, folder, progress
         self._failures: Counter[str] = Counter()
-        rollout = config.rollout
+        rollout = settings.rollout
         # Filters make the sampler's law another one than the trainer's: their gap then says nothing about arithmetic.
         self._compares = rollout.top_k == 0 and rollout.top_p == 1 and rollout.min_p == 0
-        self._max_gap = config.health.max_logp_gap or _USUAL_GAP[config.model.compute_dtype]
+        self._max_gap = settings.health.max_logp_gap or _USUAL_GAP[settings.model.compute_dtype]
 
-    def check_rollout(self, rollout: Rollout, policy: PolicyIdentity) -> None:
+    def check_rollout(self, rollout: Rollout, policy: PolicyVersion) -> None:
         """Refuse completions of other parameters than the trainer's.
 
         Args:
@@ -98,34 +95,34 @@ class Health:
         Returns:
             What to add to them: completions that reward functions failed at, by kind.
         """
-        health = self._config.health
-        updates = self._config.loss.epochs * self._config.loss.minibatches
+        health = self._settings.health
+        updates = self._settings.loss.epochs * self._settings.loss.minibatches
         last = int(learned["skipped_in_a_row"])
-        self._memory["skipped"] = self._memory["skipped"] + last if last == updates else last
+        self._memory.skipped = self._memory.skipped + last if last == updates else last
         gap = learned.get("sampling_logp_difference/mean", 0.0)
-        self._say(
+        self._warn(
             step,
             "silent",
             learned["frac_reward_zero_std"] == 1,
-            f"no group's rewards differ since {health.silent_steps} steps: nothing is learned. Are the problems too "
-            "easy or too hard, or is the reward the same for everything?",
+            f"for {health.silent_steps} steps all rewards within each group were equal, so nothing was learned. Are the "
+            "problems too easy or too hard, or is the reward the same for everything?",
             after=health.silent_steps,
         )
-        self._say(
+        self._warn(
             step,
             "truncated",
             learned["completions/clipped_ratio"] == 1,
-            f"every completion reached rollout.max_new_tokens={self._config.rollout.max_new_tokens} and was cut: "
+            f"every completion reached rollout.max_new_tokens={self._settings.rollout.max_new_tokens} and was cut: "
             "allow more tokens, or check that the policy knows its end token",
         )
-        self._say(
+        self._warn(
             step,
             "gap",
             self._compares and not gap <= self._max_gap,
             f"sampler and trainer differ by {gap:.2g} nats a token on average, more than {self._max_gap:g} "
             "(health.max_logp_gap): the ratio of the first update is not 1",
         )
-        self._say(
+        self._warn(
             step,
             "skipped",
             learned["finite"] < 1,
@@ -138,9 +135,9 @@ class Health:
     @property
     def failing(self) -> bool:
         """Whether so many updates in a row were skipped that the run must stop, once its state is saved."""
-        return self._memory["skipped"] >= self._config.health.max_skipped
+        return self._memory.skipped >= self._settings.health.max_skipped
 
-    def stop(self, step: int, run: Assembly, params: Any, batch: TrainBatch, learned: Mapping[str, float]) -> None:
+    def stop(self, step: int, run: Run, params: Any, batch: TrainBatch, learned: Mapping[str, float]) -> None:
         """End the run with a capsule of the step that failed.
 
         Args:
@@ -156,32 +153,34 @@ class Health:
         path = self._folder.path / f"capsule-{step:06}.zip"
         capsule = Capsule(
             step=step,
-            config=self._config,
+            settings=self._settings,
             identity=run.identity,
             parameters=digest(params),
             checkpoint=self._folder.checkpoints.name,
-            versions=versions(),
+            versions=run.versions,
             metrics={name: float(value) for name, value in learned.items()},
-            warnings=tuple(self.warnings),
+            warnings=tuple(self._memory.warnings),
         )
         if jax.process_index() == 0:
             write_capsule(path, capsule, batch)
         raise Diverged(
             f"{self._memory['skipped']} updates in a row up to step {step} had a loss, gradient or step that is not "
-            f"finite (health.max_skipped={self._config.health.max_skipped}). The parameters are as before them, saved "
+            f"finite (health.max_skipped={self._settings.health.max_skipped}). The parameters are as before them, saved "
             f"as {self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
-            f"hatch run apps/gsm8k:replay {path}"
+            f"hatch run apps/{run.task.name}:replay {path}"
         )
 
-    def _say(self, step: int, name: str, wrong: bool, text: str, *, after: int = 1) -> None:
-        self._streak[name] = self._streak.get(name, 0) + 1 if wrong else 0
-        if self._streak[name] != after or self._told.get(name, 0) == _OFTEN:
+    def _warn(self, step: int, name: str, wrong: bool, text: str, *, after: int = 1) -> None:
+        """Warn when a condition has held for `after` steps in a row, at most `_MOST` times a run."""
+        memory = self._memory
+        memory.streak[name] = memory.streak.get(name, 0) + 1 if wrong else 0
+        if memory.streak[name] != after or memory.given.get(name, 0) == _MOST:
             return
-        self._told[name] = self._told.get(name, 0) + 1
-        last = " (not told again: see metrics.jsonl)" if self._told[name] == _OFTEN else ""
-        self.warnings.append(f"step {step}: {text}{last}")
+        memory.given[name] = memory.given.get(name, 0) + 1
+        last = " (not repeated: see metrics.jsonl)" if memory.given[name] == _MOST else ""
+        memory.warnings.append(f"step {step}: {text}{last}")
         self._progress.note(f"warning: step {step}: {text}{last}")
 
 
-def _shown(policy: PolicyIdentity) -> str:
+def _shown(policy: PolicyVersion) -> str:
     return f"step {policy.step} with digest {policy.digest[:12]}"

@@ -16,50 +16,53 @@ import numpy as np
 
 from grpo_contracts import TrainBatch
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
-from grpo_trainer.run.startup import before_jax
+from grpo_trainer.run.startup import prepare_process
+from grpo_trainer.task import Task
 
 if TYPE_CHECKING:
-    from grpo_trainer.assemble.run import Assembly
+    from grpo_trainer.assemble import Run
     from grpo_loss import PackedBatch, TrainState
 
 __all__ = ["main", "not_finite"]
 
+_HELP = "Compute a failed step again from its capsule and say what was not finite, and where."
 
-def main(arguments: Sequence[str]) -> int:
-    """``replay``: compute a failed step again from its capsule and say what was not finite, where.
+
+def main(task: Task, arguments: Sequence[str]) -> int:
+    """``replay``: compute a failed step again from its capsule and say what was not finite, and where.
 
     Args:
+        task: of the run that failed.
         arguments: of the command line.
 
     Returns:
         Exit code: 0 where something was not finite again, 1 where everything is finite here.
     """
-    parser = argparse.ArgumentParser(prog="grpo-gsm8k replay", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog=f"grpo-{task.name} replay", description=_HELP)
     parser.add_argument("file", type=Path, help="capsule-*.zip of a run folder, beside the run's checkpoints")
     path = parser.parse_args(arguments).file
     capsule, batch = read_capsule(path)
-    config = capsule.config.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slices": ()})
-    for line in before_jax(config):
+    settings = capsule.settings.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slices": ()})
+    for line in prepare_process(settings):
         print(line, flush=True)
 
     import jax
 
-    from grpo_trainer.assemble.run import assemble
+    from grpo_trainer.assemble import assemble
     from grpo_trainer.run.checkpoint import Checkpoints
-    from grpo_trainer.run.folder import versions
     from grpo_mesh import digest
 
-    run = assemble(config, devices=jax.devices()[:1])
+    run = assemble(settings, task, devices=jax.devices()[:1])
     folder = path.absolute().parent / capsule.checkpoint
     # A reader: nothing of the run may be deleted, whatever it kept.
-    checkpoints = Checkpoints(folder, keep=1_000_000, any_version=True, any_data=True)
+    checkpoints = Checkpoints(folder, keep=1_000_000, versions=run.versions, any_version=True, any_data=True)
     restored = checkpoints.restore(run.state, capsule.identity, at=capsule.step, donate=True)
     if restored is None:
         raise CapsuleError(f"{path} needs the parameters in {folder / f'step_{capsule.step}'}: there are none")
-    print(f"step {capsule.step} of {path}, on {run.device}")
+    print(f"step {capsule.step} of {path}, on {run.plan.device}")
     if (found := digest(restored.state.params)) != capsule.parameters:
         print(f"the checkpoint's parameters are not the capsule's: {found[:12]}, not {capsule.parameters[:12]}")
-    for name, version in versions().items():
+    for name, version in run.versions.items():
         if (then := capsule.versions.get(name)) != version:
             print(f"{name} is {version} here, was {then} there")
     findings = list(not_finite(run, restored.state, batch, capsule.step - 1))
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if findings else 1
 
 
-def not_finite(run: Assembly, state: TrainState, batch: TrainBatch, step: int) -> Iterator[str]:
+def not_finite(run: Run, state: TrainState, batch: TrainBatch, step: int) -> Iterator[str]:
     """Everything of a step that is not finite, from cause to consequence.
 
     Args:
@@ -98,27 +101,25 @@ def not_finite(run: Assembly, state: TrainState, batch: TrainBatch, step: int) -
             yield f"update {number}: {finding}"
 
 
-def _update(run: Assembly, state: TrainState, packed: PackedBatch) -> Iterator[str]:
+def _update(run: Run, state: TrainState, packed: PackedBatch) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
     from grpo_trainer.learn import place
-    from grpo_loss import PackedBatch
+    from grpo_loss import PackedBatch, kl_estimate
 
     placed = place(run, packed)
     micro, live = packed.micro, int(packed.count)
     counted = np.asarray(micro.mask_RT) & (np.arange(len(micro.mask_RT)) < live)[:, None, None]
-    logp, entropy = (np.asarray(part, np.float32) for part in run.score(state.params, placed))
-    data = {name: np.asarray(value, np.float32) for name, value in micro.data.items()}
+    logp, entropy = (np.asarray(part, np.float32) for part in run.plan.score(state.params, placed))
+    tokens = {"log-probability": logp, "entropy": entropy}
     with np.errstate(all="ignore"):
-        tokens = {"log-probability": logp, "entropy": entropy}
-        if "old_logp" in data:
-            tokens["old log-probability"] = data["old_logp"]
-            tokens["ratio to the old policy"] = np.exp(logp - data["old_logp"])
-        if "reference_logp" in data:
-            gap = data["reference_logp"] - logp
-            tokens["reference's log-probability"] = data["reference_logp"]
-            tokens["KL to the reference"] = np.exp(gap) - gap - 1
+        if micro.old_logp_RT is not None:
+            tokens["old log-probability"] = np.asarray(micro.old_logp_RT)
+            tokens["ratio to the old policy"] = np.exp(logp - micro.old_logp_RT)
+        if micro.reference_logp_RT is not None:
+            tokens["reference's log-probability"] = np.asarray(micro.reference_logp_RT)
+            tokens["KL to the reference"] = np.asarray(kl_estimate(logp, np.asarray(micro.reference_logp_RT)))
     for name, array in tokens.items():
         bad = counted & ~np.isfinite(array)
         if bad.any():
@@ -130,13 +131,13 @@ def _update(run: Assembly, state: TrainState, packed: PackedBatch) -> Iterator[s
             )
     for m in range(live):
         one = PackedBatch(jax.tree.map(itemgetter(slice(m, m + 1)), packed.micro), np.asarray(1, np.int32))
-        gradient, terms = run.gradient(state.params, place(run, one))
+        gradient, terms = run.plan.gradient(state.params, place(run, one))
         if not np.isfinite(terms.numerator):
             yield f"loss of micro-batch {m + 1} of {live}: {float(terms.numerator)}"
         for finding in _leaves("gradient", gradient):
             yield f"micro-batch {m + 1} of {live}: {finding}"
     # Last, the update itself: sums and moments may overflow where every part is finite.
-    _, metrics = run.update(jax.tree.map(jnp.copy, state), placed)
+    _, metrics = run.plan.update(jax.tree.map(jnp.copy, state), placed)
     for name in ("loss", "grad_norm", "finite"):
         if name != "finite" and not np.isfinite(metrics[name]):
             yield f"{name} of the whole batch: {float(metrics[name])}"

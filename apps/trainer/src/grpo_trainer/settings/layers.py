@@ -1,4 +1,4 @@
-"""From defaults, YAML and `--set a.b=value` to one checked `Config`; and back to YAML.
+"""From defaults, YAML and `--set a.b=value` to one checked `Settings`; and back to YAML.
 
 Strict on purpose: an unknown or repeated key, or a value of the wrong type, is refused in one message that names
 the key, the nearest valid one, and what was expected.
@@ -7,7 +7,6 @@ the key, the nearest valid one, and what was expected.
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
@@ -17,72 +16,108 @@ from pydantic.fields import FieldInfo
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.task import Task
 
-__all__ = ["changed_keys", "dump", "flat", "load", "preset_names"]
+__all__ = ["DEFAULTS", "changed_keys", "dump", "flat", "load", "load_saved", "preset_files"]
+
+DEFAULTS = "laptop"  # the preset that holds a task's defaults
 
 
-def load(configs: Sequence[str] = (), sets: Sequence[str] = ()) -> Config:
-    """Resolve defaults, then each YAML, then each `--set`, later ones winning.
+def load(task: Task, configs: Sequence[str] = (), sets: Sequence[str] = ()) -> Settings:
+    """Resolve defaults, the task's `laptop` preset, then each YAML, then each `--set`; later ones win.
 
     Args:
+        task: whose presets and reward functions may be named.
         configs: names of presets or paths of YAML files.
         sets: assignments such as "rollout.group_size=16"; the value is read as YAML.
 
     Returns:
-        The checked configuration.
+        The checked settings.
 
     Raises:
         ConfigError: an unknown or repeated key, a wrong type or range, a contradiction, an unreadable file.
     """
     merged: dict[str, Any] = {}
-    for name in configs:
-        source, text = _read(name)
+    for name in (DEFAULTS, *configs):
+        source, text = _read(name, preset_files(task))
         _merge(merged, _checked_keys(_parse(text, source), source))
     for assignment in sets:
         _merge(merged, _assigned(assignment))
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as error:
-        _refuse("\n".join(dict.fromkeys(_explained(error))))
+    return _validated(_with_rewards(merged, task))
 
 
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.dump(_lists(config.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def load_saved(file: Path) -> Settings:
+    """Read the resolved settings that a run saved.
+
+    Args:
+        file: config.yaml of a run's folder.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        ConfigError: it cannot be read, or is not the settings of a run of this version.
+    """
+    source, text = _read(str(file), {})
+    return _validated(_checked_keys(_parse(text, source), source))
 
 
-def flat(config: Config) -> dict[str, Any]:
+def dump(settings: Settings) -> str:
+    """The resolved settings as YAML that `load` reads back to an equal one."""
+    return yaml.dump(_lists(settings.model_dump()), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat(settings: Settings) -> dict[str, Any]:
     """Dotted key -> value, in the order of the schema."""
-    return dict(_leaves(config.model_dump()))
+    return dict(_leaves(settings.model_dump()))
 
 
-def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ -> (old, new)."""
     before, after = flat(old), flat(new)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
-def preset_names() -> list[str]:
-    """Names that `--config` takes besides paths."""
-    folder = resources.files("grpo_gsm8k") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def preset_files(task: Task) -> dict[str, Path]:
+    """Presets that `--config` takes by name."""
+    return {file.stem: file for file in sorted((task.folder / "presets").glob("*.yaml"))}
 
 
-def _read(name: str) -> tuple[str, str]:
-    presets = preset_names()
-    if name in presets:
-        file = resources.files("grpo_gsm8k") / "presets" / f"{name}.yaml"
-        return f"preset {name}", file.read_text(encoding="utf-8")
-    path = Path(name)
+def _read(name: str, presets: Mapping[str, Path]) -> tuple[str, str]:
+    source = f"preset {name}" if name in presets else name
+    path = presets.get(name, Path(name))
     if not path.is_file():
         near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
         guess = f" Did you mean {near[0]}?" if near else ""
         _refuse(f"--config must be a YAML file or a preset ({', '.join(presets)}): got {name!r}.{guess}")
     try:
-        return name, path.read_text(encoding="utf-8")
+        return source, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         _refuse(f"--config {name} cannot be read: {error}")
+
+
+def _validated(merged: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        _refuse("\n".join(dict.fromkeys(_explained(error))))
+
+
+def _with_rewards(merged: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Reward functions and weights as the run will use them, so that the saved settings show them."""
+    reward = merged.get("reward", {})
+    functions = reward.get("functions") or list(task.weights)
+    if not isinstance(functions, list) or not all(isinstance(name, str) for name in functions):
+        return merged  # the schema says what is wrong with it
+    for name in functions:
+        module, colon, function = name.partition(":")
+        own = colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+        if name not in task.rewards and not own:
+            built_in = ", ".join(f"`{known}`" for known in task.rewards)
+            _refuse(f"reward.functions must hold {built_in} or module:function: got {name!r}")
+    weights = reward.get("weights") or [task.weights.get(name, 1.0) for name in functions]
+    return merged | {"reward": reward | {"functions": functions, "weights": weights}}
 
 
 def _assigned(assignment: str) -> dict[str, Any]:
@@ -111,18 +146,18 @@ def _field(key: str) -> FieldInfo | None:
     section = _section(name)
     if section is not None:
         return section.model_fields.get(leaf)
-    return None if leaf else Config.model_fields.get(name)
+    return None if leaf else Settings.model_fields.get(name)
 
 
 def _section(name: str) -> type[BaseModel] | None:
     """The model of a section such as `rollout`, or None."""
-    annotation = Config.model_fields[name].annotation if name in Config.model_fields else None
+    annotation = Settings.model_fields[name].annotation if name in Settings.model_fields else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _valid_keys() -> list[str]:
     keys = []
-    for name in Config.model_fields:
+    for name in Settings.model_fields:
         section = _section(name)
         keys += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
     return keys
@@ -145,7 +180,7 @@ def _checked_keys(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     problems = []
     for name, value in given.items():
         section = _section(name)
-        if name not in Config.model_fields:
+        if name not in Settings.model_fields:
             dotted = _field(name) is not None
             problems.append(
                 f"{source}: key {name!r} must be written nested, `{name.replace('.', ': {', 1)}: ...}}`."

@@ -1,7 +1,7 @@
 """Every setting of a run: its name, type, unit, default, and which combinations make sense.
 
-The defaults are the laptop's. `grpo_trainer.settings.layers` reads YAML and `--set` on top of them. Nothing here imports jax,
-flax, transformers or numpy: `--print-config` answers at once.
+The defaults suit a laptop. `grpo_trainer.settings.layers` puts the task's defaults, YAML and `--set` on top of them.
+Nothing here imports jax, flax, transformers or numpy: `--print-config` answers at once.
 """
 
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
-    "Checkpoint",
-    "Config",
-    "Data",
-    "Eval",
-    "Health",
-    "Log",
-    "Loss",
-    "Model",
-    "Optimizer",
-    "Reward",
-    "Rollout",
-    "Run",
+    "CheckpointSettings",
+    "DataSettings",
+    "EvalSettings",
+    "HealthSettings",
+    "LogSettings",
+    "LossSettings",
+    "ModelSettings",
+    "OptimizerSettings",
+    "RewardSettings",
+    "RolloutSettings",
+    "RunSettings",
+    "Settings",
 ]
 
 Count = Annotated[int, Field(ge=0)]
@@ -29,20 +29,17 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16"]
 # A list in YAML, a tuple here: hashable, and nobody appends to it by accident.
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
 Weights = Annotated[tuple[float, ...], Field(strict=False)]
 SliceName = Annotated[str, Field(pattern=r"^(v4|v5e|v5p|v6e)-[1-9][0-9]*$")]
 Slices = Annotated[tuple[SliceName, ...], Field(strict=False)]
-
-# A well-formed wrong answer must stay worth far less than a right one.
-DEFAULT_WEIGHTS = {"format": 0.1}
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
-class Run(_Section):
+class RunSettings(_Section):
     """Where the run lives."""
 
     dir: Annotated[str, Field(min_length=1)] = Field(
@@ -51,12 +48,12 @@ class Run(_Section):
     )
 
 
-class Data(_Section):
+class DataSettings(_Section):
     """Which problems."""
 
     source: Annotated[str, Field(min_length=1)] = Field(
         default="embedded",
-        description="`embedded`, a folder or JSONL file in GSM8K's format, or a hub id (openai/gsm8k)",
+        description="`embedded`, a JSONL or Parquet file, a folder with train.jsonl and test.jsonl, or a Hub id",
     )
     test_source: str = Field(
         default="", description="held-out problems, as data.source; empty: the test split of data.source"
@@ -68,11 +65,11 @@ class Data(_Section):
     )
 
 
-class Model(_Section):
+class ModelSettings(_Section):
     """Which policy, in which precision."""
 
     path: Annotated[str, Field(min_length=1)] = Field(
-        default="embedded", description="`embedded`, a folder in Hugging Face layout, or a hub id"
+        default="embedded", description="`embedded`, a folder in Hugging Face layout, or a Hub id"
     )
     dtype: Dtype = Field(default="float32", description="dtype of the trained parameters")
     compute_dtype: Dtype = Field(default="float32", description="dtype of matrix products (they accumulate in float32)")
@@ -82,7 +79,7 @@ class Model(_Section):
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(default="auto", description="attention kernel")
 
 
-class Rollout(_Section):
+class RolloutSettings(_Section):
     """How completions are sampled."""
 
     prompts: Positive = Field(default=32, description="prompts of one step")
@@ -97,7 +94,7 @@ class Rollout(_Section):
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
 
 
-class Loss(_Section):
+class LossSettings(_Section):
     """What is optimised, and in which pieces."""
 
     kind: Literal["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"] = Field(
@@ -141,7 +138,7 @@ class Loss(_Section):
     )
 
 
-class Optimizer(_Section):
+class OptimizerSettings(_Section):
     """AdamW and its learning rate."""
 
     learning_rate: float = Field(default=3e-4, gt=0.0, description="peak learning rate")
@@ -155,13 +152,11 @@ class Optimizer(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="gradients are scaled down to this global norm")
 
 
-class Reward(_Section):
+class RewardSettings(_Section):
     """What a completion is worth."""
 
-    functions: Names = Field(
-        default=("answer", "format"), description="`answer`, `flexible`, `format`, or your own as module:function"
-    )
-    weights: Weights = Field(default=(1.0, 0.1), description="one a function; empty: 1 each, 0.1 for `format`")
+    functions: Names = Field(default=(), description="the task's own by name, or yours as module:function")
+    weights: Weights = Field(default=(), description="one for each function; empty: the task's defaults")
     timeout: float = Field(
         default=10.0,
         gt=0.0,
@@ -172,15 +167,6 @@ class Reward(_Section):
         default=0.1, description="the run stops when more than this share of a step has no reward"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_weights(cls, given: Any) -> Any:
-        # Resolved here, so that the saved config shows the weights a run really used.
-        if isinstance(given, dict) and not given.get("weights") and isinstance(given.get("functions"), list | tuple):
-            functions = given["functions"]
-            return {**given, "weights": [DEFAULT_WEIGHTS.get(str(name), 1.0) for name in functions]}
-        return given
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if len(self.weights) != len(self.functions):
@@ -190,23 +176,14 @@ class Reward(_Section):
             )
         if len(set(self.functions)) != len(self.functions):
             raise ValueError(f"reward.functions must not repeat a function: got {', '.join(self.functions)}")
-        for name in self.functions:
-            module, colon, function = name.partition(":")
-            if name in ("answer", "flexible", "format") or (
-                colon and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
-            ):
-                continue
-            raise ValueError(
-                f"reward.functions must hold `answer`, `flexible`, `format` or module:function: got {name!r}"
-            )
-        if not any(self.weights):
+        if self.functions and not any(self.weights):
             raise ValueError(
                 "reward.weights must not all be 0: every advantage would be 0 and nothing would be learned"
             )
         return self
 
 
-class Eval(_Section):
+class EvalSettings(_Section):
     """Held-out accuracy, decoded greedily."""
 
     every: Count = Field(default=20, description="steps between evaluations; 0: only eval.before and eval.after")
@@ -216,7 +193,7 @@ class Eval(_Section):
     max_new_tokens: Count = Field(default=0, description="tokens; 0: as rollout.max_new_tokens")
 
 
-class Checkpoint(_Section):
+class CheckpointSettings(_Section):
     """What survives a kill."""
 
     every: Count = Field(
@@ -231,7 +208,7 @@ class Checkpoint(_Section):
     )
 
 
-class Health(_Section):
+class HealthSettings(_Section):
     """When a run that goes wrong says so, or stops."""
 
     max_skipped: Positive = Field(
@@ -248,7 +225,7 @@ class Health(_Section):
     )
 
 
-class Log(_Section):
+class LogSettings(_Section):
     """Where metrics go, besides metrics.jsonl."""
 
     tensorboard: bool = Field(default=True, description="write TensorBoard events")
@@ -256,7 +233,7 @@ class Log(_Section):
     completions: Count = Field(default=4, description="completions of each step written to completions.jsonl")
 
 
-class Config(_Section):
+class Settings(_Section):
     """One run, resolved."""
 
     seed: Count = Field(default=0, description="of data order, sampling and everything else random")
@@ -272,7 +249,7 @@ class Config(_Section):
         "this machine",
     )
     compilation_cache: str = Field(
-        default="~/.cache/grpo-gsm8k/jax", description="folder of compiled programs kept between runs; empty: none"
+        default="~/.cache/grpo-trainer/jax", description="folder of compiled programs kept between runs; empty: none"
     )
     huge_pages: bool = Field(
         default=False,
@@ -281,17 +258,17 @@ class Config(_Section):
     phase_timeout: float = Field(
         default=1800.0, gt=0.0, description="seconds a phase may take on many hosts before the missing ranks are named"
     )
-    run: Run = Run()
-    data: Data = Data()
-    model: Model = Model()
-    rollout: Rollout = Rollout()
-    loss: Loss = Loss()
-    optimizer: Optimizer = Optimizer()
-    reward: Reward = Reward()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    health: Health = Health()
-    log: Log = Log()
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    reward: RewardSettings = RewardSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    health: HealthSettings = HealthSettings()
+    log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
