@@ -1,1 +1,1 @@
-"""The GSM8K trainer."""
+"""GSM8K as a task of grpo-trainer."""

@@ -49,10 +49,12 @@ def format(  # noqa: A001 - the name people type in `reward.functions`
 ) -> list[float | None]:
     """1 where one ``####`` stands, with a number, alone on the last line, and the completion ended by itself."""
     ended = [True] * len(completions) if finished is None else finished
-    return [
-        float(done and text.count("####") == 1 and _LAST_LINE.search(text) is not None)
-        for text, done in zip(completions, ended)
-    ]
+    return [float(is_formed(text, finished=done)) for text, done in zip(completions, ended)]
+
+
+def is_formed(completion: str, *, finished: bool) -> bool:
+    """Whether one ``####`` stands, with a number, alone on the last line, and the completion ended by itself."""
+    return finished and completion.count("####") == 1 and _LAST_LINE.search(completion) is not None
 
 
 def _same(found: Decimal | None, gold: Decimal | None) -> float | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_gsm8k.embedded.problems import Problem, stream
+from grpo_gsm8k.embedded.problems import WordProblem, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class Lessons:
     learn_RT: np.ndarray
 
 
-def teach(problem: Problem, teacher: Teacher, rng: random.Random) -> str:
+def teach(problem: WordProblem, teacher: Teacher, rng: random.Random) -> str:
     """Write a solution as the unreliable teacher does.
 
     Args:

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from grpo_gsm8k.embedded.templates import ITEMS, NAMES, TEMPLATES, Template
-
-Split = Literal["train", "test"]
+from grpo_trainer.task import Split, Task
 
 TEST_SHARE = 8  # one number combination in eight belongs to the test split
 SALT = 27  # of the hash that splits; chosen so that each template has its share of both splits
@@ -24,7 +22,7 @@ _CALCULATION = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
 
 
 @dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A word problem with its worked solution.
 
     Args:
@@ -42,7 +40,7 @@ class Problem:
     numbers: tuple[int, ...]
 
 
-def generate(split: Split, count: int, *, seed: int = 0) -> list[Problem]:
+def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
     """Make distinct problems; fewer of them is a prefix of more.
 
     Args:
@@ -56,7 +54,7 @@ def generate(split: Split, count: int, *, seed: int = 0) -> list[Problem]:
     return list(islice(stream(split, seed=seed), count))
 
 
-def stream(split: Split, *, seed: int = 0) -> Iterator[Problem]:
+def stream(split: Split, *, seed: int = 0) -> Iterator[WordProblem]:
     """Make distinct problems without end: see :func:`generate`."""
     rng = random.Random(f"grpo-gsm8k/{split}/{seed}")
     seen: set[str] = set()
@@ -81,7 +79,7 @@ def split_of(numbers: tuple[int, ...]) -> Split:
     return "test" if zlib.crc32(key.encode()) % TEST_SHARE == 0 else "train"
 
 
-def write_jsonl(path: Path, problems: list[Problem]) -> None:
+def write_jsonl(path: Path, problems: list[WordProblem]) -> None:
     """Write problems as GSM8K writes its own: one JSON object a line with the fields ``question`` and ``answer``.
 
     Args:
@@ -112,7 +110,7 @@ def write_splits(folder: Path, *, train: int = 20_000, test: int = 1_000, seed: 
     return paths
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(_: Task, arguments: Sequence[str]) -> int:
     """``make-data``: write ``train.jsonl`` and ``test.jsonl``."""
     parser = argparse.ArgumentParser(prog="grpo-gsm8k make-data", description=main.__doc__)
     parser.add_argument("folder", type=Path)
@@ -125,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _draw(rng: random.Random) -> Problem | None:
+def _draw(rng: random.Random) -> WordProblem | None:
     """Draw one problem, or None where the numbers drawn do not work out."""
     template = rng.choice(TEMPLATES)
     values = _numbers(template, rng)
@@ -138,7 +136,7 @@ def _draw(rng: random.Random) -> Problem | None:
     if right is None:
         return None
     wrong = _work(template.mistake, words)
-    return Problem(
+    return WordProblem(
         question=template.question.format_map(words),
         answer=right[0],
         mistaken=wrong[0] if wrong is not None and wrong[1] != right[1] else None,

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from grpo_gsm8k.embedded.problems import generate
 from grpo_trainer.data.tokenizer import TokenizerError
+from grpo_trainer.task import Task
 
 PAD, TURN, END = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -68,7 +69,7 @@ def make_tokenizer(folder: Path, *, problems: int = 4_000, seed: int = 0, multip
     return tokenizer.get_vocab_size()
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(_: Task, arguments: Sequence[str]) -> int:
     """``make-tokenizer``: write the tokenizer of the embedded problems."""
     parser = argparse.ArgumentParser(prog="grpo-gsm8k make-tokenizer", description=main.__doc__)
     parser.add_argument("folder", type=Path)

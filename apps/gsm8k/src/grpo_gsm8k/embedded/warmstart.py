@@ -176,7 +176,7 @@ def measure(config: ModelConfig, params: Any, tokenizer: PreTrainedTokenizerBase
     )
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(_: Task, arguments: Sequence[str]) -> int:
     """``warmstart``: make the tokenizer and the policy and write them in Hugging Face layout."""
     parser = argparse.ArgumentParser(prog="grpo-gsm8k warmstart", description=main.__doc__)
     parser.add_argument(
