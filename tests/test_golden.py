@@ -65,9 +65,9 @@ def test_a_stored_value_is_never_rewritten(tmp_path: Path) -> None:
     path = folder / "grpo-contracts.npz"
     with np.load(path) as stored:
         cases = {name: stored[name] for name in stored.files}
-    damaged, dropped = "stages/finish reasons", "stages/default law"
+    damaged, dropped = "stages/finish reasons", "stages/default sampling"
     cases[damaged] = cases[damaged] + 1
-    law = cases.pop(dropped)
+    default = cases.pop(dropped)
     np.savez(path, **cases)  # pyright: ignore[reportArgumentType]
     done = subprocess.run(
         [sys.executable, str(folder / "replay.py"), "grpo-contracts", "--write"], capture_output=True, text=True
@@ -76,4 +76,4 @@ def test_a_stored_value_is_never_rewritten(tmp_path: Path) -> None:
     assert damaged in done.stdout
     with np.load(path) as stored:
         assert (stored[damaged] == cases[damaged]).all()
-        assert stored[dropped] == law
+        assert stored[dropped] == default

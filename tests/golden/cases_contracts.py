@@ -11,12 +11,12 @@ import numpy as np
 from grpo_contracts import (
     ContractError,
     FinishReason,
-    PolicyIdentity,
-    SamplingLaw,
+    PolicyVersion,
+    SamplingParams,
     Scored,
     from_completions,
     from_trl,
-    load,
+    load_batch,
     validate,
 )
 
@@ -26,17 +26,19 @@ BATCHES = Path(__file__).parent / "batches"
 def _files() -> dict[str, Any]:
     """Every field of every stored file."""
     files = sorted(BATCHES.glob("*.npz"))
-    return {name: case for path in files for name, case in _fields(path.stem, load(path)).items()}
+    return {name: case for path in files for name, case in _fields(path.stem, load_batch(path)).items()}
 
 
 def _stages() -> dict[str, Any]:
     cases: dict[str, Any] = {}
-    rollout = load(BATCHES / "rollout.npz")
+    rollout = load_batch(BATCHES / "rollout.npz")
     cases["completion_length_B"] = rollout.completion_length_B
     cases["completion_BT"] = rollout.completion_BT
-    cases["plain laws"] = np.array([SamplingLaw().plain, SamplingLaw(temperature=0.5).plain, rollout.law.plain])
+    cases["plain sampling"] = np.array(
+        [SamplingParams().plain, SamplingParams(temperature=0.5).plain, rollout.sampling.plain]
+    )
     cases["finish reasons"] = np.array([FinishReason.STOP, FinishReason.LENGTH])
-    cases["default law"] = repr(SamplingLaw())
+    cases["default sampling"] = repr(SamplingParams())
     rewards = {"a": [1.0, None, 0.5, 2.0, None, -1.0], "b": [None, None, 0.25, 1.0, 3.0, 0.0]}
     cases |= _fields("from_rewards", replace(Scored.from_rewards(rollout, rewards, {"a": 2.0, "b": 0.0}), rollout=0))
     return cases
@@ -51,7 +53,7 @@ def _fields(prefix: str, value: Any) -> dict[str, Any]:
 
 def _refusals() -> dict[str, Any]:
     """Which rule each damaged batch breaks."""
-    rollout, scored, train = (load(BATCHES / f"{name}.npz") for name in ("rollout", "scored", "train"))
+    rollout, scored, train = (load_batch(BATCHES / f"{name}.npz") for name in ("rollout", "scored", "train"))
     completion_BT = rollout.completion_BT
     damaged = {
         "positive log-probability": replace(rollout, logp_BT=np.where(completion_BT, 0.5, 0).astype(np.float32)),
@@ -76,15 +78,17 @@ def _refusal(batch: Any) -> str:
     return "accepted"
 
 
-_POLICY = PolicyIdentity(7, "ab12")
+_POLICY = PolicyVersion(7, "ab12")
 
 
 def _completions() -> Any:
-    prompts = load(BATCHES / "prompts.npz")
+    prompts = load_batch(BATCHES / "prompts.npz")
     completions = [[4, 30], [8, 8, 8], [30], [1, 2, 3, 30]]
     logp = [[-0.5, -1.0], [-0.25] * 3, [-2.0], [-0.125, -0.5, -0.75, -1.5]]
-    law = SamplingLaw(stop_ids=(30,))
-    return from_completions(prompts, completions, logp, group_size=2, law=law, policy=_POLICY, max_new_tokens=5)
+    sampling = SamplingParams(stop_ids=(30,))
+    return from_completions(
+        prompts, completions, logp, group_size=2, sampling=sampling, policy=_POLICY, max_new_tokens=5
+    )
 
 
 def _trl() -> Any:
@@ -96,8 +100,8 @@ def _trl() -> Any:
         "completion_mask": np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]]),
         "sampling_per_token_logps": -np.array([[0.5, 1, 0], [0.25, 0.25, 0.25], [2, 0, 0], [0.125, 0.5, 0.75]]),
     }
-    law = SamplingLaw(stop_ids=(30,))
-    return from_trl(record, law=law, policy=_POLICY, vocab_size=31, pad_id=0, group_size=2)
+    sampling = SamplingParams(stop_ids=(30,))
+    return from_trl(record, sampling=sampling, policy=_POLICY, vocab_size=31, pad_id=0, group_size=2)
 
 
 def _builders() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What grpo-sampler computes: hidden states of each family, laws, and the very tokens a seed draws."""
+"""What grpo-sampler computes: hidden states of each family, distributions under sampling parameters, and the very tokens a seed draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from golden_numbers import integers, wave
 
 import grpo_sampler as gs
-from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
+from grpo_contracts import PolicyVersion, Prompts, SamplingParams
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -27,13 +27,13 @@ CONFIGS = {
     "qwen3": gs.ModelConfig(family="qwen3", qk_norm=True, rope_theta=1e6, **_SIZES),
     "llama": gs.ModelConfig(family="llama", rope_scaling=_SCALING, **_SIZES),
 }
-LAWS = {
-    "plain": SamplingLaw(),
-    "warm": SamplingLaw(temperature=0.7),
-    "top-k": SamplingLaw(top_k=5),
-    "top-p": SamplingLaw(top_p=0.8),
-    "min-p": SamplingLaw(min_p=0.2),
-    "all": SamplingLaw(temperature=1.3, top_k=9, top_p=0.9, min_p=0.05),
+SAMPLINGS = {
+    "plain": SamplingParams(),
+    "warm": SamplingParams(temperature=0.7),
+    "top-k": SamplingParams(top_k=5),
+    "top-p": SamplingParams(top_p=0.8),
+    "min-p": SamplingParams(min_p=0.2),
+    "all": SamplingParams(temperature=1.3, top_k=9, top_p=0.9, min_p=0.05),
 }
 # Sampled tokens are exact only where float32 rounding cannot reach a draw's boundary; the cases keep clear of it.
 _PROMPTS = Prompts(
@@ -82,10 +82,10 @@ def _hidden() -> dict[str, Any]:
     return cases
 
 
-def _laws() -> dict[str, Any]:
+def _log_probabilities() -> dict[str, Any]:
     logits_BV = jnp.asarray(3 * wave(3, 23))
-    compiled = jax.jit(gs.law_log_probabilities)
-    return {f"law {name}": compiled(logits_BV, gs.law_arrays(law, 23)) for name, law in LAWS.items()}
+    compiled = jax.jit(gs.log_probabilities, static_argnames="sampling")
+    return {name: compiled(logits_BV, sampling=sampling) for name, sampling in SAMPLINGS.items()}
 
 
 def _draws() -> dict[str, Any]:
@@ -94,13 +94,13 @@ def _draws() -> dict[str, Any]:
     _, params = _params(config)
     cases: dict[str, Any] = {}
     sampler = gs.Sampler(config, max_prompt_length=4, max_new_tokens=6, slots=4, sizes=1)
-    for name, law, seed, step in (
-        ("greedy", SamplingLaw(temperature=0.0, stop_ids=(2,)), 0, 0),
-        ("sampled", SamplingLaw(stop_ids=(2,)), 0, 0),
-        ("another step", SamplingLaw(stop_ids=(2,)), 0, 1),
+    for name, sampling, seed, step in (
+        ("greedy", SamplingParams(temperature=0.0, stop_ids=(2,)), 0, 0),
+        ("sampled", SamplingParams(stop_ids=(2,)), 0, 0),
+        ("another step", SamplingParams(stop_ids=(2,)), 0, 1),
     ):
         rollout = sampler.generate(
-            params, _PROMPTS, group_size=2, seed=seed, step=step, policy=PolicyIdentity(step, "ab"), law=law
+            params, _PROMPTS, group_size=2, seed=seed, step=step, policy=PolicyVersion(step, "ab"), sampling=sampling
         )
         cases[f"draw {name}: tokens"] = rollout.tokens_BT
         cases[f"draw {name}: total length"] = rollout.total_length_B
@@ -111,4 +111,4 @@ def _draws() -> dict[str, Any]:
     return cases
 
 
-PARTS = {"network": _hidden, "laws": _laws, "draws": _draws}
+PARTS = {"network": _hidden, "log_probabilities": _log_probabilities, "draws": _draws}

@@ -1,4 +1,4 @@
-"""Wrote `batches/*.npz` once, with grpo-contracts 0.1.0. Kept to show what is in them: a stored file stays."""
+"""Writes `batches/*.npz`. They were written once, with grpo-contracts 0.2.0: a file that exists is never replaced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from golden_numbers import integers, wave
 
-from grpo_contracts import PolicyIdentity, Prompts, Rollout, SamplingLaw, Scored, TrainBatch, save
+from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams, Scored, TrainBatch, save_batch
 
 FOLDER = Path(__file__).parent / "batches"
 VOCAB, PAD, STOP, GROUP = 31, 0, 30, 3
@@ -41,8 +41,8 @@ def make() -> dict[str, object]:
         sample_B=np.tile(np.arange(GROUP, dtype=np.int32), 2),
         group_B=np.repeat(np.arange(2, dtype=np.int32), GROUP),
         group_size=GROUP,
-        law=SamplingLaw(temperature=0.75, top_k=20, top_p=0.9, min_p=0.01, stop_ids=(STOP,)),
-        policy=PolicyIdentity(41, "c0ffee"),
+        sampling=SamplingParams(temperature=0.75, top_k=20, top_p=0.9, min_p=0.01, stop_ids=(STOP,)),
+        policy=PolicyVersion(41, "c0ffee"),
         vocab_size=VOCAB,
         pad_id=PAD,
     )
@@ -68,4 +68,4 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, batch in make().items():
         if not (FOLDER / f"{name}.npz").exists():
-            save(batch, FOLDER / f"{name}.npz")  # pyright: ignore[reportArgumentType]
+            save_batch(batch, FOLDER / f"{name}.npz")  # pyright: ignore[reportArgumentType]

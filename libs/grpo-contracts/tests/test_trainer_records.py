@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_contracts import PolicyIdentity, SamplingLaw, from_trl, from_verl, validate
+from grpo_contracts import PolicyVersion, SamplingParams, from_trl, from_verl, validate
 
 STORED = Path(__file__).parent / "oracles" / "trainer_records.npz"
 ADAPTERS = {"trl": from_trl, "verl": from_verl}
@@ -32,11 +32,11 @@ def stored_cases() -> dict[str, dict[str, Any]]:
 def check(name: str, case: dict[str, Any]) -> None:
     """Adapt one record, and compare each row with what was drawn."""
     arguments = dict(case["arguments"])
-    law = SamplingLaw(**arguments.pop("law"))
+    sampling = SamplingParams(**arguments.pop("sampling"))
     if "policy_logp" in arguments:
         arguments["policy_logp"] = np.array(arguments["policy_logp"], np.float32)
-    policy = PolicyIdentity(7, "0abc")
-    rollout = ADAPTERS[name.partition(",")[0]](case["record"], law=law, policy=policy, **arguments)
+    policy = PolicyVersion(7, "0abc")
+    rollout = ADAPTERS[name.partition(",")[0]](case["record"], sampling=sampling, policy=policy, **arguments)
     validate(rollout, "values")
     assert len(rollout.tokens_BT) == len(case["prompts"])
     ended = []
@@ -49,7 +49,7 @@ def check(name: str, case: dict[str, Any]) -> None:
         np.testing.assert_allclose(rollout.logp_BT[b, start:end], logp, rtol=0, atol=ROUNDING)
         np.testing.assert_allclose(rollout.policy_logp_BT[b, start:end], case["policy_logp"][b], rtol=0, atol=ROUNDING)
         assert rollout.loss_mask_BT[b].any() == case["in_loss"][b]
-        ended.append(completion[-1] in law.stop_ids)
+        ended.append(completion[-1] in sampling.stop_ids)
     assert (rollout.finish_B == [0 if stopped else 1 for stopped in ended]).all()
     prompt_of_group = {int(g): case["prompts"][b] for b, g in enumerate(rollout.group_B)}
     assert [prompt_of_group[int(g)] for g in rollout.group_B] == case["prompts"]
@@ -66,7 +66,7 @@ def test_the_records_hold_both_endings_and_masked_rows() -> None:
     for trainer in ADAPTERS:
         of_trainer = [case for name, case in cases.items() if name.partition(",")[0] == trainer]
         stops = {
-            last in case["arguments"]["law"]["stop_ids"] for case in of_trainer for *_, last in case["completions"]
+            last in case["arguments"]["sampling"]["stop_ids"] for case in of_trainer for *_, last in case["completions"]
         }
         assert stops == {True, False}, trainer
     assert {alive for case in cases.values() for alive in case["in_loss"]} == {True, False}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from grpo_contracts import (
     ContractError,
     GrpoError,
-    PolicyIdentity,
+    PolicyVersion,
     Prompts,
     Rollout,
-    SamplingLaw,
+    SamplingParams,
     Scored,
     TrainBatch,
     validate,
@@ -88,7 +88,7 @@ CORRUPTIONS: list[tuple[str, Any, str, str, tuple[int, ...] | None]] = [
     (ROLLOUT + "policy_logp_BT", lambda x: put(x, (0, 2), np.inf), "policy_logp_BT", "finite", (0, 2)),
     (ROLLOUT + "policy_logp_BT", lambda x: x + 1.7, "policy_logp_BT", "nonpositive", (0, 0)),
     (ROLLOUT + "policy_logp_BT", lambda x: put(x, (2, 5), -1), "policy_logp_BT", "outside", (2, 5)),
-    (ROLLOUT + "policy_logp_BT", lambda x: x * np.float32(0.7), "policy_logp_BT", "plain_law", (0, 2)),
+    (ROLLOUT + "policy_logp_BT", lambda x: x * np.float32(0.7), "policy_logp_BT", "plain_sampling", (0, 2)),
     (ROLLOUT + "finish_B", lambda x: put(x, 2, 5), "finish_B", "known", (2,)),
     (ROLLOUT + "finish_B", lambda x: 1 - x, "finish_B", "last_token", (0,)),
     (ROLLOUT + "prompt_id_B", lambda x: put(x, 1, 41), "prompt_id_B", "same_prompt", (1,)),
@@ -101,9 +101,9 @@ CORRUPTIONS: list[tuple[str, Any, str, str, tuple[int, ...] | None]] = [
     (ROLLOUT + "group_size", lambda x: 3, "group_size", "divides", None),
     (ROLLOUT + "group_size", lambda x: 4, "group_B", "range", (2,)),
     (ROLLOUT + "group_size", lambda x: 2.0, "group_size", "type", None),
-    (ROLLOUT + "law", lambda x: None, "law", "type", None),
-    (ROLLOUT + "law", lambda x: SamplingLaw(stop_ids=(19, 20)), "law.stop_ids", "vocabulary", None),
-    (ROLLOUT + "law", lambda x: SamplingLaw(), "finish_B", "last_token", (0,)),
+    (ROLLOUT + "sampling", lambda x: None, "sampling", "type", None),
+    (ROLLOUT + "sampling", lambda x: SamplingParams(stop_ids=(19, 20)), "sampling.stop_ids", "vocabulary", None),
+    (ROLLOUT + "sampling", lambda x: SamplingParams(), "finish_B", "last_token", (0,)),
     (ROLLOUT + "policy", lambda x: "0a1b", "policy", "type", None),
     (ROLLOUT + "policy.step", lambda x: -1, "policy.step", "range", None),
     (ROLLOUT + "policy.step", lambda x: 1.5, "step", "type", None),
@@ -161,7 +161,7 @@ def test_a_single_corruption_is_caught_and_named(
         validate(replace(batch, path, change), "values")
     error = caught.value
     assert (error.field, error.rule, error.index) == (field, rule, index)
-    assert error.stage in {"Rollout", "Scored", "TrainBatch", "PolicyIdentity"}
+    assert error.stage in {"Rollout", "Scored", "TrainBatch", "PolicyVersion"}
     assert error.expected is not None
     place = f"{error.stage}.{field}" + ("" if index is None else f"[{', '.join(map(str, index))}]")
     assert str(error).startswith(f"{place} must ")
@@ -281,7 +281,7 @@ ANYTHING = st.one_of(
     st.builds(object),
     st.builds(lambda n: 10**n, st.integers(0, 6000)),
     st.builds(lambda s: (s,), st.text(max_size=2)),
-    st.builds(PolicyIdentity, st.one_of(st.integers(), st.text(max_size=2)), st.one_of(st.text(max_size=2), st.none())),
+    st.builds(PolicyVersion, st.one_of(st.integers(), st.text(max_size=2)), st.one_of(st.text(max_size=2), st.none())),
     st.builds(
         lambda dtype, shape, fill: np.full(shape, fill).astype(dtype),
         st.sampled_from(
@@ -350,21 +350,21 @@ def test_a_law_is_possible_or_refused(temperature: Any, top_k: Any, top_p: Any, 
         {"stop_ids": stop_ids},
     ):
         try:
-            law = SamplingLaw(**arguments)
+            sampling = SamplingParams(**arguments)
         except ContractError as error:
             assert error.field in arguments  # noqa: PT017
         else:
-            assert hash(law) == hash(dataclasses.replace(law))
+            assert hash(sampling) == hash(dataclasses.replace(sampling))
 
 
 def test_laws_are_the_same_whoever_made_them() -> None:
     ids: Any = [2, 3]
     top_k: Any = np.int32(3)
-    law = SamplingLaw(np.float64(0.5), top_k, 1, 0, ids)
-    assert law == SamplingLaw(0.5, 3, 1.0, 0.0, (2, 3))
-    assert repr(law) == "SamplingLaw(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, stop_ids=(2, 3))"
-    assert SamplingLaw(stop_ids=(5,)).plain
-    assert not law.plain
+    sampling = SamplingParams(np.float64(0.5), top_k, 1, 0, ids)
+    assert sampling == SamplingParams(0.5, 3, 1.0, 0.0, (2, 3))
+    assert repr(sampling) == "SamplingParams(temperature=0.5, top_k=3, top_p=1.0, min_p=0.0, stop_ids=(2, 3))"
+    assert SamplingParams(stop_ids=(5,)).plain
+    assert not sampling.plain
 
 
 def test_rewards_that_could_not_be_computed_are_unscored(batch: TrainBatch) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from grpo_contracts import FinishReason, PolicyIdentity, Prompts, Rollout, RolloutBackend, SamplingLaw, validate
-from grpo_sampler import ModelConfig, SamplerError, Transformer, law_arrays, law_log_probabilities, merge, split
+from grpo_contracts import FinishReason, PolicyVersion, Prompts, Rollout, RolloutBackend, SamplingParams, validate
+from grpo_sampler import ModelConfig, SamplerError, Transformer, log_probabilities, merge, split
 
 V, MAX_NEW, G = 32, 6, 3
 CONFIG = ModelConfig(
@@ -27,10 +27,10 @@ CONFIG = ModelConfig(
     max_positions=64,
     eos_ids=(7,),  # not a stop id of the laws: what stops a completion is the law alone
 )
-LAWS = {
-    "plain": SamplingLaw(stop_ids=(5, 9)),
-    "filtered": SamplingLaw(temperature=0.8, top_k=20, top_p=0.95, min_p=0.01, stop_ids=(5, 9)),
-    "greedy": SamplingLaw(temperature=0.0, stop_ids=(5, 9)),
+SAMPLINGS = {
+    "plain": SamplingParams(stop_ids=(5, 9)),
+    "filtered": SamplingParams(temperature=0.8, top_k=20, top_p=0.95, min_p=0.01, stop_ids=(5, 9)),
+    "greedy": SamplingParams(temperature=0.0, stop_ids=(5, 9)),
 }
 PROMPTS = Prompts(
     np.array([[3, 4, 6, 8, 2], [11, 12, 0, 0, 0], [17, 3, 21, 0, 0]], np.int32),
@@ -55,8 +55,8 @@ def scored(params: Any, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
     hidden_BTD = model(jnp.asarray(rollout.tokens_BT), segment_BT=jnp.asarray(segment_BT.astype(np.int32)))
     logits_NV = (hidden_BTD @ model.unembedding.T)[:, :-1].reshape(-1, V)
     policy_NV = jax.nn.log_softmax(logits_NV)
-    greedy = rollout.law.temperature == 0
-    law_NV = jnp.zeros_like(policy_NV) if greedy else law_log_probabilities(logits_NV, law_arrays(rollout.law, V))
+    greedy = rollout.sampling.temperature == 0
+    law_NV = jnp.zeros_like(policy_NV) if greedy else log_probabilities(logits_NV, rollout.sampling)
 
     def taken(logp_NV: jax.Array) -> np.ndarray:
         logp_BTV = np.asarray(logp_NV).reshape(len(rollout.tokens_BT), -1, V)
@@ -66,26 +66,26 @@ def scored(params: Any, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
     return taken(law_NV), taken(policy_NV)
 
 
-def check(make: Callable[[SamplingLaw], RolloutBackend], law: SamplingLaw, bound: float) -> None:
+def check(make: Callable[[SamplingParams], RolloutBackend], sampling: SamplingParams, bound: float) -> None:
     """One life of a backend.
 
     Args:
         make: gives a backend with at most MAX_NEW tokens a completion.
-        law: what it draws from.
+        sampling: what it draws from.
         bound: largest gap to the scorer's log-probabilities, in nats.
     """
-    params, backend = policy_params(), make(law)
+    params, backend = policy_params(), make(sampling)
     assert isinstance(backend, RolloutBackend)
     backend.start()
     with pytest.raises(SamplerError, match="update_weights"):
         backend.generate(PROMPTS, group_size=G, seed=1, step=2)
 
     given = jax.tree.map(jnp.copy, params)
-    backend.update_weights(given, PolicyIdentity(2, "0a"))
+    backend.update_weights(given, PolicyVersion(2, "0a"))
     jax.tree.map(lambda leaf: leaf.delete(), given)  # a trainer may donate what it handed over
     rollout = backend.generate(PROMPTS, group_size=G, seed=1, step=2)
     validate(rollout, level="values")
-    assert (rollout.law, rollout.policy) == (law, PolicyIdentity(2, "0a"))
+    assert (rollout.sampling, rollout.policy) == (sampling, PolicyVersion(2, "0a"))
     np.testing.assert_array_equal(rollout.prompt_id_B, np.repeat(PROMPTS.prompt_id_P, G))
     np.testing.assert_array_equal(rollout.group_B, np.repeat(np.arange(3), G))
     np.testing.assert_array_equal(rollout.sample_B, np.tile(np.arange(G), 3))
@@ -94,9 +94,9 @@ def check(make: Callable[[SamplingLaw], RolloutBackend], law: SamplingLaw, bound
 
     stopped_B = rollout.finish_B == FinishReason.STOP
     last_B = rollout.tokens_BT[np.arange(3 * G), rollout.total_length_B - 1]
-    np.testing.assert_array_equal(stopped_B, np.isin(last_B, law.stop_ids))
+    np.testing.assert_array_equal(stopped_B, np.isin(last_B, sampling.stop_ids))
     inner_BT = rollout.loss_mask_BT & (np.arange(rollout.tokens_BT.shape[1]) < rollout.total_length_B[:, None] - 1)
-    assert not np.isin(rollout.tokens_BT[inner_BT], law.stop_ids).any()
+    assert not np.isin(rollout.tokens_BT[inner_BT], sampling.stop_ids).any()
     assert (rollout.completion_length_B[~stopped_B] == MAX_NEW).all()
 
     logp_BT, policy_logp_BT = scored(params, rollout)
@@ -107,10 +107,10 @@ def check(make: Callable[[SamplingLaw], RolloutBackend], law: SamplingLaw, bound
     # Neither order nor company matters, every part of the identity does.
     alone = Prompts(PROMPTS.tokens_PT[1:2], PROMPTS.length_P[1:2], PROMPTS.prompt_id_P[1:2], V, 0)
     np.testing.assert_array_equal(completions(backend, alone, 2), completions(backend, PROMPTS, 2)[G : 2 * G])
-    if law.temperature > 0:
+    if sampling.temperature > 0:
         assert (completions(backend, PROMPTS, 3) != completions(backend, PROMPTS, 2)).any()
         assert len(np.unique(completions(backend, PROMPTS, 2)[:G], axis=0)) > 1
-    backend.update_weights(jax.tree.map(lambda leaf: -leaf, params), PolicyIdentity(3, "0b"))
+    backend.update_weights(jax.tree.map(lambda leaf: -leaf, params), PolicyVersion(3, "0b"))
     other = backend.generate(PROMPTS, group_size=G, seed=1, step=2)
     assert other.policy.step == 3
     assert not np.array_equal(other.policy_logp_BT, rollout.policy_logp_BT)

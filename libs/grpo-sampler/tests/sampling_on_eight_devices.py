@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer_layout import SPECS
 
-from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
+from grpo_contracts import PolicyVersion, Prompts, SamplingParams
 from grpo_sampler import ModelConfig, Sampler, Transformer, split
 from grpo_sampler._kernels import self_attention, splash_attention
 
@@ -34,18 +34,18 @@ CONFIG = ModelConfig(
     qk_norm=False,
     max_positions=64,
 )
-LAW = SamplingLaw(temperature=0.9, stop_ids=(5, 9))
+SAMPLING = SamplingParams(temperature=0.9, stop_ids=(5, 9))
 
 
-def rollout(params, mesh, *, law, unroll, slots):
+def rollout(params, mesh, *, sampling, unroll, slots):
     lengths = np.array([3, 8, 5, 1, 7], np.int32)
     tokens = np.random.default_rng(0).integers(1, 32, (5, 8)).astype(np.int32)
     tokens[np.arange(8) >= lengths[:, None]] = 0
     prompts = Prompts(tokens, lengths, np.arange(5, dtype=np.int32), 32, 0)
     sampler = Sampler(
-        CONFIG, law, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
+        CONFIG, sampling, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
     )
-    return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyIdentity(2, "0a"))
+    return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyVersion(2, "0a"))
 
 
 def sharded(params, mesh):
@@ -77,10 +77,10 @@ def splash_beside_xla(mesh: Mesh) -> float:
 def main(shape: list[int], filtered: bool, unroll: bool) -> None:
     params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 8}
-    law = SamplingLaw(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if filtered else LAW
-    one = rollout(params, None, law=law, unroll=unroll, slots=24)
+    sampling = SamplingParams(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if filtered else SAMPLING
+    one = rollout(params, None, sampling=sampling, unroll=unroll, slots=24)
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
-    many = rollout(sharded(params, mesh), mesh, law=law, unroll=unroll, slots=16)
+    many = rollout(sharded(params, mesh), mesh, sampling=sampling, unroll=unroll, slots=16)
     report = {
         "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
         "finish": bool((one.finish_B == many.finish_B).all()),

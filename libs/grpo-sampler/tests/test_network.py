@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from grpo_sampler import ModelConfig, SamplerError, Transformer, abstract, load, merge, split
+from grpo_sampler import ModelConfig, SamplerError, Transformer, abstract, load_pretrained, merge, split
 from grpo_sampler._kernels import resolve_attention, self_attention, splash_attention
 from grpo_sampler._layout import leaves
 from grpo_sampler._rope import rope_constants, rope_tables
@@ -48,7 +48,7 @@ def reference_inputs(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_transformers(case, tmp_path):
     write_checkpoint(case, tmp_path)
-    config, params = load(tmp_path, dtype=jnp.float32)
+    config, params = load_pretrained(tmp_path, dtype=jnp.float32)
     model = merge(abstract(config)[0], params)
     tokens_BT, lengths = reference_inputs(config.vocab_size)
     live = np.arange(tokens_BT.shape[1]) < lengths[:, None]

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from grpo_contracts import ContractError, FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, validate
+from grpo_contracts import ContractError, FinishReason, PolicyVersion, Prompts, Rollout, SamplingParams, validate
 from grpo_sampler import ModelConfig, Sampler, SamplerError, Transformer, merge, split
 from grpo_sampler._slots import few_rows, shapes_for
 
-POLICY = PolicyIdentity(3, "ab12")
+POLICY = PolicyVersion(3, "ab12")
 CONFIG = ModelConfig(
     family="qwen3",
     vocab_size=23,
@@ -60,7 +60,7 @@ def prompts_of(lengths, seed=0, vocabulary=23, ids=None) -> Prompts:
     return Prompts(tokens, lengths, np.asarray(ids, np.int32), vocabulary, 0)
 
 
-STOPPING = SamplingLaw(stop_ids=(5,))
+STOPPING = SamplingParams(stop_ids=(5,))
 
 
 @functools.cache  # programs compile once for all tests
@@ -77,7 +77,7 @@ def generate(sampler: Sampler, params: Any, prompts: Prompts, group_size: int = 
     return rollout
 
 
-def scored(model, rollout, law=None) -> np.ndarray:
+def scored(model, rollout, sampling=None) -> np.ndarray:
     """Log-probabilities of a rollout's tokens by the training-style forward."""
     segment_BT = (np.arange(rollout.tokens_BT.shape[1]) < rollout.total_length_B[:, None]).astype(np.int32)
     hidden = model(jnp.asarray(rollout.tokens_BT), segment_BT=jnp.asarray(segment_BT))
@@ -97,7 +97,7 @@ def same(a: Rollout, b: Rollout, atol=0.0) -> None:
 
 @pytest.mark.parametrize("unroll", [True, False])
 def test_decoded_log_probabilities_are_the_training_forwards(model, params, unroll, record_property):
-    rollout = generate(sampler_of(unroll=unroll), params, prompts_of([1, 3, 12, 7, 2, 9]), law=STOPPING)
+    rollout = generate(sampler_of(unroll=unroll), params, prompts_of([1, 3, 12, 7, 2, 9]), sampling=STOPPING)
     gap = np.abs(scored(model, rollout) - rollout.policy_logp_BT).max()
     record_property("gap", float(gap))
     print(f"gap decode against training forward, f32: {gap:.2e}")
@@ -125,7 +125,9 @@ def _bfloat16(params):
 
 
 def test_greedy_is_the_training_forwards_argmax(model, params):
-    rollout = generate(sampler_of(), params, prompts_of([5, 12, 1]), group_size=1, law=SamplingLaw(temperature=0.0))
+    rollout = generate(
+        sampler_of(), params, prompts_of([5, 12, 1]), group_size=1, sampling=SamplingParams(temperature=0.0)
+    )
     hidden = model(jnp.asarray(rollout.tokens_BT))
     best_BT = np.asarray(jnp.argmax(hidden @ model.unembedding.T, -1))
     np.testing.assert_array_equal(
@@ -136,8 +138,8 @@ def test_greedy_is_the_training_forwards_argmax(model, params):
 
 def test_sequences_follow_the_exact_joint_distribution(model, params, record_property):
     """Two tokens in a row against all 529 pairs, whose probabilities the network gives."""
-    law = SamplingLaw(temperature=1.3)
-    sampler = sampler_of(law=law, max_new_tokens=2, slots=512, sizes=1)
+    sampling = SamplingParams(temperature=1.3)
+    sampler = sampler_of(sampling=sampling, max_new_tokens=2, slots=512, sizes=1)
     prompts = prompts_of([4])
     counts = np.zeros((23, 23))
     for step in range(20):
@@ -156,8 +158,8 @@ def test_sequences_follow_the_exact_joint_distribution(model, params, record_pro
 
 
 def test_the_law_reported_is_the_law_drawn_from(model, params):
-    law = SamplingLaw(temperature=0.7, top_k=9, top_p=0.8, min_p=0.02, stop_ids=(5,))
-    rollout = generate(sampler_of(), params, prompts_of([5, 12, 1]), law=law)
+    sampling = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, min_p=0.02, stop_ids=(5,))
+    rollout = generate(sampler_of(), params, prompts_of([5, 12, 1]), sampling=sampling)
     inside = rollout.loss_mask_BT
     assert (rollout.logp_BT[inside] >= rollout.policy_logp_BT[inside] - 2).all()
     assert not np.allclose(rollout.logp_BT, rollout.policy_logp_BT)
@@ -171,21 +173,21 @@ class TestRandomnessByIdentity:
 
     def test_neither_order_nor_company_matters_within_a_shape(self, params):
         sampler, prompts = sampler_of(slots=24), prompts_of(self.lengths)
-        whole = generate(sampler, params, prompts, law=STOPPING)
-        turned = generate(sampler, params, _take(prompts, [5, 4, 3, 2, 1, 0]), law=STOPPING)
+        whole = generate(sampler, params, prompts, sampling=STOPPING)
+        turned = generate(sampler, params, _take(prompts, [5, 4, 3, 2, 1, 0]), sampling=STOPPING)
         order = np.arange(24).reshape(6, 4)[::-1].reshape(-1)
         same(_rows(turned, order), whole, atol=2e-6)
 
     def test_the_same_call_gives_the_same_bits(self, params):
         sampler, prompts = sampler_of(), prompts_of(self.lengths)
-        first = generate(sampler, params, prompts, law=STOPPING)
-        same(generate(sampler, params, prompts, law=STOPPING), first)
+        first = generate(sampler, params, prompts, sampling=STOPPING)
+        same(generate(sampler, params, prompts, sampling=STOPPING), first)
 
     @pytest.mark.parametrize("slots", [5, 16])
     def test_slots_do_not_matter(self, params, slots):
         prompts = prompts_of(self.lengths)
-        few = generate(sampler_of(slots=slots), params, prompts, law=STOPPING)
-        same(few, generate(sampler_of(slots=24), params, prompts, law=STOPPING), atol=3e-6)
+        few = generate(sampler_of(slots=slots), params, prompts, sampling=STOPPING)
+        same(few, generate(sampler_of(slots=24), params, prompts, sampling=STOPPING), atol=3e-6)
 
     def test_every_part_of_the_identity_matters(self, params):
         sampler, prompts = sampler_of(), prompts_of([4, 4])
@@ -222,7 +224,9 @@ def test_nothing_compiles_after_warm_up(params, batches):
     with _no_compilation():
         for step in range(batches):
             lengths = rng.integers(1, 13, rng.integers(1, 9))
-            law = SamplingLaw(temperature=float(rng.uniform(0, 2)), stop_ids=tuple(rng.integers(0, 23, 3).tolist()))
+            sampling = SamplingParams(
+                temperature=float(rng.uniform(0, 2)), stop_ids=tuple(rng.integers(0, 23, 3).tolist())
+            )
             sampler.generate(
                 params,
                 prompts_of(lengths, step),
@@ -230,7 +234,7 @@ def test_nothing_compiles_after_warm_up(params, batches):
                 seed=0,
                 step=step,
                 policy=POLICY,
-                law=law,
+                sampling=sampling,
                 max_new_tokens=rng.integers(1, 7, len(lengths)),
             )
     assert sampler.compile_count == warm
@@ -254,8 +258,8 @@ class _no_compilation:
 
 def test_stream_yields_the_same_sequences(params):
     sampler, prompts = sampler_of(slots=5), prompts_of([3, 12, 7, 5, 9, 2, 6])
-    rollout = generate(sampler, params, prompts, law=STOPPING)
-    ended = list(sampler.stream(params, prompts, group_size=4, seed=7, step=3, law=STOPPING))
+    rollout = generate(sampler, params, prompts, sampling=STOPPING)
+    ended = list(sampler.stream(params, prompts, group_size=4, seed=7, step=3, sampling=STOPPING))
     assert sorted((e.group, e.sample) for e in ended) == [(p, s) for p in range(7) for s in range(4)]
     for e in ended:
         b = e.group * 4 + e.sample
@@ -278,8 +282,8 @@ def test_every_request_keeps_its_own_limit(params):
 
 
 def test_no_sequence_stops_before_its_minimum(model, params):
-    law = SamplingLaw(stop_ids=tuple(range(0, 23, 2)))
-    rollout = generate(sampler_of(min_new_tokens=5), params, prompts_of([3, 5, 7, 12]), law=law)
+    sampling = SamplingParams(stop_ids=tuple(range(0, 23, 2)))
+    rollout = generate(sampler_of(min_new_tokens=5), params, prompts_of([3, 5, 7, 12]), sampling=sampling)
     assert rollout.completion_length_B.min() >= 5
     assert (rollout.finish_B == FinishReason.STOP).any()
     forbidden = (rollout.loss_mask_BT) & (np.arange(28) < rollout.prompt_length_B[:, None] + 5)
@@ -289,8 +293,8 @@ def test_no_sequence_stops_before_its_minimum(model, params):
 
 def test_a_ring_that_wraps_and_many_waves(model, params):
     lengths = np.random.default_rng(1).integers(1, 13, 40)
-    law = SamplingLaw(stop_ids=(5, 6, 7, 8))
-    rollout = generate(sampler_of(slots=5), params, prompts_of(lengths), law=law)
+    sampling = SamplingParams(stop_ids=(5, 6, 7, 8))
+    rollout = generate(sampler_of(slots=5), params, prompts_of(lengths), sampling=sampling)
     np.testing.assert_allclose(scored(model, rollout), rollout.policy_logp_BT, atol=1e-5)
 
 
@@ -309,7 +313,7 @@ def test_a_ring_that_wraps_and_many_waves(model, params):
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"seed": -1}, "seed must lie in"),
         ({"step": -1}, "step must lie in"),
-        ({"law": SamplingLaw(stop_ids=(23,))}, "stop_ids must lie in"),
+        ({"sampling": SamplingParams(stop_ids=(23,))}, "stop_ids must lie in"),
         ({"max_new_tokens": np.array([17])}, r"must lie in \[1, 16\]"),
         ({"max_new_tokens": np.array([1, 2])}, r"of shape \(1,\) or \(1, 4\)"),
     ],

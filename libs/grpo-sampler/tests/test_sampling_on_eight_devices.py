@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "law", "layers"),
+    ("mesh", "sampling", "layers"),
     [
         ("8,1,1", "plain", "unrolled"),
         ("1,8,1", "plain", "scanned"),
@@ -22,9 +22,9 @@ SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
         ("4,1,2", "plain", "unrolled"),
     ],
 )
-def test_results_equal_one_device(mesh, law, layers):
+def test_results_equal_one_device(mesh, sampling, layers):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), mesh, law, layers], capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, str(SCRIPT), mesh, sampling, layers], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainer_layout import SPECS
 
-from grpo_contracts import SamplingLaw
+from grpo_contracts import SamplingParams
 from grpo_sampler import ModelConfig, Sampler, abstract, merge
 
 CONFIG = ModelConfig("qwen2", 512, 256, 512, 2, 8, 4, 64, qkv_bias=True, tied=True)
@@ -77,7 +77,7 @@ def test_rollout_programs_compile_for_a_v6e_slice(shape):
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*SPECS.get(path[-1].key, ())))
         )
 
-    sampler = Sampler(config, SamplingLaw(), max_prompt_length=512, max_new_tokens=512, slots=256, mesh=mesh)
+    sampler = Sampler(config, SamplingParams(), max_prompt_length=512, max_new_tokens=512, slots=256, mesh=mesh)
     for name, compile_now in sampler.programs(jax.tree.map_with_path(place, shapes), group_size=8).items():
         memory = compile_now().memory_analysis()
         assert memory is not None

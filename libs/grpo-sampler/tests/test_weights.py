@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpo_sampler import ModelConfig, WeightsError, load, save
+from grpo_sampler import ModelConfig, WeightsError, load_pretrained, save_pretrained
 from grpo_sampler._layout import leaves
 
 QWEN2 = ModelConfig("qwen2", 37, 16, 24, 3, 4, 2, 4, qkv_bias=True, tied=True)
@@ -44,10 +44,10 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("limit", [4_000_000_000, 5_000], ids=["single", "sharded"])
 def test_round_trip_is_bit_for_bit(tmp_path, config, dtype, limit):
     tensors = tensors_of(config, dtype)
-    read, params = load(write(tmp_path / "a", config, tensors), dtype=dtype)
+    read, params = load_pretrained(write(tmp_path / "a", config, tensors), dtype=dtype)
     assert read == config
-    save(tmp_path / "b", read, params, max_shard_bytes=limit)
-    again, same = load(tmp_path / "b", dtype=dtype)
+    save_pretrained(tmp_path / "b", read, params, max_shard_bytes=limit)
+    again, same = load_pretrained(tmp_path / "b", dtype=dtype)
     assert again == config
     assert all(
         a.dtype == dtype and np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same))
@@ -65,7 +65,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, config, dtype, limit):
 
 def test_linear_layers_are_transposed_and_split_into_heads(checkpoint):
     tensors = tensors_of(QWEN2)
-    _, params = load(checkpoint, dtype=jnp.float32)
+    _, params = load_pretrained(checkpoint, dtype=jnp.float32)
     layers = params["layers"]
     stored = tensors["model.layers.1.self_attn.q_proj.weight"]
     assert np.array_equal(layers["q"][1], stored.reshape(4, 4, 16).transpose(2, 0, 1))
@@ -78,7 +78,7 @@ def test_linear_layers_are_transposed_and_split_into_heads(checkpoint):
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_any_floating_type_becomes_the_one_asked_for(tmp_path, stored):
     tensors = tensors_of(LLAMA, stored)
-    _, params = load(write(tmp_path / "m", LLAMA, tensors), dtype=jnp.bfloat16)
+    _, params = load_pretrained(write(tmp_path / "m", LLAMA, tensors), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     expected = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
     assert np.array_equal(params["embed"], expected)
@@ -103,7 +103,7 @@ def test_every_block_of_a_parameter_can_be_read_by_itself():
 
 def test_shardings_as_one_as_a_function_and_as_a_tree(checkpoint):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    plain = load(checkpoint, dtype=jnp.float32)[1]
+    plain = load_pretrained(checkpoint, dtype=jnp.float32)[1]
     asked = []
 
     def choose(path):
@@ -111,12 +111,12 @@ def test_shardings_as_one_as_a_function_and_as_a_tree(checkpoint):
         return device
 
     for sharding in (device, choose, jax.tree.map(lambda _: device, plain)):
-        placed = load(checkpoint, dtype=jnp.float32, sharding=sharding)[1]
+        placed = load_pretrained(checkpoint, dtype=jnp.float32, sharding=sharding)[1]
         assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(placed), jax.tree.leaves(plain)))
         assert all(leaf.sharding == device for leaf in jax.tree.leaves(placed))
     assert {"embed", "final_norm", "layers/q", "layers/q_bias"} <= set(asked)
     with pytest.raises(WeightsError, match="entry for embed"):
-        load(checkpoint, dtype=jnp.float32, sharding={"layers": {}})
+        load_pretrained(checkpoint, dtype=jnp.float32, sharding={"layers": {}})
 
 
 def changed(checkpoint, change):
@@ -129,84 +129,84 @@ def test_missing_and_unexpected_tensors_are_named(checkpoint):
     name = "model.layers.2.mlp.up_proj.weight"
     changed(checkpoint, lambda tensors: tensors.pop(name))
     with pytest.raises(WeightsError, match=f"missing {name}"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
     changed(checkpoint, lambda tensors: tensors.update(extra=np.zeros(3, np.float32)))
     with pytest.raises(WeightsError, match="got also extra"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
 
 
 def test_wrong_shapes_and_types_are_named(checkpoint):
     name = "model.norm.weight"
     changed(checkpoint, lambda tensors: tensors.update({name: np.zeros(15, np.float32)}))
     with pytest.raises(WeightsError, match=rf"{name} must have shape \(16,\): got \(15,\)"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
     changed(checkpoint, lambda tensors: tensors.update({name: np.zeros(16, np.int8)}))
     with pytest.raises(WeightsError, match=f"{name} must be one of .*: got I8"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
 
 
 def test_a_truncated_file_is_named(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"model\.safetensors must be a whole safetensors file"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
 
 
 def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(checkpoint):
     changed(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
-    assert "unembed" not in load(checkpoint, dtype=jnp.float32)[1]
+    assert "unembed" not in load_pretrained(checkpoint, dtype=jnp.float32)[1]
     changed(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(WeightsError, match=r"holds another lm_head\.weight"):
-        load(checkpoint, dtype=jnp.float32)
+        load_pretrained(checkpoint, dtype=jnp.float32)
 
 
 def test_lost_shards_and_broken_indices_are_named(checkpoint, tmp_path):
-    config, params = load(checkpoint, dtype=jnp.float32)
+    config, params = load_pretrained(checkpoint, dtype=jnp.float32)
     folder = tmp_path / "sharded"
-    save(folder, config, params, max_shard_bytes=5_000)
+    save_pretrained(folder, config, params, max_shard_bytes=5_000)
     first = min(folder.glob("model-00001-*"))
     kept = first.read_bytes()
     first.unlink()
     with pytest.raises(WeightsError, match=r"model-00001-of-\d+\.safetensors must exist"):
-        load(folder, dtype=jnp.float32)
+        load_pretrained(folder, dtype=jnp.float32)
     first.write_bytes(kept)
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["ghost"] = first.name
     index.write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="no file holds: ghost"):
-        load(folder, dtype=jnp.float32)
+        load_pretrained(folder, dtype=jnp.float32)
     index.write_text("{}")
     with pytest.raises(WeightsError, match="must hold a weight_map"):
-        load(folder, dtype=jnp.float32)
+        load_pretrained(folder, dtype=jnp.float32)
     shutil.rmtree(folder)
     with pytest.raises(WeightsError, match="no such folder"):
-        load(folder, dtype=jnp.float32)
+        load_pretrained(folder, dtype=jnp.float32)
 
 
 def test_a_second_save_leaves_nothing_of_the_first(checkpoint, tmp_path):
-    config, params = load(checkpoint, dtype=jnp.float32)
-    save(tmp_path / "b", config, params, max_shard_bytes=5_000)
-    save(tmp_path / "b", config, params)
+    config, params = load_pretrained(checkpoint, dtype=jnp.float32)
+    save_pretrained(tmp_path / "b", config, params, max_shard_bytes=5_000)
+    save_pretrained(tmp_path / "b", config, params)
     assert {file.name for file in (tmp_path / "b").iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_saving_refuses_what_is_not_the_models(checkpoint, tmp_path):
-    config, params = load(checkpoint, dtype=jnp.float32)
+    config, params = load_pretrained(checkpoint, dtype=jnp.float32)
     with pytest.raises(WeightsError, match="params must hold final_norm"):
-        save(tmp_path / "b", config, {k: v for k, v in params.items() if k != "final_norm"})
+        save_pretrained(tmp_path / "b", config, {k: v for k, v in params.items() if k != "final_norm"})
     with pytest.raises(WeightsError, match="got also unembed"):
-        save(tmp_path / "b", config, params | {"unembed": params["embed"]})
+        save_pretrained(tmp_path / "b", config, params | {"unembed": params["embed"]})
     with pytest.raises(WeightsError, match="one type: got bfloat16, float32"):
-        save(tmp_path / "b", config, params | {"embed": params["embed"].astype(jnp.bfloat16)})
+        save_pretrained(tmp_path / "b", config, params | {"embed": params["embed"].astype(jnp.bfloat16)})
     with pytest.raises(WeightsError, match="final_norm must have shape"):
-        save(tmp_path / "b", config, params | {"final_norm": params["embed"]})
+        save_pretrained(tmp_path / "b", config, params | {"final_norm": params["embed"]})
     with pytest.raises(WeightsError, match="floating type: got int32"):
-        load(checkpoint, dtype=jnp.int32)
+        load_pretrained(checkpoint, dtype=jnp.int32)
 
 
 def test_a_folder_of_another_format_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA.to_hf()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(WeightsError, match="Only safetensors are read"):
-        load(tmp_path, dtype=jnp.float32)
+        load_pretrained(tmp_path, dtype=jnp.float32)

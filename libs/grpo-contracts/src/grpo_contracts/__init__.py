@@ -3,31 +3,30 @@
 from ._adapters import from_trl, from_verl
 from ._completions import from_completions
 from ._errors import ContractError, GrpoError
-from ._file import load, save
-from ._protocols import AdvantageEstimator, PolicyUpdate, RewardFunction, RolloutBackend
+from ._file import load_batch, save_batch
+from ._protocols import RewardFunction, RolloutBackend
+from ._provenance import FinishReason, PolicyVersion, SamplingParams
 from ._schema import schema
-from ._stages import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw, Scored, TrainBatch
+from ._stages import Prompts, Rollout, Scored, TrainBatch
 from ._validate import validate
 
 __all__ = [
-    "AdvantageEstimator",
     "ContractError",
     "FinishReason",
     "GrpoError",
-    "PolicyIdentity",
-    "PolicyUpdate",
+    "PolicyVersion",
     "Prompts",
     "RewardFunction",
     "Rollout",
     "RolloutBackend",
-    "SamplingLaw",
+    "SamplingParams",
     "Scored",
     "TrainBatch",
     "from_completions",
     "from_trl",
     "from_verl",
-    "load",
-    "save",
+    "load_batch",
+    "save_batch",
     "schema",
     "validate",
 ]

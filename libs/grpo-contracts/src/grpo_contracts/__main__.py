@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from ._errors import ContractError
-from ._file import load
+from ._file import load_batch
 from ._schema import schema
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(schema(), indent=2))
         return 0
     try:
-        batch = load(chosen.file)
+        batch = load_batch(chosen.file)
     except ContractError as error:
         print(error, file=sys.stderr)
         return 1

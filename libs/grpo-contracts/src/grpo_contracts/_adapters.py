@@ -9,15 +9,16 @@ import numpy as np
 
 from ._completions import Sizes, assemble
 from ._errors import broken
+from ._provenance import PolicyVersion, SamplingParams
 from ._reader import Reader
-from ._stages import PolicyIdentity, Rollout, SamplingLaw
+from ._stages import Rollout
 
 
 def from_trl(
     record: Mapping[str, Any],
     *,
-    law: SamplingLaw,
-    policy: PolicyIdentity,
+    sampling: SamplingParams,
+    policy: PolicyVersion,
     vocab_size: int,
     pad_id: int,
     group_size: int,
@@ -31,7 +32,7 @@ def from_trl(
         record: `prompt_ids` and `prompt_mask` [B, any], `completion_ids` and `completion_mask` [B, C], padded on either
             side; `sampling_per_token_logps` or, under a law without filters, `old_per_token_logps` [B, C]; a
             `tool_mask` where there is one. Numpy arrays, jax arrays, lists or torch tensors.
-        law: the law the completions were drawn from, its stop ids included; the record does not say.
+        sampling: the law the completions were drawn from, its stop ids included; the record does not say.
         policy: the parameters that drew them; nor does it say that.
         vocab_size: size of the vocabulary.
         pad_id: token id of the padding.
@@ -48,7 +49,7 @@ def from_trl(
     Raises:
         ContractError: the record lacks a key, its arrays disagree, or the result would not be valid.
     """
-    sizes = Sizes(group_size, law, policy, vocab_size, pad_id).checked()
+    sizes = Sizes(group_size, sampling, policy, vocab_size, pad_id).checked()
     reader = Reader(record, "TRL record")
     mask_BC = reader.mask("completion_mask")
     ids_BC = reader.integers("completion_ids", mask_BC.shape)
@@ -59,7 +60,7 @@ def from_trl(
         name=reader.name,
         prompt=(reader.integers("prompt_ids", prompt_mask.shape), prompt_mask),
         completion=(ids_BC, live_BC, loss_BC),
-        logp_BC=reader.logp("sampling_per_token_logps", "old_per_token_logps", law, mask_BC.shape),
+        logp_BC=reader.logp("sampling_per_token_logps", "old_per_token_logps", sampling, mask_BC.shape),
         policy_logp=policy_logp,
         group=group,
         prompt_id=prompt_id,
@@ -70,8 +71,8 @@ def from_trl(
 def from_verl(
     record: Mapping[str, Any],
     *,
-    law: SamplingLaw,
-    policy: PolicyIdentity,
+    sampling: SamplingParams,
+    policy: PolicyVersion,
     vocab_size: int,
     pad_id: int,
     group_size: int,
@@ -85,7 +86,7 @@ def from_verl(
         record: `prompts` [B, any], `responses` [B, C] and `attention_mask` [B, any + C], padded on either side;
             `rollout_log_probs` or, under a law without filters, `old_log_probs` [B, C]; `response_mask` [B, C] and
             `uid` [B] where there are any. Numpy arrays, jax arrays, lists or torch tensors.
-        law: the law the responses were drawn from, its stop ids included; the record does not say.
+        sampling: the law the responses were drawn from, its stop ids included; the record does not say.
         policy: the parameters that drew them; nor does it say that.
         vocab_size: size of the vocabulary.
         pad_id: token id of the padding.
@@ -100,7 +101,7 @@ def from_verl(
     Raises:
         ContractError: the record lacks a key, its arrays disagree, or the result would not be valid.
     """
-    sizes = Sizes(group_size, law, policy, vocab_size, pad_id).checked()
+    sizes = Sizes(group_size, sampling, policy, vocab_size, pad_id).checked()
     reader = Reader(record, "verl record")
     attention = reader.mask("attention_mask")
     ids_BC = reader.integers("responses")
@@ -115,7 +116,7 @@ def from_verl(
         name=reader.name,
         prompt=(reader.integers("prompts", prompt_mask.shape), prompt_mask),
         completion=(ids_BC, live_BC, loss_BC),
-        logp_BC=reader.logp("rollout_log_probs", "old_log_probs", law, ids_BC.shape),
+        logp_BC=reader.logp("rollout_log_probs", "old_log_probs", sampling, ids_BC.shape),
         policy_logp=policy_logp,
         group=record["uid"] if group is None and "uid" in reader else group,
         prompt_id=prompt_id,

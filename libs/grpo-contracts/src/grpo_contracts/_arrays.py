@@ -41,6 +41,13 @@ def to_numpy(value: Any, stage: str, field: str) -> np.ndarray:
         raise broken(stage, field, "readable", "an array numpy can read here", reason, hint=hint) from error
 
 
+def check_int(value: object, name: str, least: int) -> None:
+    """Raise a ContractError unless an argument is an int in [least, 2**31)."""
+    if type(value) is not int or not least <= value < 2**31:
+        came = value if type(value) is int else describe(value)
+        raise broken("argument", name, "range", f"an int in [{least}, 2**31)", came)
+
+
 def describe(value: object) -> str:
     """A value's type, with the value where it is short and safe to print."""
     if value is None or type(value) in (bool, float) or (type(value) is str and len(value) < 100):

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arrays import describe, is_array
+from ._arrays import check_int, describe
 from ._errors import broken
+from ._provenance import FinishReason, PolicyVersion, SamplingParams
+from ._ragged import pad_ragged
 from ._reader import Reader, read
-from ._stages import FinishReason, PolicyIdentity, Prompts, Rollout, SamplingLaw
+from ._stages import Prompts, Rollout
 from ._validate import fetch, validate
 
 
@@ -18,19 +20,16 @@ class Sizes(NamedTuple):
     """The fields of a Rollout that a record does not say."""
 
     group_size: int
-    law: SamplingLaw
-    policy: PolicyIdentity
+    sampling: SamplingParams
+    policy: PolicyVersion
     vocab_size: int
     pad_id: int
 
     def checked(self) -> Sizes:
-        if type(self.law) is not SamplingLaw:
-            raise broken("argument", "law", "type", "a SamplingLaw", describe(self.law))
+        if type(self.sampling) is not SamplingParams:
+            raise broken("argument", "sampling", "type", "a SamplingParams", describe(self.sampling))
         for name, least in (("group_size", 1), ("vocab_size", 1), ("pad_id", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value < 2**31:
-                came = value if type(value) is int else describe(value)
-                raise broken("argument", name, "range", f"an int in [{least}, 2**31)", came)
+            check_int(getattr(self, name), name, least)
         return self
 
 
@@ -40,8 +39,8 @@ def from_completions(
     logp: Sequence[Sequence[float] | np.ndarray],
     *,
     group_size: int,
-    law: SamplingLaw,
-    policy: PolicyIdentity,
+    sampling: SamplingParams,
+    policy: PolicyVersion,
     policy_logp: Sequence[Sequence[float] | np.ndarray] | None = None,
     max_new_tokens: int | None = None,
 ) -> Rollout:
@@ -53,7 +52,7 @@ def from_completions(
             first.
         logp: the log-probability of each of their tokens under the law.
         group_size: completions of each prompt.
-        law: the law they were drawn from.
+        sampling: the law they were drawn from.
         policy: the parameters that drew them.
         policy_logp: log-probabilities at temperature 1 without filters; needed unless the law is that.
         max_new_tokens: room for completions; that of the longest where None.
@@ -67,13 +66,15 @@ def from_completions(
     if type(prompts) is not Prompts:
         raise broken("argument", "prompts", "type", "a Prompts", describe(prompts))
     validate(prompts, "values")
-    sizes = Sizes(group_size, law, policy, prompts.vocab_size, prompts.pad_id).checked()
+    sizes = Sizes(group_size, sampling, policy, prompts.vocab_size, prompts.pad_id).checked()
     rows = len(prompts.length_P) * group_size
-    ids_BC, mask_BC = _pad_ragged(completions, "completions", rows, np.int32, max_new_tokens)
+    if max_new_tokens is not None:
+        check_int(max_new_tokens, "max_new_tokens", 1)
+    ids_BC, mask_BC = pad_ragged(completions, "completions", np.int32, rows=rows, width=max_new_tokens)
     columns = {}
     for name, ragged in (("logp", logp), ("policy_logp", policy_logp)):
         if ragged is not None or name == "logp":
-            columns[name], like = _pad_ragged(ragged, name, rows, np.float64, ids_BC.shape[1])
+            columns[name], like = pad_ragged(ragged, name, np.float64, rows=rows, width=ids_BC.shape[1])
             if (like != mask_BC).any():
                 at = np.argwhere((like != mask_BC).any(1))[0]
                 raise broken("argument", name, "length", "one number for each token", like[at[0]].sum(), index=at)
@@ -89,37 +90,6 @@ def from_completions(
         prompt_id=prompts.prompt_id_P[row],
         sizes=sizes,
     )
-
-
-def _pad_ragged(ragged: Any, name: str, rows: int, dtype: type, width: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged rows as an array padded on the right with zeros, and the mask of what is no padding."""
-    if width is not None and (type(width) is not int or width < 1):
-        raise broken("argument", "max_new_tokens", "range", "an int >= 1", describe(width))
-    listed = isinstance(ragged, list | tuple) or (is_array(ragged) and ragged.ndim > 0)
-    if not listed or len(ragged) != rows:
-        came = f"{len(ragged)} rows" if listed else describe(ragged)
-        raise broken("argument", name, "rows", f"a list of {rows} rows", came)
-    arrays = [_read_row(row, name, b, dtype, width) for b, row in enumerate(ragged)]
-    padded = np.zeros((rows, max(map(len, arrays)) if width is None else width), dtype)
-    mask = np.zeros(padded.shape, bool)
-    for b, array in enumerate(arrays):
-        padded[b, : len(array)] = array
-        mask[b, : len(array)] = True
-    return padded, mask
-
-
-def _read_row(row: Any, name: str, b: int, dtype: type, width: int | None) -> np.ndarray:
-    array = read(row, "argument", name)
-    whole = dtype is np.int32
-    if array.ndim != 1 or not len(array) or array.dtype.kind not in ("iu" if whole else "iuf"):
-        expected = "at least one token id" if whole else "at least one number"
-        raise broken("argument", name, "row", expected, f"{array.dtype}{list(array.shape)}", index=(b,))
-    if whole and not ((array >= 0) & (array < 2**31)).all():
-        came = f"{array.min()}..{array.max()}"
-        raise broken("argument", name, "range", "token ids in [0, 2**31)", came, index=(b,))
-    if width is not None and len(array) > width:
-        raise broken("argument", name, "length", f"at most {width} tokens long", len(array), index=(b,))
-    return array
 
 
 def _live_first(mask: np.ndarray, name: str, field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +164,7 @@ def assemble(
     arguments = Reader({"policy_logp": policy_logp, "prompt_id": prompt_id}, "argument")
     if "policy_logp" in arguments:
         policy_logp_BC = arguments.array("policy_logp", "f", ids_BC.shape)
-    elif sizes.law.plain:
+    elif sizes.sampling.plain:
         policy_logp_BC = logp_BC
     else:
         hint = "Score the completions once at temperature 1."
@@ -208,7 +178,9 @@ def assemble(
         loss_mask_BT=place(loss_BC, False, np.bool_),
         logp_BT=place(logp_BC, 0, np.float32),
         policy_logp_BT=place(policy_logp_BC, 0, np.float32),
-        finish_B=np.where(np.isin(last_B, sizes.law.stop_ids), FinishReason.STOP, FinishReason.LENGTH).astype(np.int8),
+        finish_B=np.where(np.isin(last_B, sizes.sampling.stop_ids), FinishReason.STOP, FinishReason.LENGTH).astype(
+            np.int8
+        ),
         prompt_id_B=prompt_id_B,
         sample_B=sample_B,
         group_B=group_B,

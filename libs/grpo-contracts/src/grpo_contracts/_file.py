@@ -22,11 +22,12 @@ import numpy as np
 
 from ._arrays import describe
 from ._errors import ContractError, broken
-from ._stages import STAGES, PolicyIdentity, SamplingLaw, Stage
+from ._provenance import PolicyVersion, SamplingParams
+from ._stages import STAGES, Stage
 from ._validate import NESTED, fetch, validate
 
 FORMAT = "grpo-contracts/batch"
-VERSION = (1, 0)
+VERSION = (2, 0)
 _HEADER = "header.json"
 _LONGEST_HEADER = 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same batch is the same bytes, whenever it is written
@@ -38,7 +39,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyEr
 """What zipfile raises, beside its own error, on missing, truncated, encrypted or forged files and on no path at all."""
 
 
-def save(batch: Stage, path: str | os.PathLike[str]) -> None:
+def save_batch(batch: Stage, path: str | os.PathLike[str]) -> None:
     """Write a batch to a file, all of it or nothing.
 
     Args:
@@ -76,7 +77,7 @@ def save(batch: Stage, path: str | os.PathLike[str]) -> None:
             os.unlink(partial)
 
 
-def load(path: str | os.PathLike[str], *, level: str = "values") -> Any:
+def load_batch(path: str | os.PathLike[str], *, level: str = "values") -> Any:
     """Read a batch from a file.
 
     Args:
@@ -141,9 +142,9 @@ def _read_header(header: Any) -> tuple[type[Stage], tuple[int, int]]:
     major, minor = map(int, text.split("."))
     if major != VERSION[0] or minor > VERSION[1]:
         expected = f"{VERSION[0]}.0 to {VERSION[0]}.{VERSION[1]}"
-        raise broken(
-            "file", "version", "version", expected, text, hint="Read it with the grpo-contracts that wrote it."
-        )
+        old = "Format 1 was never released: make the batch again and write it with `save_batch`."
+        new = "Read it with the grpo-contracts that wrote it, or a later one."
+        raise broken("file", "version", "version", expected, text, hint=old if major < VERSION[0] else new)
     stages = {stage.__name__: stage for stage in STAGES}
     if not isinstance(header["stage"], str) or header["stage"] not in stages:
         raise broken("file", "stage", "stage", f"one of {list(stages)}", describe(header["stage"]))
@@ -179,7 +180,7 @@ def _encode(stage: Stage, prefix: str, arrays: dict[str, np.ndarray]) -> dict[st
         elif spec.dtype and value is not None:
             body[field] = {"array": prefix + field}
             arrays[prefix + field] = value
-        elif isinstance(value, SamplingLaw | PolicyIdentity):
+        elif isinstance(value, SamplingParams | PolicyVersion):
             body[field] = asdict(value)
         else:
             body[field] = value

@@ -1,11 +1,11 @@
-"""The four phases of a step, each a protocol small enough to implement in ten lines."""
+"""What others may implement: a rollout backend and a reward function, each in ten lines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from ._stages import Array, PolicyIdentity, Prompts, Rollout, Scored, TrainBatch
+from ._provenance import PolicyVersion
+from ._stages import Prompts, Rollout
 
 
 @runtime_checkable
@@ -16,7 +16,7 @@ class RolloutBackend(Protocol):
         """Take what generating needs: caches, processes, connections. Called once, first."""
         ...
 
-    def update_weights(self, params: Any, policy: PolicyIdentity) -> None:
+    def update_weights(self, params: Any, policy: PolicyVersion) -> None:
         """Generate from these parameters from now on.
 
         Args:
@@ -59,36 +59,5 @@ class RewardFunction(Protocol):
 
         Returns:
             B rewards; None where a reward could not be computed. That row is unscored, which is not the same as 0.
-        """
-        ...
-
-
-class AdvantageEstimator(Protocol):
-    """Turns rewards into advantages."""
-
-    def __call__(self, scored: Scored) -> Array:
-        """Estimate advantages.
-
-        Args:
-            scored: B scored rows.
-
-        Returns:
-            float32 [B] or [B, T]; 0 on unscored rows and, where [B, T], outside completions.
-        """
-        ...
-
-
-class PolicyUpdate(Protocol):
-    """Takes optimizer steps on one batch."""
-
-    def __call__(self, state: Any, batch: TrainBatch) -> tuple[Any, Mapping[str, Any]]:
-        """Update the policy.
-
-        Args:
-            state: whatever the update carries from step to step: parameters, moments, counters. It may be donated.
-            batch: what to learn from.
-
-        Returns:
-            The new state, and the batch's metrics by name.
         """
         ...

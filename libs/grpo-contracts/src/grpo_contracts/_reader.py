@@ -1,4 +1,4 @@
-"""Reads the arrays of a record, each checked for presence, rank, kind and shape."""
+"""Reads the arrays of a record, checking that each is present and has the right rank, kind and shape."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from ._arrays import describe, to_numpy
 from ._errors import broken
-from ._stages import SamplingLaw
+from ._provenance import SamplingParams
 
 
 class Reader:
-    """Reads named arrays of a record, each checked for rank, kind and shape."""
+    """Reads named arrays of a record, checking the rank, kind and shape of each."""
 
     def __init__(self, record: Any, name: str) -> None:
         if not isinstance(record, Mapping):
@@ -51,20 +51,21 @@ class Reader:
             raise broken(self.name, key, "binary", "0 or 1", array[at], index=at)
         return array != 0
 
-    def logp(self, drawn: str, scored: str, law: SamplingLaw, shape: tuple[int, ...]) -> np.ndarray:
-        """The log-probabilities under the law: those of the sampler, or the trainer's, which know no filter."""
+    def logp(self, drawn: str, scored: str, sampling: SamplingParams, shape: tuple[int, ...]) -> np.ndarray:
+        """Log-probabilities under the sampling parameters: the sampler's, or the trainer's if nothing was filtered."""
         if drawn in self:
             return self.array(drawn, "f", shape)
-        if (law.top_k, law.top_p, law.min_p) != (0, 1.0, 0.0):
-            hint = f"{scored!r} knows no filters: record the sampler's own log-probabilities."
-            raise broken(self.name, drawn, "present", "in the record, the law having filters", "nothing", hint=hint)
+        if (sampling.top_k, sampling.top_p, sampling.min_p) != (0, 1.0, 0.0):
+            hint = f"{scored!r} ignores filters: record the sampler's own log-probabilities."
+            expected = "in the record, because the sampling parameters filter tokens"
+            raise broken(self.name, drawn, "present", expected, "nothing", hint=hint)
         if scored not in self:
             raise broken(self.name, drawn, "present", f"in the record, or {scored!r}", "neither")
         return self.array(scored, "f", shape)
 
 
 def read(value: Any, name: str, key: str) -> np.ndarray:
-    # torch tensors that track gradients or live on an accelerator do not convert by themselves
+    # Torch tensors that track gradients or live on an accelerator need both steps before numpy can read them.
     for step in ("detach", "cpu"):
         method = getattr(value, step, None)
         value = method() if callable(method) else value

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._stages import FinishReason, Prompts, Rollout, Scored, Stage, TrainBatch
+from ._provenance import FinishReason
+from ._stages import Prompts, Rollout, Scored, Stage, TrainBatch
 
 LOGP_SLACK = 1e-4
 """How far rounding may carry a log-probability above 0, in nats: a float32 log-sum-exp of logits of some hundreds."""
@@ -23,7 +24,7 @@ _INT32_END = 2**31
 class Rule(NamedTuple):
     """One rule on the values of one field.
 
-    `field` may be a path (`law.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them,
+    `field` may be a path (`sampling.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them,
     True where the rule holds; or a pair of that and the values that were wanted.
     """
 
@@ -130,18 +131,18 @@ _logp_rules(Rollout, "policy_logp_BT", lambda r: r)
 @_rule(
     Rollout,
     "policy_logp_BT",
-    "plain_law",
+    "plain_sampling",
     "at most logp_BT where the law is plain (temperature 1, no filter)",
     "Say the law that was really used.",
 )
 def _(r: Any) -> Any:
     # Not equal: a minimum length forbids stop ids for a while, which leaves more probability to the other tokens.
-    return (not r.law.plain) | (r.policy_logp_BT <= r.logp_BT + SAME_LOGP), r.logp_BT
+    return (not r.sampling.plain) | (r.policy_logp_BT <= r.logp_BT + SAME_LOGP), r.logp_BT
 
 
-@_rule(Rollout, "law.stop_ids", "vocabulary", "in [0, vocab_size)")
+@_rule(Rollout, "sampling.stop_ids", "vocabulary", "in [0, vocab_size)")
 def _(r: Any) -> Any:
-    return all(i < r.vocab_size for i in r.law.stop_ids)
+    return all(i < r.vocab_size for i in r.sampling.stop_ids)
 
 
 @_rule(Rollout, "finish_B", "known", f"one of {[f'{f.value} ({f.name})' for f in FinishReason]}")
@@ -153,19 +154,19 @@ def _(r: Any) -> Any:
     Rollout,
     "finish_B",
     "last_token",
-    "STOP where the completion's last token is one of law.stop_ids, LENGTH elsewhere",
+    "STOP where the completion's last token is one of sampling.stop_ids, LENGTH elsewhere",
     "The stop token is part of the completion: do not cut it off.",
 )
 def _(r: Any) -> Any:
     last = r.tokens_BT[np.arange(len(r.tokens_BT)), r.total_length_B - 1]
-    wanted = np.where(np.isin(last, r.law.stop_ids), FinishReason.STOP, FinishReason.LENGTH)
+    wanted = np.where(np.isin(last, r.sampling.stop_ids), FinishReason.STOP, FinishReason.LENGTH)
     return r.finish_B == wanted, wanted
 
 
 @_rule(Rollout, "tokens_BT", "ends_at_stop", "no stop id before the completion's last token", "Check total_length_B.")
 def _(r: Any) -> Any:
     inner = r.completion_BT & (np.arange(r.tokens_BT.shape[1]) < r.total_length_B[:, None] - 1)
-    return ~(inner & np.isin(r.tokens_BT, r.law.stop_ids))
+    return ~(inner & np.isin(r.tokens_BT, r.sampling.stop_ids))
 
 
 @_rule(Rollout, "group_size", "divides", "a divisor, >= 1, of the number of rows")
@@ -223,9 +224,9 @@ def _(r: Any) -> Any:
     return 0 <= r.policy.step < _INT32_END
 
 
-@_rule(Rollout, "policy.digest", "hexadecimal", "lower-case hexadecimal, at least one digit")
+@_rule(Rollout, "policy.digest", "hexadecimal", "lower-case hexadecimal, or empty where it was not recorded")
 def _(r: Any) -> Any:
-    return re.fullmatch("[0-9a-f]+", r.policy.digest) is not None
+    return re.fullmatch("[0-9a-f]*", r.policy.digest) is not None
 
 
 # Scored

@@ -6,21 +6,22 @@ from dataclasses import fields
 from typing import Any
 
 from ._file import FORMAT, VERSION
+from ._provenance import FinishReason, PolicyVersion, SamplingParams
 from ._rules import RULES
-from ._stages import OPTIONAL, STAGES, FinishReason, PolicyIdentity, SamplingLaw, Stage
+from ._stages import OPTIONAL, STAGES, Stage
 from ._validate import NESTED
 
 AXES = {"P": "prompts", "B": "sequences", "T": "token positions", "N": "reward functions"}
-_LAW = {
+_SAMPLING = {
     "temperature": {"type": "number", "minimum": 0},
     "top_k": {"type": "integer", "minimum": 0},
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
     "stop_ids": {"type": "array", "items": {"type": "integer", "minimum": 0}},
 }
-_IDENTITY = {
+_VERSION = {
     "step": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31},
-    "digest": {"type": "string", "pattern": "^[0-9a-f]+$"},
+    "digest": {"type": "string", "pattern": "^[0-9a-f]*$"},
 }
 
 
@@ -59,8 +60,8 @@ def _stage(stage: type[Stage]) -> dict[str, Any]:
 def _header() -> dict[str, Any]:
     definitions: dict[str, Any] = {
         "array": _object({"array": {"type": "string", "description": "the member's name without .npy"}}),
-        "SamplingLaw": _object({field.name: _LAW[field.name] for field in fields(SamplingLaw)}),
-        "PolicyIdentity": _object({field.name: _IDENTITY[field.name] for field in fields(PolicyIdentity)}),
+        "SamplingParams": _object({field.name: _SAMPLING[field.name] for field in fields(SamplingParams)}),
+        "PolicyVersion": _object({field.name: _VERSION[field.name] for field in fields(PolicyVersion)}),
     }
     for stage in STAGES:
         definitions[stage.__name__] = _object({field: _json_type(stage, field) for field in stage.specs()})

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
-from math import isfinite
-from numbers import Integral, Real
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 
-from ._arrays import describe, is_array, to_numpy
+from ._arrays import check_int, describe
 from ._errors import broken
+from ._provenance import PolicyVersion, SamplingParams, real
+from ._ragged import pad_ragged
+from ._reader import Reader
 
 # numpy.ndarray or jax.Array. The package never imports jax, and no common base lets arithmetic type-check.
 Array: TypeAlias = Any
-
-
-class FinishReason(IntEnum):
-    """Why a sequence ended."""
-
-    STOP = 0
-    """A stop id was sampled. It is the completion's last token and counts in the loss."""
-    LENGTH = 1
-    """The limit on new tokens was reached."""
 
 
 class Spec(NamedTuple):
@@ -61,102 +52,6 @@ def _brief(value: object) -> str:
     return repr(value) if shape is None or dtype is None else f"{dtype}{list(shape)}"
 
 
-@dataclass(frozen=True)
-class SamplingLaw:
-    """The law tokens are drawn from: temperature first, then the filters, then one draw from what is left.
-
-    Args:
-        temperature: divides the logits; 0.0 means greedy.
-        top_k: keep the k likeliest tokens; 0 = off.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches it; 1.0 = off.
-        min_p: keep tokens at least this share as likely as the likeliest; 0.0 = off.
-        stop_ids: token ids that end a completion, each its last token.
-
-    Raises:
-        ContractError: no distribution has these parameters.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        # Plain Python numbers, so that laws hash, compare and print the same whoever made them.
-        self._set("temperature", _real(self.temperature), lambda t: t >= 0, "a finite number >= 0")
-        self._set("top_k", _integer(self.top_k), lambda k: k >= 0, "an integer >= 0 (0 = off)")
-        self._set("top_p", _real(self.top_p), lambda p: 0 < p <= 1, "in (0, 1] (1.0 = off)")
-        self._set("min_p", _real(self.min_p), lambda p: 0 <= p <= 1, "in [0, 1] (0.0 = off)")
-        ids = self.stop_ids
-        if isinstance(ids, np.ndarray):
-            ids = ids.ravel().tolist()
-        whole = tuple(_integer(i) for i in ids) if isinstance(ids, list | tuple | range | set | frozenset) else (None,)
-        fine = all(i is not None and i >= 0 for i in whole)
-        self._set("stop_ids", whole if fine else None, lambda _: True, "token ids, integers >= 0")
-
-    def _set(self, name: str, value: Any, holds: Any, expected: str) -> None:
-        if value is None or not holds(value):
-            came = getattr(self, name)
-            raise broken(
-                "SamplingLaw", name, "law", expected, came if type(came) in (int, float, str) else describe(came)
-            )
-        object.__setattr__(self, name, value)
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the policy itself: temperature 1, no filter."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p) == (1.0, 0, 1.0, 0.0)
-
-
-def _real(value: object) -> float | None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond the floats
-        return None
-    return number if isfinite(number) else None
-
-
-def _integer(value: object) -> int | None:
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-
-
-@dataclass(frozen=True)
-class PolicyIdentity:
-    """Which parameters drew a rollout.
-
-    Args:
-        step: optimizer steps taken, from 0.
-        digest: hexadecimal digest of the parameters.
-    """
-
-    step: int
-    digest: str
-
-    def concrete(self) -> PolicyIdentity:
-        """The same with a plain step and digest, read back from the arrays a jitted function returned.
-
-        Returns:
-            A PolicyIdentity whose step is an int and whose digest is a str.
-
-        Raises:
-            ContractError: they are neither that nor arrays of it, or are not known yet (inside jit).
-        """
-        step: Any = getattr(self, "step", None)
-        digest: Any = getattr(self, "digest", None)
-        if is_array(step) and step.ndim == 0 and step.dtype.kind in "iu":
-            step = to_numpy(step, "PolicyIdentity", "step").item()
-        if is_array(digest) and digest.ndim == 1 and digest.dtype == np.uint8:
-            digest = to_numpy(digest, "PolicyIdentity", "digest").tobytes().decode("ascii", "replace")
-        if type(step) is not int:
-            raise broken("PolicyIdentity", "step", "type", "an int", describe(step))
-        if type(digest) is not str:
-            raise broken("PolicyIdentity", "digest", "type", "a str", describe(digest))
-        return PolicyIdentity(step, digest)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Prompts(Stage):
     """Tokenised prompts, right-padded."""
@@ -166,6 +61,53 @@ class Prompts(Stage):
     prompt_id_P: Annotated[Array, Spec("which problem of the data set each prompt is", "int32", "P")]
     vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
     pad_id: Annotated[int, Spec("the token id that fills the padding")]
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: Sequence[Sequence[int] | np.ndarray],
+        *,
+        vocab_size: int,
+        pad_id: int = 0,
+        prompt_id_P: Sequence[int] | np.ndarray | None = None,
+        length: int | None = None,
+    ) -> Prompts:
+        """Prompts from ragged lists of token ids.
+
+        Args:
+            ids: the token ids of each of the P prompts.
+            vocab_size: size of the vocabulary.
+            pad_id: token id that fills the padding.
+            prompt_id_P: which problem each prompt is; 0..P-1 if None.
+            length: T, in tokens; that of the longest prompt if None.
+
+        Returns:
+            Prompts, padded on the right to T tokens.
+
+        Raises:
+            ContractError: an empty or overlong prompt, ids outside the vocabulary, or not P prompt ids.
+        """
+        for name, value, least in (("vocab_size", vocab_size, 1), ("pad_id", pad_id, 0), ("length", length, 1)):
+            if value is not None or name != "length":
+                check_int(value, name, least)
+        tokens_PT, live_PT = pad_ragged(ids, "ids", np.int32, width=length)
+        outside = np.argwhere(tokens_PT >= vocab_size)
+        if len(outside):
+            at = tuple(outside[0])
+            raise broken("argument", "ids", "vocabulary", f"in [0, {vocab_size})", tokens_PT[at], index=at)
+        if pad_id >= vocab_size:
+            raise broken("argument", "pad_id", "vocabulary", f"in [0, {vocab_size})", pad_id)
+        given = Reader({"prompt_id_P": prompt_id_P}, "argument")
+        default = prompt_id_P is None
+        return cls(
+            tokens_PT=np.where(live_PT, tokens_PT, np.int32(pad_id)),
+            length_P=live_PT.sum(1, dtype=np.int32),
+            prompt_id_P=np.arange(len(tokens_PT), dtype=np.int32)
+            if default
+            else given.integers("prompt_id_P", (len(tokens_PT),), rank=1),
+            vocab_size=vocab_size,
+            pad_id=pad_id,
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,7 +121,7 @@ class Rollout(Stage):
     prompt_length_B: Annotated[Array, Spec("tokens of the prompt, at least 1", "int32", "B")]
     total_length_B: Annotated[Array, Spec("tokens of prompt and completion, the latter at least 1", "int32", "B")]
     loss_mask_BT: Annotated[Array, Spec("tokens in the loss: a row's completion, or nothing", "bool", "B T")]
-    logp_BT: Annotated[Array, Spec("log-probability of each sampled token under `law`, in nats", "float32", "B T")]
+    logp_BT: Annotated[Array, Spec("log-probability of each sampled token under `sampling`, in nats", "float32", "B T")]
     policy_logp_BT: Annotated[
         Array, Spec("the same under the policy itself (temperature 1, no filter)", "float32", "B T")
     ]
@@ -188,8 +130,8 @@ class Rollout(Stage):
     sample_B: Annotated[Array, Spec("index of the row in its group", "int32", "B")]
     group_B: Annotated[Array, Spec("group of each row, 0..B/group_size-1", "int32", "B")]
     group_size: Annotated[int, Spec("samples of one prompt")]
-    law: Annotated[SamplingLaw, Spec("the law the tokens were drawn from")]
-    policy: Annotated[PolicyIdentity, Spec("the parameters that drew them")]
+    sampling: Annotated[SamplingParams, Spec("the law the tokens were drawn from")]
+    policy: Annotated[PolicyVersion, Spec("the parameters that drew them")]
     vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
     pad_id: Annotated[int, Spec("the token id that fills the padding")]
 
@@ -259,7 +201,7 @@ def _weights(rollout: Any, rewards: Any, weights: Any) -> Mapping[str, float]:
         raise broken("Scored", "names", "weights", f"given weights for exactly {[*rewards]}", [*weights])
     rows = len(rollout.tokens_BT)
     for n, (name, column) in enumerate(rewards.items()):
-        if _real(weights[name]) is None:
+        if real(weights[name]) is None:
             expected = f"a finite number, for {name!r}"
             raise broken("Scored", "weight_N", "finite", expected, _told(weights[name]), index=(n,))
         listed = isinstance(column, Sequence) or (isinstance(column, np.ndarray) and column.ndim == 1)
@@ -267,7 +209,7 @@ def _weights(rollout: Any, rewards: Any, weights: Any) -> Mapping[str, float]:
             came = len(column) if listed else describe(column)
             raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one a row", came)
         for b, value in enumerate(column):
-            if value is not None and _real(value) is None:
+            if value is not None and real(value) is None:
                 expected = f"a finite number or None, from {name!r}"
                 raise broken("Scored", "reward_BN", "finite", expected, _told(value), index=(b, n))
     return weights

@@ -10,11 +10,12 @@ import numpy as np
 
 from ._arrays import describe, is_array, to_numpy
 from ._errors import broken
+from ._provenance import PolicyVersion, SamplingParams
 from ._rules import RULES, Rule
-from ._stages import OPTIONAL, STAGES, PolicyIdentity, Rollout, SamplingLaw, Scored, Spec, Stage
+from ._stages import OPTIONAL, STAGES, Rollout, Scored, Spec, Stage
 
 LEVELS = ("shapes", "values")
-NESTED: dict[str, type] = {"rollout": Rollout, "scored": Scored, "law": SamplingLaw, "policy": PolicyIdentity}
+NESTED: dict[str, type] = {"rollout": Rollout, "scored": Scored, "sampling": SamplingParams, "policy": PolicyVersion}
 _ABSENT = object()
 
 
@@ -108,9 +109,9 @@ def fetch(stage: Stage) -> Any:
         value = getattr(stage, field)
         if isinstance(value, Stage):
             value = fetch(value)
-        elif isinstance(value, PolicyIdentity):
+        elif isinstance(value, PolicyVersion):
             value = value.concrete()
-        elif isinstance(value, SamplingLaw):
+        elif isinstance(value, SamplingParams):
             value = replace(value)  # checks itself again: frozen is not sealed
         elif spec.dtype and value is not None:
             value = to_numpy(value, type(stage).__name__, field)

@@ -30,7 +30,7 @@ def make_policy():
     return policy
 
 
-def _law(logits, temperature, top_k):
+def _sampling(logits, temperature, top_k):
     logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -46,7 +46,7 @@ def draw(policy, prompt, most, *, temperature, top_k):
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     ids = drawn.sequences[0, len(prompt) :].tolist()
-    logp = [_law(logits[0], temperature, top_k)[token].item() for logits, token in zip(drawn.logits, ids)]
+    logp = [_sampling(logits[0], temperature, top_k)[token].item() for logits, token in zip(drawn.logits, ids)]
     return ids, logp
 
 
@@ -55,4 +55,6 @@ def logp_alone(policy, prompt, completion, *, temperature=1.0, top_k=0):
     """Log-probability of each token of one completion under a law, from a forward over this one row, unpadded."""
     policy.eval()
     logits = policy(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-    return _law(logits.double(), temperature, top_k)[torch.arange(len(completion)), torch.tensor(completion)].tolist()
+    return _sampling(logits.double(), temperature, top_k)[
+        torch.arange(len(completion)), torch.tensor(completion)
+    ].tolist()

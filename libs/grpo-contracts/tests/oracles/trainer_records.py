@@ -23,16 +23,22 @@ GROUP_SIZE, NEW = 4, 10
 LABELS = [prompt for prompt in PROMPTS for _ in range(GROUP_SIZE)]
 
 
-def _case(record, rows, law, policy, *, in_loss=None, **arguments):
+def _case(record, rows, sampling, policy, *, in_loss=None, **arguments):
     prompts, completions = zip(*rows)
-    settings = {name: law[name] for name in law if name != "stop_ids"}
+    settings = {name: sampling[name] for name in sampling if name != "stop_ids"}
     width = len(record["completion_ids" if "completion_ids" in record else "responses"][0])
     truth = [logp_alone(policy, *row) for row in rows]
     if settings:
         arguments["policy_logp"] = [numbers + [0.0] * (width - len(numbers)) for numbers in truth]
     return {
         "record": {k: v.numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for k, v in record.items()},
-        "arguments": {"law": law, "vocab_size": len(WORDS), "pad_id": PAD, "group_size": GROUP_SIZE, **arguments},
+        "arguments": {
+            "sampling": sampling,
+            "vocab_size": len(WORDS),
+            "pad_id": PAD,
+            "group_size": GROUP_SIZE,
+            **arguments,
+        },
         "prompts": list(prompts),
         "completions": list(completions),
         "logp": [logp_alone(policy, *row, **settings) for row in rows],
@@ -97,14 +103,14 @@ def trl_cases():
     policy.train()
     record = trainer._generate_and_score_completions(inputs)
     ended = [completion[-1] in (*STOP, PAD) for _, completion in trainer.drawn]
-    law = plain | {"temperature": 0.7}
-    yield "trl, cool, truncated rows masked", _case(record, trainer.drawn, law, policy, in_loss=ended)
+    sampling = plain | {"temperature": 0.7}
+    yield "trl, cool, truncated rows masked", _case(record, trainer.drawn, sampling, policy, in_loss=ended)
 
     trainer = _trl(policy, tokenizer, temperature=0.8, top_k=5, rollout_func=engine)
     policy.train()
     record = trainer._generate_and_score_completions(inputs)
-    law = plain | {"temperature": 0.8, "top_k": 5}
-    yield "trl, a server's log-probabilities", _case(record, trainer.drawn, law, policy)
+    sampling = plain | {"temperature": 0.8, "top_k": 5}
+    yield "trl, a server's log-probabilities", _case(record, trainer.drawn, sampling, policy)
 
 
 def _find(drawn, record, b):
@@ -156,10 +162,10 @@ def verl_cases():
 
 def _verl(policy, tokenizer, response_length):
     limits = SimpleNamespace(prompt_length=7, response_length=response_length)
-    law, rows = {"temperature": 0.8, "top_k": 5}, []
+    sampling, rows = {"temperature": 0.8, "top_k": 5}, []
 
     def engine(ids):
-        completion, logp = draw(policy, ids, NEW, **law)
+        completion, logp = draw(policy, ids, NEW, **sampling)
         rows.append((ids, completion[:response_length]))
         return completion, logp
 
@@ -177,4 +183,4 @@ def _verl(policy, tokenizer, response_length):
     uid = np.array([LABELS[i] for i in order], object)
     data = worker._postprocess(asyncio.run(run_all(uid)), {"uid": uid})
     record = {**data.batch, "uid": data.non_tensor_batch["uid"]}
-    return _case(record, rows, law | {"stop_ids": STOP}, policy)
+    return _case(record, rows, sampling | {"stop_ids": STOP}, policy)

@@ -4,10 +4,10 @@ from grpo_sampler._backend import SamplerBackend
 from grpo_sampler._completions import FinishedSequence
 from grpo_sampler._config import Llama3Scaling, ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
-from grpo_sampler._law import law_arrays, law_log_probabilities
 from grpo_sampler._network import Transformer, abstract, merge, split
 from grpo_sampler._sampler import Sampler
-from grpo_sampler._weights import load, save
+from grpo_sampler._sampling import log_probabilities
+from grpo_sampler._weights import load_pretrained, save_pretrained
 
 __all__ = [
     "FinishedSequence",
@@ -20,10 +20,9 @@ __all__ = [
     "UnsupportedModelError",
     "WeightsError",
     "abstract",
-    "law_arrays",
-    "law_log_probabilities",
-    "load",
+    "load_pretrained",
+    "log_probabilities",
     "merge",
-    "save",
+    "save_pretrained",
     "split",
 ]

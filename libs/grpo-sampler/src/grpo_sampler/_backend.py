@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_contracts import PolicyIdentity, Prompts, Rollout
+from grpo_contracts import PolicyVersion, Prompts, Rollout
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._sampler import Sampler
 
@@ -19,12 +19,12 @@ class SamplerBackend:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self._held: tuple[Any, PolicyIdentity] | None = None
+        self._held: tuple[Any, PolicyVersion] | None = None
 
     def start(self) -> None:
         """Takes nothing: programs compile when first needed, and a cache lives as long as its call."""
 
-    def update_weights(self, params: Any, policy: PolicyIdentity) -> None:
+    def update_weights(self, params: Any, policy: PolicyVersion) -> None:
         """Copies the parameters on their devices, in the type that decoding computes in.
 
         Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_contracts import FinishReason, PolicyIdentity, Rollout
+from grpo_contracts import FinishReason, PolicyVersion, Rollout
 from grpo_sampler._engine import Chunk
 from grpo_sampler._request import Request
 
@@ -54,7 +54,7 @@ class Completions:
     def finished(self, b: int) -> FinishedSequence:
         """Sequence b, which has ended."""
         request, n = self._request, self._length_B[b]
-        stopped = self._token_BT[b, n - 1] in request.law.stop_ids
+        stopped = self._token_BT[b, n - 1] in request.sampling.stop_ids
         return FinishedSequence(
             group=b // request.group_size,
             sample=b % request.group_size,
@@ -65,7 +65,7 @@ class Completions:
             finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
         )
 
-    def rollout(self, policy: PolicyIdentity, *, length: int, vocab_size: int, pad_id: int) -> Rollout:
+    def rollout(self, policy: PolicyVersion, *, length: int, vocab_size: int, pad_id: int) -> Rollout:
         """All sequences, which have ended.
 
         Args:
@@ -90,7 +90,7 @@ class Completions:
         tokens_BT = placed(self._token_BT, pad_id)
         given_BT = prompt_BT[:, : request.tokens_PT.shape[1]]
         tokens_BT[:, : given_BT.shape[1]][given_BT] = np.repeat(request.tokens_PT, G, 0)[given_BT]
-        stopped_B = np.isin(tokens_BT[np.arange(P * G), total_B - 1], request.law.stop_ids)
+        stopped_B = np.isin(tokens_BT[np.arange(P * G), total_B - 1], request.sampling.stop_ids)
         return Rollout(
             tokens_BT=tokens_BT,
             prompt_length_B=prompt_length_B,
@@ -103,7 +103,7 @@ class Completions:
             sample_B=np.tile(np.arange(G, dtype=np.int32), P),
             group_B=np.repeat(np.arange(P, dtype=np.int32), G),
             group_size=G,
-            law=request.law,
+            sampling=request.sampling,
             policy=policy,
             vocab_size=vocab_size,
             pad_id=pad_id,

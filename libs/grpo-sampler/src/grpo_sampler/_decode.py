@@ -18,9 +18,9 @@ from jaxtyping import Array, Int, UInt32
 from grpo_sampler._cache import Cache, attend_cached, seen, write
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._kernels import Attention, self_attention
-from grpo_sampler._law import draw
 from grpo_sampler._layers import Layer, attention_out, fuse, mlp, qkv, rms_norm
 from grpo_sampler._rope import rope_tables
+from grpo_sampler._sampling import draw
 from grpo_sampler._table import Rows, read_call, read_table, renew_table
 
 # Steps between two agreements of the shards on how many rows live.
@@ -190,13 +190,13 @@ def decode(
             # thirty comparisons, and latency, not bytes, is what a step pays for.
             logits_SV = lax.with_sharding_constraint(logits_SV, PartitionSpec(None, None))
         forbid_S = rows.emitted_S < call.min_new if filtered else None
-        drawn = draw(logits_SV, bits_IS2[i], call.law, forbid_S, filtered=filtered)
+        drawn = draw(logits_SV, bits_IS2[i], call.sampling, forbid_S, filtered=filtered)
         fresh = (
             jnp.where(rows.live_S, drawn.token_B, -1),
             *(lax.bitcast_convert_type(x, jnp.int32) for x in (drawn.logp_B, drawn.policy_logp_B)),
         )
         emitted_S = rows.emitted_S + 1
-        stopped_S = (drawn.token_B[:, None] == call.law.stop_ids).any(-1)
+        stopped_S = (drawn.token_B[:, None] == call.sampling.stop_ids).any(-1)
         rows = rows._replace(
             token_S=drawn.token_B,
             emitted_S=jnp.where(rows.live_S, emitted_S, rows.emitted_S),

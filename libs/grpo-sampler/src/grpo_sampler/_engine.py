@@ -13,10 +13,10 @@ from grpo_sampler._cache import Cache, empty_cache
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weights_from
 from grpo_sampler._kernels import Attention
-from grpo_sampler._law import is_filtered
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Options, Programs
 from grpo_sampler._request import Request
+from grpo_sampler._sampling import is_filtered
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
 from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
@@ -105,7 +105,7 @@ class Engine:
         Yields:
             Chunks, until every sequence has ended.
         """
-        filtered = is_filtered(request.law, request.min_new)
+        filtered = is_filtered(request.sampling, request.min_new)
         self.start_compiling(shapes, filtered=filtered, first=first)
         slots = Slots(
             shapes[first],
@@ -122,7 +122,7 @@ class Engine:
         cache = self._empty_program(shapes[first]).result()()
         vocabulary = self.plan.config.vocab_size
         call = self._send(
-            write_call(request.law, vocabulary, seed=request.seed, step=request.step, min_new=request.min_new)
+            write_call(request.sampling, vocabulary, seed=request.seed, step=request.step, min_new=request.min_new)
         )
         table, column_N = None, np.zeros(self.placement.shards, np.int32)
         level = first
@@ -142,7 +142,7 @@ class Engine:
                 self.start_shrinking(shapes, filtered=filtered, level=level)
             emitted, taken_N = self._read(record)
             column_N = (column_N + taken_N) % self.plan.columns
-            request_S, had_S, finished = slots.absorb(emitted.token_IS, request.law.stop_ids)
+            request_S, had_S, finished = slots.absorb(emitted.token_IS, request.sampling.stop_ids)
             yield Chunk(request_S, had_S, emitted, finished)
 
     def _send(self, array: np.ndarray, *, split: bool = False) -> jax.Array:

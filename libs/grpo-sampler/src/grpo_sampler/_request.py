@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_contracts import Prompts, SamplingLaw, validate
+from grpo_contracts import Prompts, SamplingParams, validate
 from grpo_sampler._errors import SamplerError
-from grpo_sampler._law import law_arrays
+from grpo_sampler._sampling import sampling_arrays
 
 
 class Request(NamedTuple):
@@ -17,7 +17,7 @@ class Request(NamedTuple):
     prompt_id_P: np.ndarray
     limit_B: np.ndarray
     group_size: int
-    law: SamplingLaw
+    sampling: SamplingParams
     min_new: int
     seed: int
     step: int
@@ -37,7 +37,7 @@ def make_request(
     max_new_tokens: np.ndarray | None,
     *,
     group_size: int,
-    law: SamplingLaw,
+    sampling: SamplingParams,
     seed: int,
     step: int,
     limits: Limits,
@@ -48,7 +48,7 @@ def make_request(
         prompts: as for `Sampler.generate`, and so the next five.
         max_new_tokens: one a prompt [P], one a sequence [P, G], one for all, or None for the sampler's own.
         group_size: samples of one prompt.
-        law: what to draw from.
+        sampling: what to draw from.
         seed: of the run.
         step: optimizer step.
         limits: the sampler's.
@@ -71,14 +71,14 @@ def make_request(
         raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
     _check_prompts(tokens_PT, length_P, limits)
     limit_PG = _limits(max_new_tokens, len(length_P), group_size, limits)
-    law_arrays(law, limits.vocabulary, limits.min_new)
+    sampling_arrays(sampling, limits.vocabulary, limits.min_new)
     return Request(
         tokens_PT[:, : length_P.max()],
         length_P,
         np.asarray(prompts.prompt_id_P, np.int32),
         limit_PG.reshape(-1).astype(np.int32),
         group_size,
-        law,
+        sampling,
         limits.min_new,
         seed,
         step,

@@ -9,16 +9,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from grpo_contracts import PolicyIdentity, Prompts, Rollout, SamplingLaw
+from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams
 from grpo_sampler._completions import Completions, FinishedSequence
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._engine import Engine, Plan
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import resolve_attention
-from grpo_sampler._law import is_filtered, law_arrays
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._request import Limits, Request, make_request
+from grpo_sampler._sampling import is_filtered, sampling_arrays
 from grpo_sampler._slots import Shape, few_rows, shapes_for
 
 
@@ -34,7 +34,7 @@ class Sampler:
 
     Args:
         config: the model.
-        law: what to draw from, unless a call says otherwise.
+        sampling: what to draw from, unless a call says otherwise.
         max_prompt_length: longest prompt, in tokens.
         max_new_tokens: longest completion, in tokens.
         slots: sequences that decode at once, over all devices.
@@ -56,7 +56,7 @@ class Sampler:
     def __init__(
         self,
         config: ModelConfig,
-        law: SamplingLaw | None = None,
+        sampling: SamplingParams | None = None,
         *,
         max_prompt_length: int,
         max_new_tokens: int,
@@ -94,7 +94,7 @@ class Sampler:
                 f"prompt_buckets must be positive and reach max_prompt_length={max_prompt_length}: got {buckets}."
             )
         self.config = config
-        self.law = SamplingLaw() if law is None else law
+        self.sampling = SamplingParams() if sampling is None else sampling
         self.max_prompt_length, self.max_new_tokens, self.min_new_tokens = (
             max_prompt_length,
             max_new_tokens,
@@ -109,7 +109,7 @@ class Sampler:
         self._unroll = platform == "cpu" if unroll is None else unroll
         self._programs = Programs()
         self._engines: dict[Any, Engine] = {}
-        law_arrays(self.law, config.vocab_size, min_new_tokens)
+        sampling_arrays(self.sampling, config.vocab_size, min_new_tokens)
 
     @property
     def compile_count(self) -> int:
@@ -121,7 +121,7 @@ class Sampler:
         params: Any,
         *,
         group_sizes: Sequence[int] = (1,),
-        laws: Sequence[SamplingLaw] | None = None,
+        sampling: Sequence[SamplingParams] | None = None,
         streaming: bool = True,
     ) -> None:
         """Compiles all that later calls can need, and waits for it.
@@ -129,15 +129,15 @@ class Sampler:
         Args:
             params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
             group_sizes: group sizes that calls will use; each has its programs.
-            laws: laws that calls will use; only whether they filter matters. None is the sampler's own.
+            sampling: sampling parameters that calls will use; only whether they filter matters. None is the sampler's own.
             streaming: whether batches may exceed the slots.
         """
         futures = []
+        filters = sorted({is_filtered(one, self.min_new_tokens) for one in sampling or (self.sampling,)})
         for bucket in self._buckets:
             engine = self._engine(params, bucket)
             for group_size in group_sizes:
-                for law in laws or (self.law,):
-                    filtered = is_filtered(law, self.min_new_tokens)
+                for filtered in filters:
                     for waiting in (False, True) if streaming else (False,):
                         shapes = self._shapes(engine, group_size, waiting)
                         for first in range(len(shapes)):
@@ -148,14 +148,14 @@ class Sampler:
             future.result()
 
     def programs(
-        self, params: Any, *, group_size: int, law: SamplingLaw | None = None, streaming: bool = False
+        self, params: Any, *, group_size: int, sampling: SamplingParams | None = None, streaming: bool = False
     ) -> dict[str, Callable[..., Compiled]]:
         """What a call that fills all slots runs, for planning memory and time on devices that may not be there.
 
         Args:
             params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
             group_size: samples of one prompt.
-            law: as for `generate`; only whether it filters matters.
+            sampling: as for `generate`; only whether it filters matters.
             streaming: whether the batch exceeds the slots.
         Returns:
             Functions that compile (with `compiler_options`, as `jax.stages.Lowered.compile` takes them), by name, in
@@ -165,7 +165,7 @@ class Sampler:
             is the largest of its kind, for the longest prompt bucket.
         """
         engine = self._engine(params, self._buckets[-1])
-        filtered = is_filtered(self.law if law is None else law, self.min_new_tokens)
+        filtered = is_filtered(self.sampling if sampling is None else sampling, self.min_new_tokens)
         return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
 
     def generate(
@@ -176,8 +176,8 @@ class Sampler:
         group_size: int,
         seed: int,
         step: int,
-        policy: PolicyIdentity,
-        law: SamplingLaw | None = None,
+        policy: PolicyVersion | None = None,
+        sampling: SamplingParams | None = None,
         max_new_tokens: np.ndarray | None = None,
     ) -> Rollout:
         """Draws `group_size` completions of every prompt.
@@ -188,8 +188,8 @@ class Sampler:
             group_size: samples of one prompt.
             seed: 0 to 2**64 - 1.
             step: optimizer step; with the seed, the prompt's id and the sample's index it fixes the random numbers.
-            policy: written into the rollout.
-            law: replaces the sampler's own for this call.
+            policy: version of the parameters, recorded in the rollout; `PolicyVersion(step, "")` if None.
+            sampling: replaces the sampler's own for this call.
             max_new_tokens: limits in tokens, one a prompt [P] or one a sequence [P, G]; None is the sampler's own.
         Returns:
             P * group_size rows of `max_prompt_length + max_new_tokens` tokens, groups adjacent.
@@ -197,11 +197,11 @@ class Sampler:
             SamplerError: prompts or limits that do not fit, or a law that cannot be met.
             ContractError: `prompts` break the contract.
         """
-        request = self._request(prompts, max_new_tokens, group_size=group_size, law=law, seed=seed, step=step)
+        request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
         completions = Completions(request, self.max_new_tokens)
         for chunk in self._chunks(params, request):
             completions.add(chunk)
-        length = self.max_prompt_length + self.max_new_tokens
+        length, policy = self.max_prompt_length + self.max_new_tokens, policy or PolicyVersion(step, "")
         return completions.rollout(policy, length=length, vocab_size=self.config.vocab_size, pad_id=self.pad_id)
 
     def stream(
@@ -212,7 +212,7 @@ class Sampler:
         group_size: int,
         seed: int,
         step: int,
-        law: SamplingLaw | None = None,
+        sampling: SamplingParams | None = None,
         max_new_tokens: np.ndarray | None = None,
     ) -> Iterator[FinishedSequence]:
         """The same draws as `generate`, each sequence as soon as it has ended.
@@ -223,14 +223,14 @@ class Sampler:
             group_size: samples of one prompt.
             seed: see `generate`.
             step: see `generate`.
-            law: see `generate`.
+            sampling: see `generate`.
             max_new_tokens: see `generate`.
         Yields:
             Sequences in the order in which they end.
         Raises:
             SamplerError: at the call, not at the first element: see `generate`.
         """
-        request = self._request(prompts, max_new_tokens, group_size=group_size, law=law, seed=seed, step=step)
+        request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
         return self._finished(params, request)
 
     def _finished(self, params: Any, request: Request) -> Iterator[FinishedSequence]:
@@ -240,9 +240,13 @@ class Sampler:
             for b in chunk.finished.request_F.tolist():
                 yield completions.finished(b)
 
-    def _request(self, prompts: Prompts, max_new_tokens: Any, *, law: SamplingLaw | None, **identity: int) -> Request:
+    def _request(
+        self, prompts: Prompts, max_new_tokens: Any, *, sampling: SamplingParams | None, **identity: int
+    ) -> Request:
         limits = Limits(self.config.vocab_size, self.max_prompt_length, self.min_new_tokens, self.max_new_tokens)
-        return make_request(prompts, max_new_tokens, law=self.law if law is None else law, limits=limits, **identity)
+        return make_request(
+            prompts, max_new_tokens, sampling=self.sampling if sampling is None else sampling, limits=limits, **identity
+        )
 
     def _chunks(self, params: Any, request: Request) -> Iterator[Any]:
         bucket = next(size for size in self._buckets if size >= request.length_P.max())

@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from grpo_contracts import SamplingLaw
-from grpo_sampler._law import STOP_CAPACITY, LawArrays, law_arrays
+from grpo_contracts import SamplingParams
+from grpo_sampler._sampling import STOP_CAPACITY, SamplingArrays, sampling_arrays
 
 
 class Rows(NamedTuple):
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 class Call(NamedTuple):
     """What one batch is drawn from."""
 
-    law: LawArrays
+    sampling: SamplingArrays
     seed_N: Any  # uint32, two words
     step: Any  # uint32
     min_new: Any  # int32
@@ -70,9 +70,9 @@ def renew_table(table_n: Int[Array, "n"], rows: Rows) -> Int[Array, "n"]:
 CALL_SIZE = 8 + STOP_CAPACITY
 
 
-def write_call(law: SamplingLaw, vocab_size: int, *, seed: int, step: int, min_new: int) -> np.ndarray:
+def write_call(sampling: SamplingParams, vocab_size: int, *, seed: int, step: int, min_new: int) -> np.ndarray:
     """The call as int32 [CALL_SIZE]: floats and unsigned words by their bits."""
-    arrays = law_arrays(law, vocab_size, min_new)
+    arrays = sampling_arrays(sampling, vocab_size, min_new)
     floats = np.array([arrays.temperature, arrays.top_p, arrays.min_p], np.float32).view(np.int32)
     words = np.array([seed >> 32, seed & 0xFFFFFFFF, step], np.uint32).view(np.int32)
     return np.concatenate([floats, words, np.array([arrays.top_k, min_new], np.int32), arrays.stop_ids])
@@ -82,5 +82,5 @@ def read_call(call_n: Int[Array, "n"]) -> Call:
     """`write_call` undone, inside a program."""
     temperature, top_p, min_p = lax.bitcast_convert_type(call_n[:3], jnp.float32)
     words = lax.bitcast_convert_type(call_n[3:6], jnp.uint32)
-    law = LawArrays(temperature, call_n[6], top_p, min_p, call_n[8:])
-    return Call(law, words[:2], words[2], call_n[7])
+    sampling = SamplingArrays(temperature, call_n[6], top_p, min_p, call_n[8:])
+    return Call(sampling, words[:2], words[2], call_n[7])

@@ -29,7 +29,7 @@ _COMPARED_ROWS = 4096
 ShardingChoice = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | Mapping[str, Any] | None
 
 
-def load(
+def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
     *,
     dtype: Any,
@@ -74,7 +74,7 @@ def load(
     return config, params
 
 
-def save(
+def save_pretrained(
     folder: str | os.PathLike[str], config: ModelConfig, params: Params, *, max_shard_bytes: int = 4_000_000_000
 ) -> None:
     """Writes config.json and safetensors that transformers loads and `load` reads back bit for bit.

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from grpo_contracts import PolicyIdentity, Prompts, Rollout, SamplingLaw, from_completions, validate
+from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams, from_completions, validate
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError
-from grpo_sampler._law import law_arrays
-from grpo_sampler._weights import save
+from grpo_sampler._sampling import sampling_arrays
+from grpo_sampler._weights import save_pretrained
 
 try:
     import torch  # pyright: ignore[reportMissingImports]
@@ -35,7 +35,7 @@ class TransformersBackend:
 
     Args:
         config: the model.
-        law: what to draw from. A nucleus that ends in a tie is cut by transformers in the middle of it, where
+        sampling: what to draw from. A nucleus that ends in a tie is cut by transformers in the middle of it, where
             `Sampler` keeps all of it.
         max_new_tokens: longest completion, in tokens.
         device: torch device to run on.
@@ -44,19 +44,19 @@ class TransformersBackend:
     """
 
     def __init__(
-        self, config: ModelConfig, law: SamplingLaw | None = None, *, max_new_tokens: int, device: str = "cpu"
+        self, config: ModelConfig, sampling: SamplingParams | None = None, *, max_new_tokens: int, device: str = "cpu"
     ) -> None:
         if max_new_tokens < 1:
             raise SamplerError(f"max_new_tokens must be at least 1: got {max_new_tokens}.")
-        self._config, self._law = config, SamplingLaw() if law is None else law
-        law_arrays(self._law, config.vocab_size)
+        self._config, self._sampling = config, SamplingParams() if sampling is None else sampling
+        sampling_arrays(self._sampling, config.vocab_size)
         self._max_new_tokens, self._device = max_new_tokens, device
-        self._held: tuple[Any, PolicyIdentity] | None = None
+        self._held: tuple[Any, PolicyVersion] | None = None
 
     def start(self) -> None:
         """Takes nothing: the model comes with its weights."""
 
-    def update_weights(self, params: Any, policy: PolicyIdentity) -> None:
+    def update_weights(self, params: Any, policy: PolicyVersion) -> None:
         """Hands the parameters over through a temporary folder in Hugging Face layout.
 
         Args:
@@ -67,7 +67,7 @@ class TransformersBackend:
         """
         self._held = None
         with tempfile.TemporaryDirectory() as folder:
-            save(folder, self._config, params)
+            save_pretrained(folder, self._config, params)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         model.to(self._device).eval()
         model.generation_config = GenerationConfig()  # or what the model's has, such as stop ids, is mixed in
@@ -106,7 +106,7 @@ class TransformersBackend:
             tokens,
             logp,
             group_size=group_size,
-            law=self._law,
+            sampling=self._sampling,
             policy=policy,
             policy_logp=policy_logp,
             max_new_tokens=self._max_new_tokens,
@@ -118,17 +118,19 @@ class TransformersBackend:
 
     def _complete(self, model: Any, prompt_1T: Any, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One completion: token ids, log-probabilities under the law, and under the plain policy."""
-        law, greedy = self._law, self._law.temperature == 0
-        filters = {} if greedy else {"temperature": law.temperature, "top_p": law.top_p, "min_p": law.min_p}
+        sampling, greedy = self._sampling, self._sampling.temperature == 0
+        filters = (
+            {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
+        )
         out = model.generate(
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
             generation_config=GenerationConfig(
                 do_sample=not greedy,
-                top_k=0 if greedy else law.top_k,  # unsaid, it is 50
+                top_k=0 if greedy else sampling.top_k,  # unsaid, it is 50
                 **filters,
                 max_new_tokens=self._max_new_tokens,
-                eos_token_id=list(law.stop_ids) or None,
+                eos_token_id=list(sampling.stop_ids) or None,
                 pad_token_id=pad_id,
                 output_scores=True,
                 output_logits=True,

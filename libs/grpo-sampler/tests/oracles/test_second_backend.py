@@ -2,24 +2,26 @@
 
 import numpy as np
 import pytest
-from backend_contract import CONFIG, LAWS, MAX_NEW, PROMPTS, check, policy_params
+from backend_contract import CONFIG, MAX_NEW, PROMPTS, SAMPLINGS, check, policy_params
 
-from grpo_contracts import PolicyIdentity, SamplingLaw
+from grpo_contracts import PolicyVersion, SamplingParams
 from grpo_sampler import Sampler, SamplerBackend, SamplerError
 from grpo_sampler.transformers_backend import TransformersBackend
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_transformers_keeps_the_contract(law):
-    check(lambda law: TransformersBackend(CONFIG, law, max_new_tokens=MAX_NEW), LAWS[law], bound=2e-5)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_transformers_keeps_the_contract(sampling):
+    check(
+        lambda sampling: TransformersBackend(CONFIG, sampling, max_new_tokens=MAX_NEW), SAMPLINGS[sampling], bound=2e-5
+    )
 
 
 def test_both_backends_agree_on_greedy_completions():
-    law, rollouts = LAWS["greedy"], []
-    sampler = Sampler(CONFIG, law, max_prompt_length=5, max_new_tokens=MAX_NEW, slots=3, sizes=1, unroll=False)
-    for backend in (SamplerBackend(sampler), TransformersBackend(CONFIG, law, max_new_tokens=MAX_NEW)):
+    sampling, rollouts = SAMPLINGS["greedy"], []
+    sampler = Sampler(CONFIG, sampling, max_prompt_length=5, max_new_tokens=MAX_NEW, slots=3, sizes=1, unroll=False)
+    for backend in (SamplerBackend(sampler), TransformersBackend(CONFIG, sampling, max_new_tokens=MAX_NEW)):
         backend.start()
-        backend.update_weights(policy_params(), PolicyIdentity(0, "00"))
+        backend.update_weights(policy_params(), PolicyVersion(0, "00"))
         rollouts.append(backend.generate(PROMPTS, group_size=1, seed=0, step=0))
         backend.close()
     ours, theirs = rollouts
@@ -30,6 +32,6 @@ def test_both_backends_agree_on_greedy_completions():
 
 def test_a_law_that_cannot_be_met_is_refused():
     with pytest.raises(SamplerError, match="stop_ids must lie in"):
-        TransformersBackend(CONFIG, SamplingLaw(stop_ids=(32,)), max_new_tokens=4)
+        TransformersBackend(CONFIG, SamplingParams(stop_ids=(32,)), max_new_tokens=4)
     with pytest.raises(SamplerError, match="max_new_tokens must be at least 1"):
         TransformersBackend(CONFIG, max_new_tokens=0)

@@ -8,13 +8,13 @@ import torch
 import transformers
 from make_reference import CASES, inputs, logits, make_model
 
-from grpo_sampler import abstract, load, merge, save
+from grpo_sampler import abstract, load_pretrained, merge, save_pretrained
 
 F32_BOUND = 1e-4
 
 
 def our_logits(folder, tokens_BT, *args, dtype=jnp.float32):
-    config, params = load(folder, dtype=dtype)
+    config, params = load_pretrained(folder, dtype=dtype)
     graphdef, _ = abstract(config, param_dtype=dtype)
 
     def run(params, *arguments):
@@ -80,9 +80,9 @@ def test_bf16_within_transformers_own_spread(case, record_property):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_transformers_loads_what_we_save(case, tmp_path_factory, dtype, max_shard_bytes):
     _, model, folder = case
-    config, params = load(folder, dtype=dtype)
+    config, params = load_pretrained(folder, dtype=dtype)
     saved = tmp_path_factory.mktemp("saved")
-    save(saved, config, params, max_shard_bytes=max_shard_bytes)
+    save_pretrained(saved, config, params, max_shard_bytes=max_shard_bytes)
     again, report = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._stages import STAGES, PolicyIdentity, Stage
+from .._provenance import PolicyVersion
+from .._stages import STAGES, Stage
 
 
-def _leaves(policy: PolicyIdentity) -> tuple[Any, Any]:
+def _leaves(policy: PolicyVersion) -> tuple[Any, Any]:
     step, digest = policy.step, policy.digest
     if isinstance(step, int):
         step = np.int32(step)
@@ -24,29 +25,29 @@ def _leaves(policy: PolicyIdentity) -> tuple[Any, Any]:
     return step, digest
 
 
-def _flatten(policy: PolicyIdentity) -> tuple[tuple[Any, Any], None]:
+def _flatten(policy: PolicyVersion) -> tuple[tuple[Any, Any], None]:
     return _leaves(policy), None
 
 
-def _flatten_with_keys(policy: PolicyIdentity) -> tuple[tuple[tuple[Any, Any], tuple[Any, Any]], None]:
+def _flatten_with_keys(policy: PolicyVersion) -> tuple[tuple[tuple[Any, Any], tuple[Any, Any]], None]:
     step, digest = _leaves(policy)
     return ((jax.tree_util.GetAttrKey("step"), step), (jax.tree_util.GetAttrKey("digest"), digest)), None
 
 
-def _unflatten(_: None, leaves: Any) -> PolicyIdentity:
-    policy = PolicyIdentity(*leaves)
+def _unflatten(_: None, leaves: Any) -> PolicyVersion:
+    policy = PolicyVersion(*leaves)
     step, digest = leaves
     # Arrays already on the host are read at once; a device array is not, since reading would wait for it.
     on_host = isinstance(step, np.ndarray | np.integer) and isinstance(digest, np.ndarray)
     whole = on_host and step.ndim == 0 and digest.ndim == 1 and step.dtype.kind == "i" and digest.dtype == np.uint8
-    return PolicyIdentity(int(step), digest.tobytes().decode("utf-8", "replace")) if whole else policy
+    return PolicyVersion(int(step), digest.tobytes().decode("utf-8", "replace")) if whole else policy
 
 
 def _is_data(stage: type[Stage], field: str) -> bool:
     return bool(stage.specs()[field].dtype) or field in ("rollout", "scored", "policy")
 
 
-jax.tree_util.register_pytree_with_keys(PolicyIdentity, _flatten_with_keys, _unflatten, _flatten)
+jax.tree_util.register_pytree_with_keys(PolicyVersion, _flatten_with_keys, _unflatten, _flatten)
 for _stage in STAGES:
     jax.tree_util.register_dataclass(
         _stage,

@@ -17,14 +17,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_contracts import SamplingLaw
+from grpo_contracts import SamplingParams
 from grpo_sampler._errors import SamplerError
 
 STOP_CAPACITY = 16
 _ONE_AS_BITS = 30  # 1.0 is 0x3F800000: every float in [0, 1] is ordered like its low 30 bits
 
 
-class LawArrays(NamedTuple):
+class SamplingArrays(NamedTuple):
     """A sampling law as arrays: scalars, and stop ids padded with -1 to a fixed length."""
 
     temperature: Any
@@ -42,17 +42,17 @@ class Draw(NamedTuple):
     policy_logp_B: Float[Array, "B"]
 
 
-def is_filtered(law: SamplingLaw, min_new_tokens: int = 0) -> bool:
+def is_filtered(sampling: SamplingParams, min_new_tokens: int = 0) -> bool:
     """Whether the law cuts tokens off, which needs the program that looks for a threshold."""
-    filters = law.top_k > 0 or law.top_p < 1.0 or law.min_p > 0.0
-    return (law.temperature > 0.0 and filters) or (min_new_tokens > 0 and len(law.stop_ids) > 0)
+    filters = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+    return (sampling.temperature > 0.0 and filters) or (min_new_tokens > 0 and len(sampling.stop_ids) > 0)
 
 
-def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> LawArrays:
+def sampling_arrays(sampling: SamplingParams, vocab_size: int, min_new_tokens: int = 0) -> SamplingArrays:
     """The law as arrays for the device.
 
     Args:
-        law: temperature (0 is greedy), top_k, top_p, min_p (0, 1, 0 switch them off), stop_ids.
+        sampling: temperature (0 is greedy), top_k, top_p, min_p (0, 1, 0 switch them off), stop_ids.
         vocab_size: number of rows of the unembedding.
         min_new_tokens: tokens before which stop ids are forbidden.
     Returns:
@@ -60,7 +60,7 @@ def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> La
     Raises:
         SamplerError: a stop id outside the vocabulary, too many stop ids, or nothing left to sample.
     """
-    stop = np.unique(np.asarray(law.stop_ids, np.int64))
+    stop = np.unique(np.asarray(sampling.stop_ids, np.int64))
     outside = stop[(stop < 0) | (stop >= vocab_size)]
     if outside.size:
         raise SamplerError(
@@ -75,15 +75,19 @@ def law_arrays(law: SamplingLaw, vocab_size: int, min_new_tokens: int = 0) -> La
         raise SamplerError(f"stop_ids must hold at most {STOP_CAPACITY} different ids: got {stop.size}.")
     padded = np.full(STOP_CAPACITY, -1, np.int32)
     padded[: stop.size] = stop
-    return LawArrays(
-        np.float32(law.temperature), np.int32(law.top_k), np.float32(law.top_p), np.float32(law.min_p), padded
+    return SamplingArrays(
+        np.float32(sampling.temperature),
+        np.int32(sampling.top_k),
+        np.float32(sampling.top_p),
+        np.float32(sampling.min_p),
+        padded,
     )
 
 
 def draw(
     logits_BV: Float[Array, "B V"],
     bits_B2: UInt32[Array, "B 2"],
-    law: LawArrays,
+    sampling: SamplingArrays,
     forbid_stop_B: Bool[Array, "B"] | None = None,
     *,
     filtered: bool,
@@ -93,36 +97,46 @@ def draw(
     Args:
         logits_BV: float32 logits.
         bits_B2: 64 random bits a row: one word picks the block, the other the token in it.
-        law: from `law_arrays`.
+        sampling: from `sampling_arrays`.
         forbid_stop_B: rows that may not stop yet; read by the filtered program only.
         filtered: static; False skips top-k, top-p, min-p and forbidden ids (`is_filtered` says which is needed).
     Returns:
         Token ids; log-probability under the law (0 when greedy); log-probability at temperature 1 without filters.
     """
-    allowed_BV = _forbid(logits_BV, law, forbid_stop_B) if filtered else logits_BV
+    allowed_BV = _forbid(logits_BV, sampling, forbid_stop_B) if filtered else logits_BV
     sampled = _filtered if filtered else _tempered
-    return lax.cond(law.temperature == 0, _greedy, sampled, logits_BV, allowed_BV, bits_B2, law)
+    return lax.cond(sampling.temperature == 0, _greedy, sampled, logits_BV, allowed_BV, bits_B2, sampling)
 
 
-def law_log_probabilities(
-    logits_BV: Float[Array, "B V"], law: LawArrays, forbid_stop_B: Bool[Array, "B"] | None = None
+def log_probabilities(
+    logits_BV: Float[Array, "B V"], sampling: SamplingParams, forbid_stop_B: Bool[Array, "B"] | None = None
 ) -> Float[Array, "B V"]:
-    """The whole distribution of a law with positive temperature, -inf where a filter cut.
+    """The whole distribution that each row's next token is drawn from.
 
     Args:
         logits_BV: float32 logits.
-        law: from `law_arrays`.
-        forbid_stop_B: rows that may not stop yet.
+        sampling: how tokens are drawn.
+        forbid_stop_B: rows that must not stop yet; None for none.
+
     Returns:
-        Log-probabilities; each row's exponentials sum to 1.
+        Log-probabilities in nats, -inf where a filter removed the token; the exponentials of each row sum to 1. At
+        temperature 0 the most likely token has probability 1, the first one if several are equal.
+
+    Raises:
+        SamplerError: a stop id outside the vocabulary, or too many stop ids.
     """
-    scaled_BV, weight_BV = _kept_weights(_forbid(logits_BV, law, forbid_stop_B), law)
+    vocabulary = logits_BV.shape[-1]
+    arrays = sampling_arrays(sampling, vocabulary)
+    allowed_BV = _forbid(logits_BV, arrays, forbid_stop_B)
+    if sampling.temperature == 0:
+        return jnp.where(jnp.arange(vocabulary) == jnp.argmax(allowed_BV, -1)[:, None], 0.0, -jnp.inf)
+    scaled_BV, weight_BV = _kept_weights(allowed_BV, arrays)
     total_B1 = weight_BV.sum(-1, keepdims=True)
     centred_BV = scaled_BV - scaled_BV.max(-1, keepdims=True)
     return jnp.where(weight_BV > 0, centred_BV - jnp.log(total_B1), -jnp.inf)
 
 
-def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
+def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
     # jnp.argmax over a vocabulary is 10 to 50 times dearer on a CPU than a maximum: find the block by its maximum.
     blocks_BNC = _blocks(allowed_BV, -jnp.inf)
     block_B = jnp.argmax(blocks_BNC.max(-1), -1)
@@ -131,31 +145,31 @@ def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays)
     return Draw(token_B.astype(jnp.int32), jnp.zeros(len(token_B)), _policy_logp(logits_BV, token_B))
 
 
-def _tempered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
-    token_B, logp_B = _invert(logits_BV / law.temperature, bits_B2)
-    policy_logp_B = lax.cond(law.temperature == 1, lambda: logp_B, lambda: _policy_logp(logits_BV, token_B))
+def _tempered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
+    token_B, logp_B = _invert(logits_BV / sampling.temperature, bits_B2)
+    policy_logp_B = lax.cond(sampling.temperature == 1, lambda: logp_B, lambda: _policy_logp(logits_BV, token_B))
     return Draw(token_B, logp_B, policy_logp_B)
 
 
-def _filtered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, law: LawArrays) -> Draw:
-    scaled_BV, weight_BV = _kept_weights(allowed_BV, law)
+def _filtered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
+    scaled_BV, weight_BV = _kept_weights(allowed_BV, sampling)
     token_B, logp_B = _invert(jnp.where(weight_BV > 0, scaled_BV, -jnp.inf), bits_B2)
     return Draw(token_B, logp_B, _policy_logp(logits_BV, token_B))
 
 
-def _forbid(logits_BV: Array, law: LawArrays, forbid_stop_B: Array | None) -> Array:
+def _forbid(logits_BV: Array, sampling: SamplingArrays, forbid_stop_B: Array | None) -> Array:
     if forbid_stop_B is None:
         return logits_BV
     vocabulary = logits_BV.shape[-1]
     # Padding (-1) goes past the end: a negative index would wrap round to the last token.
-    ids_N = jnp.where(law.stop_ids < 0, vocabulary, law.stop_ids)
+    ids_N = jnp.where(sampling.stop_ids < 0, vocabulary, sampling.stop_ids)
     is_stop_V = jnp.zeros(vocabulary, bool).at[ids_N].set(True, mode="drop")
     return jnp.where(forbid_stop_B[:, None] & is_stop_V, -jnp.inf, logits_BV)
 
 
-def _kept_weights(allowed_BV: Array, law: LawArrays) -> tuple[Array, Array]:
+def _kept_weights(allowed_BV: Array, sampling: SamplingArrays) -> tuple[Array, Array]:
     """Logits over the temperature, and exp(logit - maximum) with 0 where a filter cuts."""
-    scaled_BV = allowed_BV / law.temperature
+    scaled_BV = allowed_BV / sampling.temperature
     weight_BV = jnp.exp(scaled_BV - scaled_BV.max(-1, keepdims=True))
     zero_B = jnp.zeros(len(weight_BV))
 
@@ -163,15 +177,15 @@ def _kept_weights(allowed_BV: Array, law: LawArrays) -> tuple[Array, Array]:
         return jnp.where(weight_BV >= jnp.maximum(threshold_B, floor_B)[:, None], weight_BV, 0).sum(-1)
 
     def top_k() -> Array:
-        return _largest(lambda t_B: (weight_BV >= t_B[:, None]).sum(-1) >= law.top_k, zero_B)
+        return _largest(lambda t_B: (weight_BV >= t_B[:, None]).sum(-1) >= sampling.top_k, zero_B)
 
     def top_p(floor_B: Array) -> Array:
-        wanted_B = law.top_p * mass_from(floor_B, floor_B)
+        wanted_B = sampling.top_p * mass_from(floor_B, floor_B)
         return _largest(lambda t_B: mass_from(t_B, floor_B) >= wanted_B, zero_B)
 
-    floor_B = lax.cond(law.top_k > 0, top_k, lambda: zero_B)
-    floor_B = jnp.maximum(floor_B, lax.cond(law.top_p < 1, top_p, lambda floor_B: floor_B, floor_B))
-    floor_B = jnp.maximum(floor_B, law.min_p)  # the largest weight is 1
+    floor_B = lax.cond(sampling.top_k > 0, top_k, lambda: zero_B)
+    floor_B = jnp.maximum(floor_B, lax.cond(sampling.top_p < 1, top_p, lambda floor_B: floor_B, floor_B))
+    floor_B = jnp.maximum(floor_B, sampling.min_p)  # the largest weight is 1
     return scaled_BV, jnp.where(weight_BV >= floor_B[:, None], weight_BV, 0)
 
 
