@@ -10,9 +10,9 @@ import pytest
 
 from grpo_contracts import ContractError, GrpoError
 from grpo_gsm8k import cli, startup
-from grpo_trainer.settings.schema import Config
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import dump, load
+from grpo_trainer.settings.schema import Config
 
 
 @pytest.fixture

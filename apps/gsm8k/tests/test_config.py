@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_trainer.settings.schema import Config, Loss, Rollout
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import changed_keys, dump, flat, load, preset_names
+from grpo_trainer.settings.schema import Config, Loss, Rollout
 
 
 def refused(*sets: str, configs: tuple[str, ...] = ()) -> str:

@@ -10,11 +10,11 @@ import pytest
 
 from grpo_contracts import GrpoError, validate
 from grpo_gsm8k import records as records_module
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.data.stream import ProblemStream, Questions, held_out, open_problems, tokenize
 from grpo_gsm8k.embedded.problems import write_splits
-from grpo_trainer.data.sources import DataError, Record, digest, read_records
 from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
+from grpo_trainer.data.sources import DataError, Record, digest, read_records
+from grpo_trainer.data.stream import ProblemStream, Questions, held_out, open_problems, tokenize
+from grpo_trainer.settings.schema import Config
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'

@@ -16,15 +16,15 @@ import pytest
 
 from grpo_contracts import PolicyIdentity
 from grpo_gsm8k import replay
+from grpo_gsm8k.grading import RewardError
 from grpo_trainer.assemble.run import assemble
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.run.health import Diverged, Health, StaleWeights
-from grpo_trainer.settings.layers import load
-from grpo_trainer.run.progress import Progress
-from grpo_gsm8k.grading import RewardError
 from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.health import Diverged, Health, StaleWeights
+from grpo_trainer.run.progress import Progress
+from grpo_trainer.settings.layers import load
+from grpo_trainer.settings.schema import Config
 from grpo_trainer.train import train
 
 FINE = {
@@ -317,7 +317,8 @@ def test_what_one_process_cannot_read_all_step_over(
     told = iter([False, True, False, False])
     monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, tree=jax.tree))
     monkeypatch.setattr(
-        "grpo_trainer.run.checkpoint.multihost_utils.process_allgather", lambda mine: np.asarray([bool(mine), next(told)])
+        "grpo_trainer.run.checkpoint.multihost_utils.process_allgather",
+        lambda mine: np.asarray([bool(mine), next(told)]),
     )
     restored = checkpoints.restore({"w": jax.numpy.zeros(2, jax.numpy.int32)}, IDENTITY["identity"])
     assert restored is not None

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from grpo_contracts import FinishReason, PolicyIdentity, Rollout, SamplingLaw
 from grpo_gsm8k import grading as reward
-from grpo_trainer.settings.schema import Reward
-from grpo_trainer.data.stream import Asked
-from grpo_trainer.data.sources import Record
-from grpo_gsm8k.grading import RewardError, final_answer, last_number, load_function
-from grpo_trainer.rewards.scoring import Rewards
 from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
+from grpo_gsm8k.grading import RewardError, final_answer, last_number, load_function
+from grpo_trainer.data.sources import Record
+from grpo_trainer.data.stream import Asked
+from grpo_trainer.rewards.scoring import Rewards
+from grpo_trainer.settings.schema import Reward
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 

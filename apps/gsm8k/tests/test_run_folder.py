@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from grpo_trainer.run.accuracy import Accuracy
-from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.settings.layers import load
 from grpo_trainer.run.files import read_lines
 from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.settings.errors import ConfigError, RunFolderError
+from grpo_trainer.settings.layers import load
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+from grpo_mesh import AXES, digest
 from grpo_trainer.assemble.run import assemble
 from grpo_trainer.run.checkpoint import Checkpoints, ResumeRefused
-from grpo_trainer.settings.schema import Config
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import load
+from grpo_trainer.settings.schema import Config
 from grpo_trainer.train import train
-from grpo_mesh import AXES, digest
 
 
 def settings(policy: Path, folder: Path, *more: str) -> Config:

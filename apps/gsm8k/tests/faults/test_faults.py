@@ -24,22 +24,22 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_contracts import ContractError, GrpoError, PolicyIdentity
 from grpo_gsm8k import checkpoint
-from grpo_trainer.assemble.run import assemble
-from grpo_trainer.run.capsule import CapsuleError, read_capsule
-from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.run.health import Health, StaleWeights
-from grpo_trainer.settings.layers import load
-from grpo_trainer.run.progress import Progress
-from grpo_trainer.data.sources import DataError, read_records
-from grpo_gsm8k.grading import RewardError
-from grpo_trainer.rewards.workers import RewardWorker
-from grpo_trainer.run.folder import RunFolder, versions
-from grpo_trainer.run.startup import before_jax
 from grpo_gsm8k.embedded.tokenizer import TokenizerError
+from grpo_gsm8k.grading import RewardError
 from grpo_mesh import MeshError
 from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
+from grpo_trainer.assemble.run import assemble
+from grpo_trainer.data.sources import DataError, read_records
+from grpo_trainer.rewards.workers import RewardWorker
+from grpo_trainer.run.capsule import CapsuleError, read_capsule
+from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
+from grpo_trainer.run.folder import RunFolder, versions
+from grpo_trainer.run.health import Health, StaleWeights
+from grpo_trainer.run.progress import Progress
+from grpo_trainer.run.startup import before_jax
+from grpo_trainer.settings.errors import ConfigError, RunFolderError
+from grpo_trainer.settings.layers import load
+from grpo_trainer.settings.schema import Config
 
 PAGE = Path(__file__).parents[2] / "FAULTS.md"
 GOOD = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]

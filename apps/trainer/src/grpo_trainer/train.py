@@ -146,9 +146,7 @@ def _steps(
             progress.note(f"step {done}: {result}")
         with clock.phase("logging", together=False):
             folder.log(done, metrics)
-            folder.completions(
-                done, completion_records(scored, transcript, judgements, count=settings.log.completions)
-            )
+            folder.completions(done, completion_records(scored, transcript, judgements, count=settings.log.completions))
             progress.step(done, metrics)
 
         stopping = stop.requested() and not last

@@ -5,7 +5,7 @@ Nothing here imports jax, flax, transformers or numpy: `--print-config` answers 
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 

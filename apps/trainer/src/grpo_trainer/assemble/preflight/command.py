@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from grpo_trainer.settings.schema import Config
 from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.schema import Config
 
 __all__ = ["preflight"]
 
@@ -45,10 +45,10 @@ def preflight(config: Config, *, search: bool = False) -> int:
 
 
 def _judge(config: Config, slice_name: str) -> int:
+    from grpo_mesh import find_slice, make_mesh, slice_devices
     from grpo_trainer.assemble.blueprint import blueprint, model_config
     from grpo_trainer.assemble.preflight.programs import measure
     from grpo_trainer.assemble.preflight.verdict import judge, table
-    from grpo_mesh import find_slice, make_mesh, slice_devices
 
     target = find_slice(slice_name)
     mesh = make_mesh(config.mesh, slice_devices(slice_name))

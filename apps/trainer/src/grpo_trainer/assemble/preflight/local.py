@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 from grpo_contracts import PolicyIdentity, TrainBatch
-from grpo_trainer.assemble.run import Assembly, assemble
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.learn import advantages, learn
+from grpo_mesh import digest
 from grpo_trainer.assemble.blueprint import blueprint, model_config
 from grpo_trainer.assemble.preflight.programs import Measured, measure
 from grpo_trainer.assemble.preflight.verdict import programs_table
-from grpo_mesh import digest
+from grpo_trainer.assemble.run import Assembly, assemble
+from grpo_trainer.learn import advantages, learn
+from grpo_trainer.settings.schema import Config
 
 __all__ = ["Comparison", "compare"]
 

@@ -12,9 +12,9 @@ import jax
 from jax.stages import Compiled
 
 from grpo_contracts import SamplingLaw
+from grpo_mesh import CompileReport, compile_with_text
 from grpo_trainer.assemble.blueprint import Blueprint, bytes_per_device
 from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
-from grpo_mesh import CompileReport, compile_with_text
 
 __all__ = ["PHASES", "Measured", "Program", "measure"]
 

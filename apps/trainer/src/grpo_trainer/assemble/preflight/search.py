@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import jax
 
 from grpo_contracts import GrpoError
-from grpo_trainer.settings.schema import Config
+from grpo_mesh import find_slice, make_mesh, slice_devices
+from grpo_sampler import ModelConfig
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint, bytes_per_device, model_config
 from grpo_trainer.assemble.preflight.programs import Measured, measure
 from grpo_trainer.assemble.preflight.verdict import GIB, Verdict, judge
-from grpo_mesh import find_slice, make_mesh, slice_devices
-from grpo_sampler import ModelConfig
+from grpo_trainer.settings.schema import Config
 
 __all__ = ["Candidate", "candidates", "run_search"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grpo_mesh import MeshError, Slice, find_slice
 from grpo_trainer.assemble.blueprint import Blueprint, bytes_per_device
 from grpo_trainer.assemble.preflight.programs import Measured
 from grpo_trainer.assemble.preflight.work import Work
-from grpo_mesh import MeshError, Slice, find_slice
 
 __all__ = ["EFFICIENCY", "GIB", "Phase", "Verdict", "judge", "programs_table", "table"]
 
