@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from grpo_contracts import PolicyVersion, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
@@ -125,7 +126,7 @@ def _steps(
         metrics = step_metrics(batch, judgements, learned, clock.seconds)
         if settings.rollout.refills:
             metrics["rollout/drawn_groups"] = float(drawn)
-        metrics["learning_rate"] = float(run.plan.learning_rate(loop.train.step))
+        metrics["learning_rate"] = float(jnp.asarray(run.plan.learning_rate(loop.train.step)))
         metrics |= health.watch(done, metrics)
         if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
