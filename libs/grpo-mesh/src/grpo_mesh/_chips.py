@@ -1,4 +1,4 @@
-"""TPU chips and slices: what a chip holds and does, and the topology behind a name like "v5e-16"."""
+"""TPU chips and slices: memory and speed of a chip, and the topology behind a name such as "v5e-16"."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Chip:
     Args:
         name: family, as in slice names.
         hbm_bytes: nominal high-bandwidth memory.
-        usable_bytes: what the compiler lets a program use (read off its out-of-memory message, libtpu 0.0.42).
+        usable_bytes: what the compiler lets a program use (from its out-of-memory message, libtpu 0.0.42).
         flops: bf16 peak, FLOP/s.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s over all inter-chip links, one direction.
         dimensions: of the torus.
-        names_cores: slice names count tensor cores (two a chip) rather than chips: v4-8 has four chips.
+        names_cores: whether slice names count tensor cores (two per chip) instead of chips: v4-8 has four chips.
         family: its name in the compiler's topology descriptions.
         accelerator: GKE's node label.
         gcloud: the prefix of gcloud's accelerator types.
@@ -153,10 +153,10 @@ class Slice:
 
 
 def find_slice(name: str) -> Slice:
-    """Looks a slice up by the name under which it is rented.
+    """Looks up a slice by the name under which it is rented.
 
     Args:
-        name: "v5e-16", "v6e-8" (chips), "v4-8", "v5p-32" (tensor cores, two a chip). Up to 256 chips.
+        name: "v5e-16", "v6e-8" (chips), "v4-8", "v5p-32" (tensor cores, two per chip). Up to 256 chips.
 
     Returns:
         The slice in its usual topology.
@@ -164,6 +164,8 @@ def find_slice(name: str) -> Slice:
     Raises:
         MeshError: an unknown family, or a size that is not rented.
     """
+    if not isinstance(name, str):
+        raise MeshError(f"a slice is named by text such as 'v5e-16': got {name!r}.")
     family, _, size = name.partition("-")
     if family not in CHIPS:
         raise MeshError(f"slice {name!r} must start with one of {', '.join(CHIPS)}, as in 'v5e-16'.")
@@ -184,11 +186,11 @@ def find_slice(name: str) -> Slice:
 
 
 def slice_devices(name: str, slices: int = 1) -> list[Device]:
-    """Describes the devices of a slice to the TPU compiler, on a machine that has none.
+    """Returns the devices of a slice for the TPU compiler, on a machine that has none.
 
     Args:
         name: see `find_slice`.
-        slices: how many such slices, joined by the data-centre network.
+        slices: number of such slices, joined by the data-centre network.
 
     Returns:
         Compile-only devices: for `make_mesh` and `jax.jit(...).lower(...).compile()`; they cannot hold data.
@@ -196,20 +198,22 @@ def slice_devices(name: str, slices: int = 1) -> list[Device]:
     Raises:
         MeshError: an unknown slice, or no TPU compiler (`pip install grpo-mesh[tpu-compiler]`).
     """
-    wanted = find_slice(name)
+    target = find_slice(name)
+    if slices < 1:
+        raise MeshError(f"slices must be at least 1: got {slices}.")
     # A v4 chip's two cores are one device only in this configuration; the other families default to it.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if wanted.chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
     if slices > 1:
         options["num_slices"] = slices
     try:
         description = topologies.get_topology_desc(
-            f"{wanted.chip.family}:{wanted.topology}", "tpu", chips_per_host_bounds=wanted.host, **options
+            f"{target.chip.family}:{target.topology}", "tpu", chips_per_host_bounds=target.host, **options
         )
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         if "lockfile" in str(error):
             raise MeshError(
-                "the TPU compiler is in use by another process, and libtpu lets in one at a time. Wait for it, or "
-                "start both with ALLOW_MULTIPLE_LIBTPU_LOAD=1 (libtpu's own switch; harmless where there is no TPU)."
+                "another process is using the TPU compiler, and libtpu admits one at a time. Wait for it, or start "
+                "both with ALLOW_MULTIPLE_LIBTPU_LOAD=1 (libtpu's own switch; harmless where there is no TPU)."
             ) from error
         raise MeshError(
             f"the TPU compiler cannot describe {slices} × {name}: {error}. It comes with libtpu: "

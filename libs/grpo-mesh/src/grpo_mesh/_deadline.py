@@ -1,68 +1,78 @@
-"""Collective phases under a clock: who did not come is named, and a phase that hangs ends the process."""
+"""Collective phases with a deadline: missing ranks are named, and a phase that hangs ends the process."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from grpo_mesh import _runtime
-from grpo_mesh._errors import DeadlineError
-from grpo_mesh._hosts import leave
+from grpo_mesh._errors import DeadlineError, HostsError
+from grpo_mesh._hosts import abort
 
 DEADLINE_EXIT = 124  # as timeout(1)
-_ANSWER = 1.0  # seconds in which the other ranks, whose clocks ran out at the same time, tell where they are
+_ANSWER = 1.0  # seconds for the other ranks, whose clocks ran out at the same time, to report where they are
 _visits: collections.Counter[str] = collections.Counter()
 
 
-def arrive(phase: str, seconds: float) -> None:
-    """Waits until every process has come to this phase. Without a job of several it returns at once.
+def barrier(phase: str, seconds: float) -> None:
+    """Waits until every process has reached this phase. In a job of one process it returns at once.
 
     Args:
         phase: name of the phase; all processes go through the same phases in the same order.
-        seconds: how long to wait for the others.
+        seconds: how long to wait for the others, more than 0.
 
     Raises:
         DeadlineError: names the ranks that did not come, and the phase where each was last seen.
+        HostsError: `seconds` is not positive, or the job is already failing.
     """
+    _check_seconds(phase, seconds)
     if _runtime.started():
-        _arrive(phase, seconds)
+        _meet(phase, seconds)
 
 
 @contextlib.contextmanager
 def deadline(phase: str, seconds: float) -> Iterator[None]:
-    """Runs a collective phase under a clock: `with deadline("update", 300): ...`.
+    """Runs a collective phase with a deadline: `with deadline("update", 300): ...`.
 
-    All processes meet at its start. A device that waits for a collective cannot be interrupted from Python; if the body
-    takes longer than `seconds`, this process therefore prints which ranks have not finished, with the line of code that
-    each of them is at, and exits with code 124.
-    Make sure that results are ready before the end (`jax.block_until_ready`), or the clock sees only the dispatch.
+    All processes meet at its start. Python cannot interrupt a device that waits for a collective. If the body takes
+    longer than `seconds`, this process therefore prints which ranks have not finished, with the line of code that each
+    of them is at, and exits with code 124.
+    Wait for the results inside the body (`jax.block_until_ready`); otherwise only the dispatch is timed.
 
     Args:
         phase: name of the phase.
-        seconds: for the meeting, and again for the body.
+        seconds: for the meeting, and again for the body; more than 0.
 
     Raises:
         DeadlineError: not every process came to the start in time.
+        HostsError: `seconds` is not positive, or the job is already failing.
     """
+    _check_seconds(phase, seconds)
     if not _runtime.started():
         yield
         return
-    folder = _arrive(phase, seconds)
-    watch = threading.Timer(seconds, _give_up, (phase, folder, seconds))
-    watch.daemon = True
-    watch.start()
+    folder = _meet(phase, seconds)
+    timer = threading.Timer(seconds, _give_up, (phase, folder, seconds))
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        watch.cancel()
+        timer.cancel()
     _runtime.put(f"{folder}/done/{_runtime.rank()}", "")
 
 
-def _arrive(phase: str, seconds: float) -> str:
+def _check_seconds(phase: str, seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise HostsError(f"phase {phase!r}: seconds must be more than 0 and finite: got {seconds}.")
+
+
+def _meet(phase: str, seconds: float) -> str:
     _visits[phase] += 1
     folder = f"grpo_mesh/phase/{phase}/{_visits[phase]}"
     _runtime.put(f"{folder}/here/{_runtime.rank()}", "")
@@ -80,7 +90,7 @@ def _arrive(phase: str, seconds: float) -> str:
             missing,
         ) from error
     if _runtime.rank() == 0 and _visits[phase] > 1:
-        # Everyone is here, so nobody will look at the visit before this one any more.
+        # Everyone is here, so nobody reads the entries of the visit before any more.
         _runtime.remove(f"grpo_mesh/phase/{phase}/{_visits[phase] - 1}")
     return folder
 
@@ -91,12 +101,12 @@ def _absent(folder: str) -> tuple[int, ...]:
 
 
 def _give_up(phase: str, folder: str, seconds: float) -> None:
-    # All that take part in a collective are late when one is: where each is tells which one they wait for.
+    # If one rank is late, all that take part in its collective are: the line that each is at shows whom they wait for.
     _runtime.put(f"{folder}/where/{_runtime.rank()}", _main_thread())
     time.sleep(_ANSWER)
     where = _runtime.entries(f"{folder}/where")
     late = "; ".join(f"rank {rank} ({where.get(str(rank), 'does not answer')})" for rank in _absent(f"{folder}/done"))
-    leave(DEADLINE_EXIT, f"phase {phase!r} must end within {seconds:g} s; not finished: {late}.")
+    abort(DEADLINE_EXIT, f"phase {phase!r} must end within {seconds:g} s; not finished: {late}.")
 
 
 def _main_thread() -> str:

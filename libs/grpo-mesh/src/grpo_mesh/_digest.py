@@ -1,4 +1,4 @@
-"""One hexadecimal name for a pytree of arrays, the same on any sharding, device and number of processes."""
+"""One hexadecimal name for a pytree of arrays, the same for any sharding, device and number of processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def digest(tree: Any) -> str:
 
     The elements are hashed on the devices that hold them: bits mixed with their position, summed modulo 2^32 in two
     lanes. Integer sums are exact in any order, so the sharding and the number of processes cannot change the result.
-    Finds corruption and mix-ups; it does not withstand an adversary. In a job of many processes all must call it.
+    It finds corruption and mix-ups, but does not withstand an adversary. In a job of many processes all must call it.
 
     Args:
         tree: pytree of jax or numpy arrays (any dtype, PRNG keys included). Placement of leaves is not changed.
@@ -32,7 +32,7 @@ def digest(tree: Any) -> str:
         64 hexadecimal digits.
 
     Raises:
-        MeshError: a leaf is no array.
+        MeshError: a leaf is not an array.
     """
     paths_and_leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths_and_leaves]
@@ -49,7 +49,7 @@ def digest(tree: Any) -> str:
 
 
 def _hash_leaves(leaves: list[Any]) -> jax.Array:
-    # Named-sharded inputs may live on devices of other processes: asking for a replicated result lets all read it.
+    # Inputs may live on devices of other processes; every process can read a replicated result.
     meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), NamedSharding)]
     return _hash_program(replicated(meshes[0]) if meshes else None)(leaves)
 
@@ -62,8 +62,8 @@ def _hash_program(out_sharding: NamedSharding | None) -> Callable[[list[Any]], j
 def _hash_array(x: jax.Array) -> jax.Array:
     """Two sums over the elements of a mix of bits and position, uint32 [2]."""
     bits = _bits(x)
-    # A coordinate times a number of its axis, instead of a linear index, which overflows 32 bits on large leaves. Odd
-    # multipliers at random: that two elements change places unnoticed takes a coincidence of 1 in 2^64.
+    # Each coordinate times a multiplier of its axis, because a linear index overflows 32 bits on large leaves. With
+    # random odd multipliers, two elements swap places unnoticed with a probability of about 1 in 2^64.
     multipliers = np.random.default_rng(0x6D657368).integers(2**32, size=(_LANES, bits.ndim + 1), dtype=np.uint32) | 1
     lanes = []
     for lane in multipliers:

@@ -10,7 +10,7 @@ class MeshError(GrpoError, ValueError):
 
 
 class HostsError(GrpoError, RuntimeError):
-    """Processes of one job that cannot start together, or that disagree about the job."""
+    """A process that cannot be set up as asked, or processes of one job that cannot start together or disagree."""
 
 
 class DeadlineError(GrpoError, TimeoutError):

@@ -1,4 +1,4 @@
-"""What a set of rules does to a tree, as a table one can read before renting the machines."""
+"""What a set of rules does to a tree, as a table to read before renting the machines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_mesh._rules import AnyMesh, Rules, path_name, shardings
+from grpo_mesh._rules import AnyMesh, Rules, check_array, path_name, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The placements of a tree; `str` of it is the table. `total` and `bytes_per_device` are sums in bytes."""
+    """The placements of a tree; `str` gives the table. `total` and `bytes_per_device` are sums in bytes."""
 
     mesh: str
     placements: tuple[Placement, ...]
@@ -55,7 +55,7 @@ class Explanation:
 
 
 def explain(tree: Any, mesh: AnyMesh, rules: Rules) -> Explanation:
-    """Tabulates where every leaf goes and what it costs.
+    """Tabulates where every leaf goes and how many bytes a device holds of it.
 
     Args:
         tree: pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -80,3 +80,25 @@ def explain(tree: Any, mesh: AnyMesh, rules: Rules) -> Explanation:
         placements.append(Placement(path_name(path), tuple(leaf.shape), str(leaf.dtype), spec, per_device))
     axes = ", ".join(f"{name}:{size}" for name, size in mesh.shape.items())
     return Explanation(axes, tuple(placements), total, sum(p.bytes_per_device for p in placements))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Adds up the bytes that one device holds of a tree.
+
+    Args:
+        tree: pytree of arrays or `jax.ShapeDtypeStruct`; a leaf without a sharding counts whole.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        MeshError: a leaf is not an array.
+    """
+    return sum(_leaf_bytes(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _leaf_bytes(path: str, leaf: Any) -> int:
+    check_array(path, leaf)
+    sharding = getattr(leaf, "sharding", None)
+    shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(tuple(leaf.shape))
+    return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: computations, their instructions, and the types of what these produce."""
+"""Reads the text of a compiled program: computations, their instructions, and the types of their results."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Instruction:
 
 @dataclasses.dataclass
 class Computation:
-    """A named list of instructions; `root` is the one that gives the result, `parameters` go by number.
+    """A named list of instructions; `root` gives the result, and `parameters` are keyed by number.
 
-    `thread` is empty for what the device's main core runs.
+    `thread` is empty if the device's main core runs it.
     """
 
     name: str
@@ -83,7 +83,7 @@ def parse_program(text: str) -> tuple[dict[str, Computation], str]:
             current.thread = footer[1] or ""
             current = None
         elif pending:
-            # A kernel's metadata holds line breaks.
+            # A kernel's metadata contains line breaks.
             pending = (pending[0], f"{pending[1]}\n{line}", pending[2])
     return computations, entry
 

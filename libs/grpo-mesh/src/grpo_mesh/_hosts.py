@@ -1,4 +1,4 @@
-"""Joining the processes of a job, wherever they were started, and leaving it so that the others notice."""
+"""Joining the processes of a job, wherever they were started, and aborting so that the others notice."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ KINDS = ("auto", "single", "explicit", "tpu", "slurm", "jobset")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _JOBSET = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_INDEX", "JOB_COMPLETION_INDEX", "JOBSET_JOBS", "JOBSET_PODS")
 _PORT = 8476
-_joined: list[Job] = []
+_job: list[Job] = []  # the job that this process has joined, if any
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `initialize` found; worth a line in the log.
+    """The job that this process belongs to; `print(job)` for the log.
 
     Args:
         kind: "single", "explicit", "tpu", "slurm" or "jobset".
         rank: number of this process.
         processes: how many there are.
         coordinator: host:port of rank 0's service, None for a single process.
-        detected: the environment variables and values that decided it.
+        detected: the environment variables that decided it, with their values.
         heartbeat: seconds after which a silent process counts as dead.
     """
 
@@ -68,28 +68,28 @@ def initialize(
     Args:
         kind: "explicit" (arguments, or GRPO_COORDINATOR, GRPO_PROCESS_COUNT and GRPO_PROCESS_ID, as set by
             `grpo_mesh.launch`), "tpu" (a pod or several slices), "slurm" (inside srun), "jobset" (the variables of
-            the manifests that `grpo_mesh.render` writes), "single", or "auto": the first of these that is there.
+            the manifests that `grpo_mesh.render` writes), "single", or "auto": the first of these that is present.
         coordinator: host:port on which rank 0 serves.
         processes: how many processes.
         rank: number of this one.
         timeout: seconds to wait for all to join.
         heartbeat: seconds after which a silent process counts as dead.
-        shutdown: seconds that a process which is done waits for the others.
+        shutdown: seconds that a finished process waits for the others.
 
     Returns:
-        What was found.
+        The job.
 
     Raises:
-        HostsError: the environment does not offer the kind asked for, the processes did not join in time, or this
+        HostsError: the environment does not describe the kind asked for, the processes did not join in time, or this
             process belongs to another job already.
     """
     if kind not in KINDS:
         raise HostsError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}.")
     given = {"coordinator": coordinator, "processes": processes, "rank": rank}
-    if _joined:
+    if _job:
         if kind != "auto" or any(value is not None for value in given.values()):
-            raise HostsError(f"this process has already joined a job, and cannot change it: {_joined[0]}.")
-        return _joined[0]
+            raise HostsError(f"this process has already joined a job, and cannot change it: {_job[0]}.")
+        return _job[0]
     if kind == "auto":
         kind = "explicit" if any(value is not None for value in given.values()) else detect(os.environ)
     if kind == "single":
@@ -106,13 +106,13 @@ def initialize(
         raise HostsError(f"the processes of this {kind} job did not join within {timeout} s: {error}") from error
     job = Job(kind, _runtime.rank(), _runtime.process_count(), _runtime.coordinator_address(), seen, heartbeat)
     if job.processes > 1:
-        sys.excepthook = _leave_on_exception
-    _joined.append(job)
+        sys.excepthook = _abort_on_exception
+    _job.append(job)
     return job
 
 
 def detect(environment: Mapping[str, str]) -> str:
-    """Names the kind of job these environment variables speak of.
+    """Names the kind of job that these environment variables describe.
 
     Args:
         environment: `os.environ`, or a copy for a test.
@@ -129,16 +129,16 @@ def detect(environment: Mapping[str, str]) -> str:
     return "tpu" if _runtime.on_tpu_vm() else "single"
 
 
-def leave(code: int, message: str) -> NoReturn:
-    """Ends this process at once, so that the others of its job end soon.
+def abort(code: int, message: str) -> NoReturn:
+    """Ends this process at once, so that the other processes of its job end soon.
 
-    `sys.exit` would first wait for the others, which wait for this one.
+    `sys.exit` would first wait for the others, which may wait for this one.
 
     Args:
         code: exit status, not 0.
         message: printed to standard error.
     """
-    print(f"rank {_runtime.rank()} leaves the job with code {code}: {message}", file=sys.stderr)
+    print(f"rank {_runtime.rank()} aborts with code {code}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -147,13 +147,13 @@ def leave(code: int, message: str) -> NoReturn:
 def _options(
     kind: str, given: Mapping[str, Any], environment: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns the variables looked at and the arguments of `jax.distributed.initialize`."""
+    """Returns the environment variables that were read, and the arguments of `jax.distributed.initialize`."""
     if kind == "explicit":
         return _explicit(given, environment)
     if kind == "slurm":
-        return _wanted(kind, _SLURM, environment), {"cluster_detection_method": "slurm"}
+        return _required(kind, _SLURM, environment), {"cluster_detection_method": "slurm"}
     if kind == "jobset":
-        seen = _wanted(kind, _JOBSET, environment)
+        seen = _required(kind, _JOBSET, environment)
         name, job, pods = seen["JOBSET_NAME"], seen["REPLICATED_JOB_NAME"], int(seen["JOBSET_PODS"])
         return seen, {
             "coordinator_address": f"{name}-{job}-0-0.{name}:{_PORT}",
@@ -171,7 +171,7 @@ def _explicit(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple
     values = {key: seen.get(name) if given[key] is None else given[key] for key, name in names.items()}
     if missing := [f"{key} (or {names[key]})" for key, value in values.items() if value is None]:
         raise HostsError(f"an explicit job needs coordinator, processes and rank: missing {', '.join(missing)}.")
-    count, number = (_whole(key, values[key]) for key in ("processes", "rank"))
+    count, number = (_whole_number(key, values[key]) for key in ("processes", "rank"))
     if not 0 <= number < count:
         raise HostsError(f"rank must lie in 0..{count - 1} ({count} processes): got {number}.")
     if ":" not in str(values["coordinator"]):
@@ -184,18 +184,18 @@ def _explicit(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple
     }
 
 
-def _whole(key: str, value: Any) -> int:
+def _whole_number(key: str, value: Any) -> int:
     if not str(value).isdecimal():
         raise HostsError(f"{key} must be a whole number: got {value!r}.")
     return int(value)
 
 
-def _wanted(kind: str, names: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
+def _required(kind: str, names: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
     if missing := [name for name in names if name not in environment]:
         raise HostsError(f"a {kind} job sets {', '.join(names)}: missing {', '.join(missing)}.")
     return {name: environment[name] for name in names}
 
 
-def _leave_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _abort_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     traceback.print_exception(kind, error, trace)
-    leave(1, f"{kind.__name__}, see above")
+    abort(1, f"{kind.__name__}, see above")

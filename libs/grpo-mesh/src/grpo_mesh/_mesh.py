@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,17 +14,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from grpo_mesh._errors import MeshError
 
 # From the slowest to the fastest network: the order in which jax lays axes onto the interconnect.
-AXES = ("dp", "fsdp", "tp")
 BATCH_AXES = ("dp", "fsdp")
+AXES = (*BATCH_AXES, "tp")
 Device = Any  # to a type checker jax.Device is a variable, not a type
 
 
-def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, int]:
+def parse_mesh(spec: str | Mapping[str, int], device_count: int, slice_count: int = 1) -> dict[str, int]:
     """Resolves a mesh specification to the size of every axis.
 
     Args:
-        spec: `"dp:1,fsdp:-1,tp:1"` (any order and subset; an absent axis has size 1; one size may be -1: what is
-            left), positional `"1,-1,1"` for dp, fsdp, tp, or `"auto"`: dp = slices, fsdp = devices of a slice.
+        spec: `"dp:1,fsdp:-1,tp:1"` (any order and subset; an absent axis has size 1; one size may be -1 for the
+            devices that are left), `{"fsdp": -1}` likewise, positional `"1,-1,1"` for dp, fsdp, tp, or `"auto"`:
+            dp = slices, fsdp = devices of a slice.
         device_count: devices to lay out.
         slice_count: slices these devices belong to (TPU slices joined by the data-centre network).
 
@@ -34,6 +35,10 @@ def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, 
     Raises:
         MeshError: unknown or repeated axes, more than one -1, or sizes whose product is not `device_count`.
     """
+    if isinstance(spec, Mapping):
+        spec = ",".join(f"{name}:{size}" for name, size in spec.items())
+    if not isinstance(spec, str):
+        raise MeshError(f"mesh must be text such as 'dp:1,fsdp:-1,tp:1', or a mapping: got {type(spec).__name__}.")
     if spec.strip() == "auto":
         # Weights are sharded over every chip of a slice, hosts or not; only gradients cross the slow network.
         if device_count % slice_count:
@@ -48,7 +53,7 @@ def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, 
         if device_count % known:
             rest = "·".join(name for name in AXES if name not in free)
             raise MeshError(
-                f"mesh {spec!r}: {free[0]} = {device_count} devices / ({rest} = {known}) is no whole number. "
+                f"mesh {spec!r}: {free[0]} = {device_count} devices / ({rest} = {known}) is not a whole number. "
                 f"{rest} must divide {device_count}: one of {_divisors(device_count)}."
             )
         sizes[free[0]] = device_count // known
@@ -61,7 +66,7 @@ def parse_mesh(spec: str, device_count: int, slice_count: int = 1) -> dict[str, 
     return sizes
 
 
-def make_mesh(spec: str = "auto", devices: Sequence[Device] | None = None) -> Mesh:
+def make_mesh(spec: str | Mapping[str, int] = "auto", devices: Sequence[Device] | None = None) -> Mesh:
     """Builds the mesh with axes dp, fsdp, tp (all three always present) in the order of the interconnect.
 
     Args:
@@ -94,7 +99,17 @@ def make_mesh(spec: str = "auto", devices: Sequence[Device] | None = None) -> Me
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: rows over dp and fsdp, everything else replicated."""
+    """Returns the sharding of a batch: rows over dp and fsdp, everything else replicated.
+
+    Args:
+        mesh: from `make_mesh`.
+
+    Raises:
+        MeshError: not a mesh with these axes.
+    """
+    if not isinstance(mesh, Mesh) or not set(BATCH_AXES) <= set(mesh.axis_names):
+        axes = f"axes {', '.join(mesh.axis_names)}" if isinstance(mesh, Mesh) else type(mesh).__name__
+        raise MeshError(f"a batch needs a mesh with axes {' and '.join(BATCH_AXES)} (see `make_mesh`): got {axes}.")
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -106,7 +121,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _parse_sizes(spec: str) -> dict[str, int]:
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
-        raise MeshError("mesh must name an axis, as in 'dp:1,fsdp:-1,tp:1': got an empty string.")
+        raise MeshError("mesh must name an axis, as in 'dp:1,fsdp:-1,tp:1': got nothing.")
     if any(":" in part for part in parts):
         pairs = [tuple(piece.strip() for piece in part.partition(":")[::2]) for part in parts]
     else:
@@ -129,12 +144,12 @@ def _lay_out(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
     try:
         return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
-        # A logical axis that is no product of whole physical axes (fsdp:2,tp:8 on a 4x4 torus) has to split one.
+        # A logical axis that is not a product of whole physical axes (fsdp:2,tp:8 on a 4x4 torus) has to split one.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _axes_across_slices(spec: str, sizes: dict[str, int], slice_count: int) -> tuple[int, ...]:
-    """Spends the number of slices on dp first, then fsdp; never on tp, whose traffic is on every layer's path."""
+def _axes_across_slices(spec: str | Mapping[str, int], sizes: dict[str, int], slice_count: int) -> tuple[int, ...]:
+    """Spreads the slices over dp first, then fsdp; never over tp, which communicates in every layer."""
     left, across = slice_count, []
     for name in BATCH_AXES:
         across.append(math.gcd(sizes[name], left))
@@ -148,7 +163,7 @@ def _axes_across_slices(spec: str, sizes: dict[str, int], slice_count: int) -> t
 
 
 def _slice_of(device: Device) -> int:
-    # Only TPU slices are joined by a slower network that asks for a hybrid mesh; other platforms may number hosts here.
+    # Only TPU slices are joined by a slower network, which needs a hybrid mesh. Other platforms may number hosts here.
     return getattr(device, "slice_index", 0) or 0 if device.platform == "tpu" else 0
 
 

@@ -1,4 +1,4 @@
-"""Moving data: batches of one host to global arrays and back, and pytrees from one mesh to another."""
+"""Moving data: host arrays to global arrays and back, and pytrees from one mesh to another."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from grpo_mesh._errors import MeshError
 from grpo_mesh._rules import path_name, shard_count
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
-    """Tells which rows of a global batch this process has to supply to `to_global`.
+    """Returns the rows of a global batch that this process has to pass to `to_global`.
 
-    The devices of a process need not hold neighbouring rows, nor the lower ranks the lower rows: that is decided by
-    the interconnect. Ask, then load exactly these rows in this order.
+    The interconnect decides which rows the devices of a process hold: they need not be neighbours, and lower ranks need
+    not hold lower rows. Load exactly these rows in this order.
 
     Args:
         sharding: sharding of the batch, rows first (`batch_sharding(mesh)`).
@@ -27,8 +27,9 @@ def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
         Ascending global row numbers, int64 [rows of this process].
 
     Raises:
-        MeshError: the rows do not divide over the devices.
+        MeshError: `sharding` is not a NamedSharding, or the rows do not divide over the devices.
     """
+    _check_sharding(sharding)
     row_sharding = _fitted("the batch", sharding, (rows,))
     wanted = np.zeros(rows, bool)
     for (where,) in row_sharding.addressable_devices_indices_map((rows,)).values():  # pyright: ignore[reportGeneralTypeIssues]
@@ -49,18 +50,20 @@ def to_global(tree: Any, sharding: NamedSharding, rows: int | None = None) -> An
         The pytree with global `jax.Array` leaves.
 
     Raises:
-        MeshError: a dimension does not divide over its mesh axes, or a leaf has other rows than this process'.
+        MeshError: `sharding` is not a NamedSharding, a dimension does not divide over its mesh axes, or a leaf does not
+            have the rows of this process.
     """
+    _check_sharding(sharding)
 
     def place(path: Any, leaf: Any) -> jax.Array:
         leaf, name = np.asarray(leaf), path_name(path) or "the array"
         if rows is None:
             fitted = _fitted(name, sharding, leaf.shape)
             return jax.make_array_from_callback(leaf.shape, fitted, lambda where: leaf[where])
-        mine = local_rows(sharding, rows).size
-        if leaf.ndim == 0 or leaf.shape[0] != mine:
+        local = local_rows(sharding, rows).size
+        if leaf.ndim == 0 or leaf.shape[0] != local:
             raise MeshError(
-                f"{name} must have this process' {mine} of {rows} rows: got shape {leaf.shape}. "
+                f"{name} must have this process' {local} of {rows} rows: got shape {leaf.shape}. "
                 "`local_rows(sharding, rows)` lists them."
             )
         shape = (rows, *leaf.shape[1:])
@@ -119,7 +122,7 @@ def to_local(tree: Any) -> Any:
 
 
 def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
-    """Lays a pytree out anew, device to device, for instance from the trainer's mesh to the sampler's.
+    """Moves a pytree to other shardings, device to device, for instance from the trainer's mesh to the sampler's.
 
     Args:
         tree: pytree of arrays.
@@ -128,8 +131,22 @@ def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
 
     Returns:
         The pytree on its new shardings, bit for bit the same.
+
+    Raises:
+        MeshError: `shardings` holds something else than shardings, such as a mesh.
     """
+    for place in jax.tree.leaves(shardings):
+        if not isinstance(place, Sharding):
+            raise MeshError(f"shardings must be a sharding or a pytree of them: got {type(place).__name__}.")
     return jax.device_put(tree, shardings, donate=donate)
+
+
+def _check_sharding(sharding: Any) -> None:
+    if not isinstance(sharding, NamedSharding):
+        raise MeshError(
+            f"sharding must be a NamedSharding such as `batch_sharding(mesh)`: got {type(sharding).__name__}. "
+            "The order is to_global(tree, sharding) and local_rows(sharding, rows)."
+        )
 
 
 def _fitted(name: str, sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

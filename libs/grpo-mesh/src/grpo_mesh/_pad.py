@@ -1,4 +1,4 @@
-"""Padding dimensions that do not divide, where the rules allow it: in practice the vocabulary."""
+"""Padding dimensions that do not divide, where the rules allow it: usually the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_mesh._errors import MeshError
-from grpo_mesh._rules import AnyMesh, Rules, may_pad, path_name, shard_count
+from grpo_mesh._rules import AnyMesh, Rules, check_array, check_mesh, may_pad, path_name, shard_count
 
 
 def pad(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
@@ -28,8 +28,12 @@ def pad(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
         MeshError: a leaf without a rule or with an unknown axis.
     """
 
+    check_mesh(mesh, rules)
+
     def enlarge(path: Any, leaf: Any) -> Any:
-        name, shape = path_name(path), list(leaf.shape)
+        name = path_name(path)
+        check_array(name, leaf)
+        shape = list(leaf.shape)
         for dimension, entry in enumerate(rules.match(name, len(shape))):
             if may_pad(entry, rules):
                 shape[dimension] += -shape[dimension] % shard_count(mesh, rules.resolve(name, entry, mesh))
@@ -46,7 +50,7 @@ def unpad(tree: Any, like: Any) -> Any:
     """Cuts a padded tree back.
 
     Args:
-        tree: what `pad` returned, or anything of its structure (an update of it).
+        tree: what `pad` returned, or a tree of the same structure, such as an update of it.
         like: the tree before padding, or its shapes.
 
     Returns:

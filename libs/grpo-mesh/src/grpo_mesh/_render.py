@@ -27,17 +27,20 @@ class Launch:
     Args:
         name: of the job and of what is rented for it; lower-case letters, digits and dashes.
         command: program and arguments, the same on every host.
-        slice: TPU slice, "v5e-16"; or
-        gpus: number of GPUs in all.
-        slices: how many such TPU slices.
+        slice: TPU slice, such as "v5e-16"; None for GPUs.
+        gpus: total number of GPUs; 0 for a TPU slice.
+        slices: number of such TPU slices.
         gpus_per_host: GPUs of one host.
         image: container image (JobSet).
         namespace: Kubernetes namespace.
-        max_restarts: how often a JobSet starts anew after a failure; the run resumes from its checkpoint.
-        project, zone: where gcloud rents.
-        runtime: TPU VM image, by default the one of the chip.
+        max_restarts: how often a JobSet restarts after a failure; the run resumes from its checkpoint.
+        project: Google Cloud project (gcloud).
+        zone: Google Cloud zone (gcloud).
+        runtime: TPU VM image; None takes the chip's.
         setup: shell lines to run on every host before the command (gcloud, Slurm).
-        partition, account, time: for Slurm.
+        partition: Slurm partition.
+        account: Slurm account.
+        time: Slurm time limit, such as "04:00:00".
         env: environment variables of the command.
     """
 
@@ -82,14 +85,14 @@ class Launch:
 
 
 def read_launch(settings: Mapping[str, Any]) -> Launch:
-    """Makes a `Launch` of a table (of a TOML file).
+    """Makes a `Launch` from the table of a TOML file.
 
     Raises:
         RenderError: an unknown or missing key, or a wrong value.
     """
     known = {field.name for field in dataclasses.fields(Launch)}
-    if strange := sorted(set(settings) - known):
-        raise RenderError(f"unknown key {', '.join(strange)}; known: {', '.join(sorted(known))}.")
+    if unknown := sorted(set(settings) - known):
+        raise RenderError(f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
     if missing := sorted({"name", "command"} - set(settings)):
         raise RenderError(f"missing key {', '.join(missing)}.")
     return Launch(**settings)
@@ -99,7 +102,7 @@ def render_jobset(launch: Launch) -> str:
     """Renders a Kubernetes JobSet (jobset.x-k8s.io/v1alpha2) for TPU slices on GKE or for GPU hosts.
 
     Raises:
-        RenderError: no image.
+        RenderError: the image is missing.
     """
     if launch.image is None:
         raise RenderError("a JobSet needs image, the container to run.")
@@ -133,9 +136,9 @@ def jobset(launch: Launch) -> dict[str, Any]:
             "cloud.google.com/gke-tpu-accelerator": tpu.chip.accelerator,
             "cloud.google.com/gke-tpu-topology": tpu.topology,
         }
-        # One Job on one node pool, i.e. on one slice.
+        # One Job on one node pool, that is on one slice.
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    # One lost host ends the job: the others could only wait. backoffLimit 0 hands the decision to the JobSet.
+    # One lost host ends the job, because the others could only wait. With backoffLimit 0 the JobSet decides.
     job = {
         "parallelism": pods,
         "completions": pods,
@@ -156,7 +159,7 @@ def jobset(launch: Launch) -> dict[str, Any]:
 
 
 def _jobset_env(launch: Launch, pods: int) -> list[dict[str, Any]]:
-    """On GKE the TPU runtime tells who is who; for GPUs the pod's own annotations do (see `initialize`)."""
+    """For GPUs, what `initialize` reads from the pod's annotations; on GKE the TPU runtime knows the ranks itself."""
     env: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in launch.env.items()]
     if launch.tpu:
         return env
@@ -171,10 +174,10 @@ def _jobset_env(launch: Launch, pods: int) -> list[dict[str, Any]]:
 
 
 def render_gcloud(launch: Launch) -> str:
-    """Renders a shell script that rents a slice with gcloud, runs the command on every host, and gives it back.
+    """Renders a shell script that rents a slice with gcloud, runs the command on every host, and deletes the slice.
 
     Raises:
-        RenderError: GPUs, several slices, or no project or zone.
+        RenderError: GPUs or several slices, or the project or zone is missing.
     """
     tpu = launch.tpu
     if tpu is None or launch.slices != 1:
@@ -192,7 +195,7 @@ tpu() {{ gcloud compute tpus tpu-vm "$1" {launch.name} {where} "${{@:2}}"; }}
 
 tpu create --accelerator-type={tpu.chip.gcloud}-{size} --version={launch.runtime or _RUNTIMES[tpu.chip.name]}
 trap 'tpu delete --quiet' EXIT
-# All workers: a job started on worker 0 alone would wait for the others.
+# On all workers: a job started on worker 0 alone would wait for the others.
 tpu ssh --worker=all --command={shlex.quote(remote)}
 """
 
@@ -225,7 +228,7 @@ def render_slurm(launch: Launch) -> str:
 
 
 def _yaml(value: Any, indent: str = "") -> str:
-    """Writes a tree of dictionaries, lists and scalars as YAML; strings are quoted, so none can be misread."""
+    """Writes a tree of dictionaries, lists and scalars as YAML; strings are quoted, so none is misread."""
     if isinstance(value, Mapping) and value:
         return "".join(
             f"{indent}{key if _plain(key) else json.dumps(key)}:{_nested(item, indent)}" for key, item in value.items()

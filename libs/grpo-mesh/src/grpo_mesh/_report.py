@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from grpo_mesh._errors import MeshError
 from grpo_mesh._tally import Program
@@ -16,7 +16,7 @@ from grpo_mesh._tally import Program
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """Collectives of one kind in one run: how many, and the bytes of each one's larger side, summed."""
+    """Collectives of one kind in one run: their count, and the sum of the bytes of each one's larger side."""
 
     count: float
     bytes: float
@@ -28,7 +28,7 @@ class CompileReport:
 
     Args:
         arguments: inputs.
-        outputs: results, those that reuse a donated input included.
+        outputs: results, including those that reuse a donated input.
         aliased: results that reuse a donated input.
         temporaries: everything in between.
         code: the program itself.
@@ -36,7 +36,7 @@ class CompileReport:
         traffic: bytes read from and written to main memory, loops multiplied out (an estimate from the text).
         collectives: by kind ("all-gather", ...).
         kernels: calls of Mosaic kernels that declare no cost, by name, loops multiplied out; `flops` lacks theirs.
-        unknown_loops: loops whose trip count the compiler could not tell.
+        unknown_loops: loops whose trip count is unknown when the program is compiled.
     """
 
     arguments: int
@@ -57,29 +57,31 @@ class CompileReport:
 
 
 def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]:
-    """Compiles a program and reads its text as the compiler wrote it.
+    """Compiles a program and returns its text as the compiler wrote it.
 
-    `compiled.as_text()` parses the program and prints it again, and jaxlib cannot parse all that a TPU compiler makes:
-    v5p and v6e leave embedding lookups and scatters to their SparseCores in instructions unknown to it (0.10.2).
+    `compiled.as_text()` parses the program and prints it again. jaxlib 0.10.2 cannot parse all that the TPU compiler
+    writes: on v5p and v6e, SparseCores do embedding lookups and scatters, in instructions that jaxlib does not know.
 
     Args:
-        compiles: `jax.jit(f).lower(...).compile`, or another function that hands `compiler_options` on to it.
+        compiles: `jax.jit(f).lower(...).compile`, or another function that passes `compiler_options` to it.
 
     Returns:
         The program, and its text for `compile_report`.
 
     Raises:
-        MeshError: the program came from a compilation cache, and jaxlib cannot read it.
+        MeshError: a program instead of a function, or one from a compilation cache that jaxlib cannot read.
     """
+    if isinstance(compiles, Compiled):
+        raise MeshError("compile_with_text compiles itself: pass `lowered.compile`, not what it returns.")
     with tempfile.TemporaryDirectory(prefix="grpo-mesh-") as folder:
         compiled = compiles(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         written = sorted(Path(folder).glob("*after_optimizations.txt"))
-        # A program that comes from a compilation cache was compiled, and written, another time.
+        # A program from a compilation cache was written when it was compiled, not now.
         return compiled, written[-1].read_text() if written else _read_back(compiled)
 
 
 def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips: float = 1) -> CompileReport:
-    """Reads memory, arithmetic and collectives off a compiled program.
+    """Reads memory, arithmetic and collectives from a compiled program.
 
     Args:
         compiled: `jax.jit(f).lower(...).compile()`, for devices at hand or for `slice_devices`.
@@ -90,8 +92,11 @@ def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips
         The figures of one device.
 
     Raises:
-        MeshError: this backend reports no memory or no program text, or jaxlib cannot read the program.
+        MeshError: the program is not compiled, this backend reports no memory or no program text, or jaxlib cannot read
+            the program.
     """
+    if isinstance(compiled, Lowered):
+        raise MeshError("compile_report needs a compiled program: got a lowered one. Pass `lowered.compile()`.")
     memory = compiled.memory_analysis()
     if text is None:
         text = _read_back(compiled)

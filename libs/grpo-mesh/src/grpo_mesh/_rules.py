@@ -15,6 +15,9 @@ from grpo_mesh._errors import MeshError
 
 AnyMesh = Mesh | AbstractMesh
 Names = str | tuple[str, ...] | None
+_ORDER = "The order is (tree, mesh, rules)."
+# Elements of a leaf of optimizer state that may be replicated although it belongs to no parameter and no rule says so.
+_SMALL = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +26,13 @@ class Rules:
 
     Args:
         rules: pairs (pattern, axes). The pattern must match the whole path, keys joined by "/" ("layers/q",
-            "layers/(q|k|v)", ".*/kernel"). The axes are one entry a dimension (missing ones: replicated): a mesh axis,
-            a logical axis name, a tuple of these, or None. A `PartitionSpec` will do.
+            "layers/(q|k|v)", ".*/kernel"). The axes have one entry per dimension (missing ones: replicated): a mesh
+            axis, a logical axis name, a tuple of these, or None. A `PartitionSpec` works too.
         axes: logical axis name to mesh axis, tuple of mesh axes, or None (replicated).
         pad: logical axes that `pad` may enlarge with zeros to make them divide (the vocabulary).
 
     Raises:
-        MeshError: a pattern is no regular expression, or `pad` names no logical axis.
+        MeshError: a pattern is not a regular expression, or `pad` names something else than logical axes.
     """
 
     rules: Sequence[tuple[str, Sequence[Names] | PartitionSpec]]
@@ -46,10 +49,10 @@ class Rules:
             raise MeshError(f"pad must name logical axes of `axes` ({', '.join(self.axes)}): got {', '.join(strange)}.")
 
     def match(self, path: str, rank: int) -> tuple[Names, ...]:
-        """Finds the axes of a leaf, one entry a dimension, as the rule names them.
+        """Finds the axes of a leaf, one entry per dimension, as the rule names them.
 
         Args:
-            path: path of the leaf, keys joined by "/".
+            path: of the leaf, keys joined by "/".
             rank: its number of dimensions; a scalar needs no rule.
 
         Raises:
@@ -106,14 +109,17 @@ def shardings(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
         MeshError: a leaf without a rule, with an unknown or repeated axis, or with a dimension that does not divide;
             the message names the leaf and the nearest fix.
     """
+    check_mesh(mesh, rules)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_sharding(path_name(path), leaf, mesh, rules), tree)
 
 
 def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any:
     """Gives optimizer state the shardings of the parameters it belongs to.
 
-    A leaf follows the parameter whose path ends its own path (".../mu/layers/q") and whose shape it has. A scalar is
-    replicated; any other leaf must match a rule with its own path.
+    A leaf belongs to the parameter whose path ends its own path (".../mu/layers/q"). With the parameter's shape it has
+    the parameter's sharding. With one dimension less, as in Adafactor, it keeps the sharding of the others; where the
+    sizes do not tell which dimension is missing, and with any other shape, it is replicated. Scalars are replicated,
+    and so is a leaf of up to 1,024 elements that belongs to no parameter. A larger one must match a rule with its path.
 
     Args:
         state: optimizer state (arrays or `jax.ShapeDtypeStruct`), e.g. `jax.eval_shape(optimizer.init, params)`.
@@ -127,17 +133,38 @@ def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any
     Raises:
         MeshError: as `shardings`.
     """
+    check_mesh(mesh, rules)
     owners = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
     def place(path: Any, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        check_array(name, leaf)
+        shape = tuple(leaf.shape)
         keys = [path_name((key,)) for key in path]
-        for start in range(len(keys)):  # the longest suffix first
-            owner = owners.get("/".join(keys[start:]))
-            if owner is not None and owner.shape == leaf.shape:
-                return _leaf_sharding("/".join(keys[start:]), leaf, mesh, rules)
-        return _leaf_sharding("/".join(keys), leaf, mesh, rules)
+        suffixes = ["/".join(keys[start:]) for start in range(len(keys) + 1)]  # the longest first
+        owned = [suffix for suffix in suffixes if suffix in owners]
+        for owner in owned:
+            if tuple(owners[owner].shape) == shape:
+                return _leaf_sharding(owner, leaf, mesh, rules)
+        if owned:
+            return _without_dimension(_leaf_sharding(owned[0], owners[owned[0]], mesh, rules), owners[owned[0]], shape)
+        if math.prod(shape) <= _SMALL:
+            return NamedSharding(mesh, PartitionSpec())
+        return _leaf_sharding(name, leaf, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _without_dimension(sharding: NamedSharding, owner: Any, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a leaf of this shape that lacks one dimension of its owner; replicated if that is not sure."""
+    sizes = tuple(owner.shape)
+    entries = tuple(sharding.spec) + (None,) * (len(sizes) - len(sharding.spec))
+    specs = {
+        _trimmed([*entries[:dimension], *entries[dimension + 1 :]])
+        for dimension in range(len(sizes))
+        if (*sizes[:dimension], *sizes[dimension + 1 :]) == shape
+    }
+    return NamedSharding(sharding.mesh, specs.pop() if len(specs) == 1 else PartitionSpec())
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -150,9 +177,30 @@ def shard_count(mesh: AnyMesh, names: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _leaf_sharding(path: str, leaf: Any, mesh: AnyMesh, rules: Rules) -> NamedSharding:
+def check_mesh(mesh: Any, rules: Any) -> None:
+    """Refuses arguments in another order.
+
+    Raises:
+        MeshError: `mesh` is not a mesh, or `rules` are not `Rules`.
+    """
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise MeshError(f"mesh must be a jax.sharding.Mesh (see `make_mesh`): got {type(mesh).__name__}. {_ORDER}")
+    if not isinstance(rules, Rules):
+        raise MeshError(f"rules must be grpo_mesh.Rules: got {type(rules).__name__}. {_ORDER}")
+
+
+def check_array(path: str, leaf: Any) -> None:
+    """Refuses a leaf without a shape.
+
+    Raises:
+        MeshError: names the leaf.
+    """
     if not hasattr(leaf, "shape"):
         raise MeshError(f"{path!r} must be an array or a ShapeDtypeStruct: got {type(leaf).__name__}.")
+
+
+def _leaf_sharding(path: str, leaf: Any, mesh: AnyMesh, rules: Rules) -> NamedSharding:
+    check_array(path, leaf)
     entries = rules.match(path, len(leaf.shape))
     resolved = [rules.resolve(path, entry, mesh) for entry in entries]
     used = [name for names in resolved for name in names]
@@ -161,10 +209,14 @@ def _leaf_sharding(path: str, leaf: Any, mesh: AnyMesh, rules: Rules) -> NamedSh
     for dimension, (size, entry, names) in enumerate(zip(leaf.shape, entries, resolved)):
         if size % shard_count(mesh, names):
             raise MeshError(_indivisible(path, leaf.shape, dimension, entry, names, mesh, rules))
-    while resolved and not resolved[-1]:
-        # Compiled programs return specs without trailing Nones; spelling ours the same way saves a recompilation.
-        resolved.pop()
-    return NamedSharding(mesh, PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in resolved)))
+    return NamedSharding(mesh, _trimmed([names[0] if len(names) == 1 else names or None for names in resolved]))
+
+
+def _trimmed(entries: list[Any]) -> PartitionSpec:
+    # Compiled programs return specs without trailing Nones; writing ours the same way saves a recompilation.
+    while entries and entries[-1] is None:
+        entries = entries[:-1]
+    return PartitionSpec(*entries)
 
 
 def _indivisible(path: str, shape: Any, dimension: int, entry: Names, names: Any, mesh: AnyMesh, rules: Rules) -> str:

@@ -1,7 +1,7 @@
-"""The one module that touches jax's private distributed runtime: its key-value store, barriers and environment checks.
+"""The one module that uses jax's private parts: the distributed key-value store, barriers and environment checks.
 
-jax offers no public way to a barrier with a timeout or to the store behind `jax.distributed`; when that changes, only
-this module does.
+jax has no public barrier with a timeout and no public access to the store behind `jax.distributed`. When that changes,
+only this module changes.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ import math
 from typing import Any
 
 import jax
-from jax._src import cloud_tpu_init, distributed
+from jax._src import cloud_tpu_init, distributed, xla_bridge
 
 from grpo_mesh._errors import HostsError
 
 
 def on_tpu_vm() -> bool:
-    """Tells whether jax found TPU chips and libtpu on this host (without starting them)."""
+    """Returns whether jax found TPU chips and libtpu on this host (without starting them)."""
     return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
+def backend_started() -> bool:
+    """Returns whether jax has started its devices, whose number is then fixed."""
+    return xla_bridge.backends_are_initialized()
+
+
 def started() -> bool:
-    """Tells whether this process has joined a job of several."""
+    """Returns whether this process has joined a job of several."""
     return distributed.global_state.client is not None
 
 
@@ -51,15 +56,15 @@ def entries(folder: str) -> dict[str, str]:
 
 
 def remove(folder: str) -> None:
-    """Forgets a folder; a folder that is not there is no error."""
+    """Removes a folder, if it is there."""
     _client().key_value_delete(folder + "/")
 
 
 def barrier(name: str, seconds: float) -> None:
-    """Waits until every process is here.
+    """Waits until every process has called it.
 
     Args:
-        name: used once in the life of a job.
+        name: unique in the life of a job.
         seconds: how long to wait.
 
     Raises:

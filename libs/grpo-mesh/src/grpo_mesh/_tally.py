@@ -1,7 +1,7 @@
 """Adds up what one device does in one run of a compiled program, loops included.
 
-XLA's own cost analysis counts a loop's body once, whatever the number of its iterations, and a model scanned over its
-layers is mostly loop. Here every body is multiplied by its trip count.
+XLA's own cost analysis counts a loop's body once, whatever its trip count, and a model scanned over its layers is
+mostly loop. Here every body is multiplied by its trip count.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Tally:
         for name, count in other.kernels.items():
             self.kernels[name] = self.kernels.get(name, 0) + times * count
         for kind, (count, size) in other.collectives.items():
-            mine = self.collectives.setdefault(kind, [0, 0])
-            mine[0] += times * count
-            mine[1] += times * size
+            total = self.collectives.setdefault(kind, [0, 0])
+            total[0] += times * count
+            total[1] += times * size
 
 
 class Program:
@@ -55,7 +55,7 @@ class Program:
 
     Args:
         text: `compiled.as_text()`.
-        unknown_trips: iterations to assume for a loop whose trip count the compiler could not tell.
+        unknown_trips: iterations to assume for a loop whose trip count is unknown.
     """
 
     def __init__(self, text: str, unknown_trips: float = 1):
@@ -106,13 +106,13 @@ class Program:
             total.traffic += 0 if fused else _traffic(owner, it)
 
     def _on_another_core(self, it: Instruction) -> str | None:
-        """The computation that a TPU's SparseCore runs for this instruction: an embedding lookup, a scatter, a sort."""
+        """The computation that a TPU's SparseCore runs for this instruction, such as an embedding lookup."""
         found = _WRAPPED.search(it.rest) if it.opcode == "custom-call" else None
         inner = self.computations.get(found[1]) if found else None
         return inner.name if inner and inner.thread else None
 
     def _trips(self, owner: Computation, it: Instruction) -> int | None:
-        """Finds a loop's trip count: noted by the compiler (CPU, GPU), or counted from 'i < constant' (TPU)."""
+        """Finds a loop's trip count: as the compiler notes it (CPU, GPU), or from 'i < constant' (TPU)."""
         if noted := _TRIPS.search(it.rest):
             return int(noted[1])
         condition, body = (
@@ -144,7 +144,7 @@ class Program:
         for instruction in inner.instructions.values():
             self._count(inner, instruction, True, nested, channels)
         if name.startswith("all-reduce-scatter") and "all-reduce" in nested.collectives:
-            # The TPU compiler spells a reduce-scatter as an all-reduce fused with the slice that is kept.
+            # The TPU compiler writes a reduce-scatter as an all-reduce fused with the slice that is kept.
             nested.collectives["reduce-scatter"] = nested.collectives.pop("all-reduce")
         total.add(nested)
 
@@ -171,10 +171,10 @@ class Program:
         return read + self._written(inner, inner.root, it.results)
 
     def _read(self, inner: Computation, name: str) -> float:
-        """Bytes that a fusion reads of one operand: a slice taken of stacked weights is all that is read of them."""
+        """Bytes that a fusion reads of one operand: of stacked weights, only the slice that it takes."""
         whole = sum(array.bytes for array in inner.arrays(name))
         if name == inner.root:
-            return whole  # a nested fusion that only renames: what it hands on is read outside
+            return whole  # a nested fusion that only renames: its result is read outside
         read = 0.0
         for user in inner.users[name]:
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
@@ -195,7 +195,7 @@ class Program:
         return min(whole, read)
 
     def _written(self, inner: Computation, root: str, results: Sequence[Array]) -> float:
-        """Bytes that a fusion writes: of an array updated in place, the update."""
+        """Bytes that a fusion writes: of an array updated in place, only the update."""
         it = inner.instructions[root]
         if it.opcode == "tuple":
             return sum(
@@ -213,7 +213,7 @@ class Program:
 
 
 def _slot(owner: Computation, name: str) -> int | None:
-    """Which element of the loop's state a value is, seen through copies."""
+    """Index of a value in the loop's state, looking through copies."""
     it = owner.instructions[name]
     if it.opcode in ("copy", "bitcast", "convert"):
         return _slot(owner, it.operands[0])
@@ -222,7 +222,7 @@ def _slot(owner: Computation, name: str) -> int | None:
 
 
 def _constant(owner: Computation, name: str) -> int | None:
-    """The value of an integer constant, seen through copies."""
+    """The value of an integer constant, looking through copies."""
     it = owner.instructions[name]
     if it.opcode in ("copy", "bitcast", "convert") and it.operands:
         return _constant(owner, it.operands[0])
@@ -244,7 +244,7 @@ def _traffic(owner: Computation, it: Instruction) -> float:
 
 
 def _flops(owner: Computation, it: Instruction) -> float:
-    """Multiplications and additions of matrix products; element-wise work never limits a program on its own."""
+    """Multiplications and additions of matrix products; element-wise work alone never limits a program."""
     if it.opcode == "dot":
         left = owner.arrays(it.operands[0])[0].shape
         return 2 * it.results[0].elements * _contracted(left, r"lhs_contracting_dims=\{([\d,]*)\}", it.rest)
@@ -268,7 +268,7 @@ def _contracted(shape: tuple[int, ...], pattern: str, rest: str) -> int:
 
 
 def _convolution_flops(owner: Computation, it: Instruction) -> float:
-    """Counts the products that meet no padding: the TPU compiler writes batched matrix products as convolutions."""
+    """Counts the products outside the padding: the TPU compiler writes batched matrix products as convolutions."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", it.rest)
     if not labels:
         return 0

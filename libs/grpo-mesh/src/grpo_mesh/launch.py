@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 from grpo_mesh._hosts import COORDINATOR, PROCESS_COUNT, PROCESS_ID
+from grpo_mesh._startup import FORCED_DEVICES
 
 GRACE = 5.0  # seconds between asking a process to stop and killing it
-_FORCED = "--xla_force_host_platform_device_count"
 
 
 def launch(
@@ -48,8 +48,11 @@ def launch(
     """
     inherited = dict(os.environ if environment is None else environment)
     if devices_per_process is not None:
-        flags = re.sub(rf"{_FORCED}=\d+", "", inherited.get("XLA_FLAGS", "")).split()
-        inherited |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*flags, f"{_FORCED}={devices_per_process}"])}
+        flags = re.sub(rf"{FORCED_DEVICES}=\d+", "", inherited.get("XLA_FLAGS", "")).split()
+        inherited |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join([*flags, f"{FORCED_DEVICES}={devices_per_process}"]),
+        }
     shared = {COORDINATOR: f"127.0.0.1:{_free_port()}", PROCESS_COUNT: str(processes), "PYTHONUNBUFFERED": "1"}
     children: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []

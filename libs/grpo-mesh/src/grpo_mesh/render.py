@@ -3,7 +3,7 @@
 The file is TOML with the fields of `Launch`:
 
     name = "grpo-7b"
-    command = ["python", "-m", "grpo_gsm8k.cli", "train", "--config", "qwen2.5-7b"]
+    command = ["python", "train.py", "--config", "7b.yaml"]
     slice = "v5e-16"                # or gpus = 16
     image = "registry/grpo:1"       # jobset
     project = "my-project"          # gcloud
@@ -29,7 +29,7 @@ RENDERERS = {"jobset": render_jobset, "gcloud": render_gcloud, "slurm": render_s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; see `--help`."""
     parser = argparse.ArgumentParser("python -m grpo_mesh.render", description="A launcher on standard output.")
-    parser.add_argument("engine", choices=RENDERERS, help="what is to run the job")
+    parser.add_argument("engine", choices=RENDERERS, help="what runs the job")
     parser.add_argument("file", type=Path, help="TOML file, see `python -c 'import grpo_mesh.render as r; help(r)'`")
     options = parser.parse_args(arguments)
     try:
