@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-
 from grpo_trainer.run.preemption import preemption
 
 # Waits in C for a lock that it holds itself, as for a device that waits for a lost peer: no signal interrupts it.

@@ -9,22 +9,23 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from grpo_trainer.assemble.placement import RULES
 
 from grpo_gsm8k import cli
-from grpo_trainer.assemble.run import assemble
-from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.layers import load, preset_names
-from grpo_trainer.assemble.placement import RULES
-from grpo_trainer.assemble.preflight.command import preflight
-from grpo_trainer.assemble.blueprint import blueprint, model_config
-from grpo_trainer.assemble.preflight.local import TOLERANCE, Comparison
-from grpo_trainer.assemble.preflight.programs import Measured
-from grpo_trainer.assemble.preflight.verdict import EFFICIENCY, GIB, Phase, judge, table
-from grpo_trainer.assemble.preflight.search import Candidate, candidates
-from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
 from grpo_loss._token_logp import _default_chunk
 from grpo_mesh import CompileReport, MeshError, compile_with_text, find_slice, make_mesh, parse_mesh, shardings
 from grpo_sampler import abstract
+from grpo_trainer.assemble.blueprint import blueprint, model_config
+from grpo_trainer.assemble.preflight.command import preflight
+from grpo_trainer.assemble.preflight.local import TOLERANCE, Comparison
+from grpo_trainer.assemble.preflight.programs import Measured
+from grpo_trainer.assemble.preflight.search import Candidate, candidates
+from grpo_trainer.assemble.preflight.verdict import EFFICIENCY, GIB, Phase, judge, table
+from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
+from runs import assemble
+from grpo_trainer.settings.errors import ConfigError
+from runs import load
+from grpo_trainer.settings.layers import preset_names
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler comes with libtpu, which is not installed"

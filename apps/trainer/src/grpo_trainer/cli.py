@@ -49,9 +49,7 @@ def run_app(task: Task, commands: Mapping[str, Command] | None = None) -> NoRetu
     sys.exit(code)
 
 
-def main(
-    task: Task, arguments: Sequence[str] | None = None, *, commands: Mapping[str, Command] | None = None
-) -> int:
+def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mapping[str, Command] | None = None) -> int:
     """Run one command.
 
     Args:

@@ -7,11 +7,11 @@ from functools import partial
 
 import jax
 
-from grpo_contracts import PolicyVersion, TrainBatch, validate
+from grpo_contracts import PolicyVersion, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.evaluate import evaluate
-from grpo_trainer.learn import advantages, learn
+from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report import write_report
 from grpo_trainer.rewards import transcribe
 from grpo_trainer.run.accuracy import verdict
@@ -128,7 +128,7 @@ def _steps(
             scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
             judgements = transcript.judgements(run.task)
         with clock.phase("advantage"):
-            batch = TrainBatch(scored, advantages(scored, settings))
+            batch = make_batch(run, loop.train.params, scored)
             validate(batch, level="values")
         with clock.phase("update"):
             loop.train, learned = learn(run, loop.train, batch, step)
@@ -146,9 +146,7 @@ def _steps(
             progress.note(f"step {done}: {result}")
         with clock.phase("logging", together=False):
             folder.log(done, metrics)
-            folder.completions(
-                done, completion_records(scored, transcript, judgements, count=settings.log.completions)
-            )
+            folder.completions(done, completion_records(scored, transcript, judgements, count=settings.log.completions))
             progress.step(done, metrics)
 
         stopping = stop.requested() and not last

@@ -4,8 +4,8 @@ A template reads like the text it makes. ``{A}`` and ``{B}`` are two names, ``{i
 things, other braces are numbers. A step holds one calculation in square brackets, over the question's numbers or the
 results ``x`` and ``y`` of the first two steps: ``[a*b]`` becomes GSM8K's ``<<4*6=24>>24``. ``mistake`` is a procedure
 that a hurried reader follows instead (stops a step early, adds what is to be taken away); problems never contain it,
-the unreliable teacher of :mod:`grpo_gsm8k.embedded.lessons` does. Steps name neither people nor things: a model of a million
-parameters spends most of its training on copying those, and little of it on the numbers.
+the unreliable teacher of `lessons` does. Steps name neither people nor things: a model of a million parameters spends
+most of its training on copying those, and little of it on the numbers.
 """
 
 from __future__ import annotations

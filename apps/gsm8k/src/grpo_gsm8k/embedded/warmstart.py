@@ -20,13 +20,13 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from grpo_contracts import FinishReason, PolicyIdentity, SamplingLaw
 from grpo_gsm8k import grading as reward
-from grpo_trainer.data.stream import tokenize
 from grpo_gsm8k.embedded.lessons import Lessons, Teacher, lessons
-from grpo_trainer.data.sources import read_records
-from grpo_trainer.rewards.scoring import Rewards
 from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
 from grpo_loss import token_logp
 from grpo_sampler import ModelConfig, Sampler, Transformer, merge, save, split
+from grpo_trainer.data.sources import read_records
+from grpo_trainer.data.stream import tokenize
+from grpo_trainer.rewards.scoring import Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

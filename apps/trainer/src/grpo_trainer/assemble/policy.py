@@ -46,9 +46,7 @@ def policy_folder(setting: str, path: str, shipped: Mapping[str, Path]) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(
-            f"{setting}={path!r} is not a local folder, and the Hub download failed: {error}"
-        ) from error
+        raise ConfigError(f"{setting}={path!r} is not a local folder, and the Hub download failed: {error}") from error
 
 
 def model_config(path: str, shipped: Mapping[str, Path]) -> ModelConfig:

@@ -12,7 +12,6 @@ from grpo_contracts import FinishReason, RewardFunction, Rollout, Scored
 from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.worker import call_function
 from grpo_trainer.rewards.workers import Failure, RewardWorker
-
 from grpo_trainer.task import Judgement, Problem, Task
 
 if TYPE_CHECKING:
@@ -156,7 +155,9 @@ class Rewards:
         return scored
 
 
-def _score_by(function: RewardFunction | RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
+def _score_by(
+    function: RewardFunction | RewardWorker, given: dict[str, Any]
+) -> tuple[list[float | None], list[Failure]]:
     rows = len(given["completions"])
     if isinstance(function, RewardWorker):
         return _agree(function, given)

@@ -12,8 +12,8 @@ from typing import Any
 
 import grpo_contracts
 from grpo_contracts import GrpoError, TrainBatch
-from grpo_trainer.settings.schema import Settings
 from grpo_trainer.run.files import writing
+from grpo_trainer.settings.schema import Settings
 
 __all__ = ["Capsule", "CapsuleError", "read_capsule", "write_capsule"]
 

@@ -19,9 +19,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from grpo_contracts import GrpoError
+from grpo_mesh import digest
 from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.schema import Settings
-from grpo_mesh import digest
 
 FORMAT = 2
 

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpo_trainer.run.accuracy import Accuracy
-from grpo_trainer.settings.schema import Settings
+from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import changed_keys, dump, load_saved
-from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
+from grpo_trainer.settings.schema import Settings
 
 __all__ = ["RunFolder", "versions"]
 

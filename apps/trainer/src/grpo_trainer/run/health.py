@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from grpo_contracts import GrpoError, PolicyVersion, Rollout, TrainBatch
-from grpo_trainer.run.capsule import Capsule, write_capsule
-from grpo_trainer.settings.schema import Settings
-from grpo_trainer.run.progress import Progress
-from grpo_trainer.rewards.workers import FAILURES
-from grpo_trainer.run.folder import RunFolder
-from grpo_trainer.run.state import HealthMemory
 from grpo_mesh import digest
+from grpo_trainer.rewards.workers import FAILURES
+from grpo_trainer.run.capsule import Capsule, write_capsule
+from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.progress import Progress
+from grpo_trainer.run.state import HealthMemory
+from grpo_trainer.settings.schema import Settings
 
 if TYPE_CHECKING:
     from grpo_trainer.assemble import Run
@@ -104,8 +104,8 @@ class Health:
             step,
             "silent",
             learned["frac_reward_zero_std"] == 1,
-            f"for {health.silent_steps} steps all rewards within each group were equal, so nothing was learned. Are the "
-            "problems too easy or too hard, or is the reward the same for everything?",
+            f"for {health.silent_steps} steps all rewards within each group were equal, so nothing was learned. Are "
+            "the problems too easy or too hard, or is the reward the same for everything?",
             after=health.silent_steps,
         )
         self._warn(
@@ -164,9 +164,9 @@ class Health:
         if jax.process_index() == 0:
             write_capsule(path, capsule, batch)
         raise Diverged(
-            f"{self._memory['skipped']} updates in a row up to step {step} had a loss, gradient or step that is not "
-            f"finite (health.max_skipped={self._settings.health.max_skipped}). The parameters are as before them, saved "
-            f"as {self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
+            f"{self._memory.skipped} updates in a row up to step {step} had a loss, gradient or step that is not "
+            f"finite (health.max_skipped={self._settings.health.max_skipped}). The parameters are as before them, "
+            f"saved as {self._folder.checkpoints / f'step_{step}'}. See what was not finite, and where: "
             f"hatch run apps/{run.task.name}:replay {path}"
         )
 

@@ -20,8 +20,8 @@ from grpo_trainer.run.startup import prepare_process
 from grpo_trainer.task import Task
 
 if TYPE_CHECKING:
-    from grpo_trainer.assemble import Run
     from grpo_loss import PackedBatch, TrainState
+    from grpo_trainer.assemble import Run
 
 __all__ = ["main", "not_finite"]
 
@@ -48,9 +48,9 @@ def main(task: Task, arguments: Sequence[str]) -> int:
 
     import jax
 
+    from grpo_mesh import digest
     from grpo_trainer.assemble import assemble
     from grpo_trainer.run.checkpoint import Checkpoints
-    from grpo_mesh import digest
 
     run = assemble(settings, task, devices=jax.devices()[:1])
     folder = path.absolute().parent / capsule.checkpoint
@@ -105,8 +105,8 @@ def _update(run: Run, state: TrainState, packed: PackedBatch) -> Iterator[str]:
     import jax
     import jax.numpy as jnp
 
-    from grpo_trainer.learn import place
     from grpo_loss import PackedBatch, kl_estimate
+    from grpo_trainer.learn import place
 
     placed = place(run, packed)
     micro, live = packed.micro, int(packed.count)
