@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import jax
 
-from grpo_contracts import PolicyVersion, validate
+from grpo_contracts import PolicyVersion, Rollout, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.data.stream import Asked
 from grpo_trainer.evaluate import evaluate
 from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report import write_report
@@ -25,7 +27,7 @@ from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
 
-__all__ = ["fit", "train"]
+__all__ = ["fit", "sample", "train"]
 
 
 def train(settings: Settings, task: Task, *, dry_run: bool = False) -> int:
@@ -97,7 +99,7 @@ def _introduce(run: Run) -> None:
 def _steps(
     run: Run, folder: RunFolder, checkpoints: Checkpoints, stop: Preemption, progress: Progress, started: float
 ) -> int:
-    settings, sampler, problems = run.settings, run.plan.sampler, run.problems
+    settings, problems = run.settings, run.problems
     loop = _resume(run, folder, checkpoints, progress)
     seconds_before = loop.seconds
     health = Health(settings, folder, progress, loop.health)
@@ -114,14 +116,7 @@ def _steps(
         with clock.phase("rollout"):
             asked = next(problems)
             policy = PolicyVersion(step, digest(loop.train.params))
-            rollout = sampler.generate(
-                loop.train.params,
-                asked.prompts,
-                group_size=settings.rollout.group_size,
-                seed=settings.seed,
-                step=step,
-                policy=policy,
-            )
+            rollout = sample(run, loop.train.params, asked, policy)
         with clock.phase("reward"):
             health.check_rollout(rollout, policy)
             transcript = transcribe(rollout, asked.problems, run.tokenizer)
@@ -169,6 +164,28 @@ def _steps(
     _finish(run, folder, loop)
     progress.note(verdict(settings.steps, loop.accuracy, loop.seconds))
     return 0
+
+
+def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollout:
+    """Draw a group of completions for each problem of one step.
+
+    Args:
+        run: the assembled run.
+        params: of the policy.
+        asked: the problems.
+        policy: version of the parameters; its step decides the random numbers.
+
+    Returns:
+        The rollout.
+    """
+    return run.plan.sampler.generate(
+        params,
+        asked.prompts,
+        group_size=run.settings.rollout.group_size,
+        seed=run.settings.seed,
+        step=policy.step,
+        policy=policy,
+    )
 
 
 def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Progress) -> LoopState:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from grpo_contracts import TrainBatch
+from grpo_contracts import PolicyVersion, Rollout
 from grpo_loss import TrainState
 from grpo_mesh import find_slice, make_mesh, slice_devices
 from grpo_mesh.preflight import (
@@ -27,7 +26,7 @@ from grpo_trainer.assemble.preflight.advice import advice
 from grpo_trainer.assemble.preflight.programs import judge_step, memory_rows, programs
 from grpo_trainer.assemble.preflight.search import search_layouts
 from grpo_trainer.assemble.run import Run, assemble
-from grpo_trainer.learn import advantages, learn
+from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.rewards import transcribe
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
@@ -155,11 +154,14 @@ def _comparisons(run: Run, measured: Sequence[Measured]) -> list[Comparison]:
         (state, _), step = update.result, step + 1
 
 
-def _measured_step(run: Run, state: TrainState, step: int) -> tuple[Peak[Any], Peak[Any]]:
+def _measured_step(run: Run, state: TrainState, step: int) -> tuple[Peak[Rollout], Peak[tuple[TrainState, dict[str, float]]]]:
     """Take one step of training, and measure its rollout and its updates."""
-    devices = run.plan.mesh.local_devices
-    sampled = measure_peak(lambda: sample(run, state.params, step), devices)
-    asked, rollout = sampled.result
+    devices, asked = run.plan.mesh.local_devices, next(run.problems)
+    sampled = measure_peak(lambda: sample(run, state.params, asked, PolicyVersion(step, "")), devices)
+    rollout = sampled.result
     scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
-    batch = TrainBatch(scored, advantages(scored, run.settings))
-    return sampled, measure_peak(lambda: learn(run, state, batch, step), devices)
+
+    def update() -> tuple[TrainState, dict[str, float]]:
+        return learn(run, state, make_batch(run, state.params, scored), step)
+
+    return sampled, measure_peak(update, devices)

@@ -143,8 +143,11 @@ def _decoding(
 def _learning(plan: Blueprint) -> Iterator[Program]:
     rollout, loss = plan.settings.rollout, plan.settings.loss
     shape, model, shards = plan.pack_shape, plan.model, plan.shards
-    params, state, reference = (bytes_per_device(tree) for tree in (plan.state.params, plan.state, plan.reference))
+    params, state, frozen = (bytes_per_device(tree) for tree in (plan.state.params, plan.state, plan.reference))
     updates = loss.epochs * loss.minibatches
+    # As in `make_batch` and `updates` of `grpo_trainer.learn`: each of the two is one scoring pass over the rollout.
+    in_reward = loss.kl_in == "reward" and plan.reference is not None
+    old, reference = updates > 1 or in_reward or loss.top_entropy is not None, plan.reference is not None
     rows = rollout.prompts * math.ceil(rollout.group_size / (shape.row_length // rollout.max_new_tokens))
     chunks = logit_chunks(shape.rows // shards * shape.row_length, model.vocab_size)
 
@@ -161,18 +164,16 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
         "scoring",
         lambda **options: plan.score.lower(plan.state.params, _batch(plan)).compile(**options),
         "scoring",
-        beside=state - params + reference,
-        runs=(updates > 1) + (plan.reference is not None),
+        beside=state - params + frozen,
+        runs=old + reference,
         trips=(math.ceil(rows / shape.rows), chunks),
         kernel_flops=flops,
     )
     yield Program(
         "update",
-        lambda **options: plan.update.lower(
-            plan.state, _batch(plan, old=updates > 1, reference=plan.reference is not None)
-        ).compile(**options),
+        lambda **options: plan.update.lower(plan.state, _batch(plan, old=old, reference=reference)).compile(**options),
         "update",
-        beside=reference,
+        beside=frozen,
         runs=updates,
         trips=(math.ceil(rows / loss.minibatches / shape.rows), chunks),
         kernel_flops=flops,
