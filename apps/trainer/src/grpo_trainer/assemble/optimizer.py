@@ -48,7 +48,10 @@ def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, op
         raise ConfigError(f"optimizer.arguments of {given.name} must be among {names}: got {', '.join(unknown)}")
     decayed = _matrices if given.decay == "matrices" else None
     arguments: dict[str, Any] = {
-        prefix + name: getattr(given, name) for name in ("b1", "b2") for prefix in ("", "adam_") if prefix + name in known
+        prefix + name: getattr(given, name)
+        for name in ("b1", "b2")
+        for prefix in ("", "adam_")
+        if prefix + name in known
     }
     if given.weight_decay:
         names = {"adafactor": ("weight_decay_rate", "weight_decay_mask")}

@@ -67,8 +67,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         )
     if settings.cpu_devices > 0 and settings.slices:
         yield (
-            f"cpu_devices={settings.cpu_devices} forces CPU devices but slices=[{', '.join(settings.slices)}] names TPU "
-            "slices: set cpu_devices=0, or slices=[]"
+            f"cpu_devices={settings.cpu_devices} forces CPU devices but slices=[{', '.join(settings.slices)}] names "
+            "TPU slices: set cpu_devices=0, or slices=[]"
         )
 
 

@@ -38,9 +38,8 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
         shortest += -shortest % settings.loss.blocks
         if settings.row_length > shortest:
             yield f"loss.row_length={shortest}: shorter rows, the same update"
-    elif phase in ("rollout", "evaluation"):
-        if (slots := plan.sampler.slots) > shards:
-            yield f"rollout.slots={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
+    elif phase in ("rollout", "evaluation") and (slots := plan.sampler.slots) > shards:
+        yield f"rollout.slots={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
     if settings.model.compute_dtype == "float32":
         yield "model.compute_dtype=bfloat16: half the bytes of activations, decoding weights and cache"
 

@@ -154,7 +154,9 @@ def _comparisons(run: Run, measured: Sequence[Measured]) -> list[Comparison]:
         (state, _), step = update.result, step + 1
 
 
-def _measured_step(run: Run, state: TrainState, step: int) -> tuple[Peak[Rollout], Peak[tuple[TrainState, dict[str, float]]]]:
+def _measured_step(
+    run: Run, state: TrainState, step: int
+) -> tuple[Peak[Rollout], Peak[tuple[TrainState, dict[str, float]]]]:
     """Take one step of training, and measure its rollout and its updates."""
     devices, asked = run.plan.mesh.local_devices, next(run.problems)
     sampled = measure_peak(lambda: sample(run, state.params, asked, PolicyVersion(step, "")), devices)

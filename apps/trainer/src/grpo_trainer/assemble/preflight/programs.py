@@ -84,9 +84,7 @@ def _programs(plan: Blueprint) -> Iterator[Program]:
     yield Program(
         "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), "start", beside=reference
     )
-    yield from _decoding(
-        plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size
-    )
+    yield from _decoding(plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size)
     if evaluation.every or evaluation.before or evaluation.after:
         yield from _decoding(plan, "evaluation", group_size=1, sequences=evaluation.problems, sampling=plan.greedy)
     yield from _learning(plan)
