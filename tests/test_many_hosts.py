@@ -128,7 +128,7 @@ def outcome(process: subprocess.Popen[str], since: float) -> tuple[int, str, flo
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_of_a_run_ends_the_other(victim: int, policy: str, tmp_path: Path) -> None:
-    command = ["-m", "grpo_trainer.cli", "train", *settings(policy, f"run.dir={tmp_path / 'run'}", "steps=100000")]
+    command = ["-m", "grpo_gsm8k.cli", "train", *settings(policy, f"run.dir={tmp_path / 'run'}", "steps=100000")]
     children = start([command, command])
     try:
         written = tmp_path / "run" / "metrics.jsonl"
@@ -163,7 +163,7 @@ def test_a_process_that_hangs_in_an_update_is_named_by_the_other(policy: str, tm
 
 @pytest.mark.slow
 def test_a_process_with_another_setting_is_named_by_both(policy: str, tmp_path: Path) -> None:
-    command = ["-m", "grpo_trainer.cli", "train"]
+    command = ["-m", "grpo_gsm8k.cli", "train"]
     run = settings(policy, f"run.dir={tmp_path / 'run'}")
     began = time.monotonic()
     children = start([[*command, *run], [*command, *run, "--set", "optimizer.learning_rate=1e-5"]])

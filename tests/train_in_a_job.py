@@ -11,14 +11,14 @@ import numpy as np
 from flax import nnx
 
 import grpo_mesh
-from grpo_contracts import PolicyIdentity, TrainBatch
-from grpo_gsm8k import train as training
+from grpo_contracts import PolicyVersion, TrainBatch
+from grpo_trainer import train as training
 from grpo_trainer.assemble.run import Assembly, assemble
 from grpo_trainer.run.checkpoint import Checkpoints
-from grpo_trainer.settings.layers import load
+from runs import load
 from grpo_trainer.learn import advantages, place, updates
 from grpo_gsm8k.embedded.tokenizer import make_tokenizer
-from grpo_sampler import ModelConfig, Transformer, save, split
+from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
 
 
 def share_of_digits(*, completions: list[str], **_: Any) -> list[float | None]:
@@ -37,7 +37,7 @@ def make_policy(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(architecture))
     model = ModelConfig.from_file(folder)
-    save(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
+    save_pretrained(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
 
 
 def run(job: grpo_mesh.Job, settings: list[str]) -> None:
@@ -54,7 +54,7 @@ def run(job: grpo_mesh.Job, settings: list[str]) -> None:
 def first_gradient(assembled: Assembly) -> Any:
     """Of the first step's loss, before it is clipped: the metrics tell its norm alone."""
     config, params = assembled.config, assembled.state.params
-    asked, policy = next(assembled.problems), PolicyIdentity(0, grpo_mesh.digest(params))
+    asked, policy = next(assembled.problems), PolicyVersion(0, grpo_mesh.digest(params))
     rollout = assembled.sampler.generate(
         params, asked.prompts, group_size=config.rollout.group_size, seed=config.seed, step=0, policy=policy
     )

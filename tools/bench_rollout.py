@@ -156,7 +156,7 @@ def ours(model: str, sequences: int, new_tokens: int, lengths: str, options: arg
     import jax
     from flax import nnx
 
-    from grpo_contracts import PolicyIdentity, Prompts, SamplingLaw
+    from grpo_contracts import PolicyVersion, Prompts, SamplingParams
     from grpo_sampler import ModelConfig, Sampler, Transformer, split
 
     config = ModelConfig(family="qwen3", tied=True, qk_norm=True, **MODELS[model])
@@ -166,7 +166,7 @@ def ours(model: str, sequences: int, new_tokens: int, lengths: str, options: arg
     mesh = jax.make_mesh((devices,), ("dp",), axis_types=(jax.sharding.AxisType.Auto,)) if devices > 1 else None
     sampler = Sampler(
         config,
-        SamplingLaw(),
+        SamplingParams(),
         max_prompt_length=LONGEST_PROMPT,
         max_new_tokens=new_tokens,
         slots=sequences,
@@ -181,7 +181,7 @@ def ours(model: str, sequences: int, new_tokens: int, lengths: str, options: arg
             group_size=GROUP_SIZE,
             seed=0,
             step=turn,
-            policy=PolicyIdentity(0, "00"),
+            policy=PolicyVersion(0, "00"),
             max_new_tokens=limit_B.reshape(-1, GROUP_SIZE),
         )
 

@@ -77,11 +77,11 @@ def compare(options: argparse.Namespace) -> None:
 def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
     devices = options.devices or {"tiny": 2, "small": 1}[model]
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    from grpo_gsm8k import train as loop
+    from grpo_trainer import train as loop
     from grpo_trainer.assemble.run import Assembly, assemble
-    from grpo_trainer.settings.schema import Config
+    from grpo_trainer.settings.schema import Settings
     from grpo_trainer.data.stream import ProblemStream, Questions
-    from grpo_trainer.settings.layers import load
+    from runs import load
 
     tokens_PT, length_P, limit_B = workload(model, SEQUENCES, NEW_TOKENS, lengths)
     begun: list[float] = []
@@ -101,7 +101,7 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
             limit_PG = limit_B.reshape(-1, GROUP_SIZE)
             return self.sampler.generate(*arguments, law=law, max_new_tokens=limit_PG, **keywords)
 
-    def prepared(config: Config) -> Assembly:
+    def prepared(config: Settings) -> Assembly:
         run = assemble(config)
         records = run.problems.questions.records
         tokens_NT, length_N = np.tile(tokens_PT, (COPIES, 1)), np.tile(length_P, COPIES)
@@ -141,12 +141,12 @@ def write_policy(folder: Path, model: str) -> None:
     from flax import nnx
 
     from grpo_gsm8k.embedded.tokenizer import make_tokenizer
-    from grpo_sampler import ModelConfig, Transformer, save, split
+    from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
 
     sizes = MODELS[model]
     config = ModelConfig(family="qwen3", tied=True, qk_norm=True, **sizes)
     make_tokenizer(folder, problems=10)
-    save(folder, config, split(Transformer(config, rngs=nnx.Rngs(0)))[1])
+    save_pretrained(folder, config, split(Transformer(config, rngs=nnx.Rngs(0)))[1])
 
 
 def tunix(model: str, lengths: str, options: argparse.Namespace) -> dict:

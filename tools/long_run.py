@@ -49,7 +49,7 @@ def watch(out: Path, steps: int, sets: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     settings = [f"run.dir={out / 'run'}", f"steps={steps}"]
     settings += ["eval.before=false", "eval.after=false", "eval.every=0", *sets]
-    command = [sys.executable, "-m", "grpo_trainer.cli", "train", *[f"--set={setting}" for setting in settings]]
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "train", *[f"--set={setting}" for setting in settings]]
     lines = Lines(out / "run" / "metrics.jsonl")
     begun = time.monotonic()
     with (out / "log").open("ab") as log, (out / "samples.jsonl").open("w") as samples:

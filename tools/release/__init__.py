@@ -1,1 +1,1 @@
-"""Releasing one library at a time: `hatch run release:build|check|bump|graph|compat|names|weigh`."""
+"""Releases, one package at a time: `hatch run release:build|check|bump|graph|compat|names|weigh`."""

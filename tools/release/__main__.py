@@ -27,7 +27,7 @@ def _build(workspace: Workspace, options: argparse.Namespace) -> int:
     problems += artifacts.twine_check(files)
     for path in files:
         print(f"{path.stat().st_size / 1e3:9.1f} kB  {path}")
-    return _report(problems, "every file holds what it should and nothing else")
+    return _report(problems, "every file contains what it should and nothing else")
 
 
 def _check(workspace: Workspace, options: argparse.Namespace) -> int:
@@ -36,15 +36,15 @@ def _check(workspace: Workspace, options: argparse.Namespace) -> int:
 
 def _bump(workspace: Workspace, options: argparse.Namespace) -> int:
     done = bump(
-        workspace, options.library, Level[options.level.upper()], since=options.since, day=datetime.date.today()
+        workspace, options.package, Level[options.level.upper()], since=options.since, day=datetime.date.today()
     )
+    version = workspace[options.package].version
     if done.verdict is None:
-        print("nothing to compare with: any level is honest")
+        print("compared with nothing: a first release, the trainer and the apps may take any level")
     else:
-        print(f"compared with {done.since}")
-        needed = done.verdict.demands(workspace[options.library].version)
-        print(*done.verdict.lines(), f"the change demands {needed.name.lower()}", sep="\n")
-    print(f"{options.library} {workspace[options.library].version} -> {done.version}")
+        print(f"compared with {done.since}", *done.verdict.lines(), sep="\n")
+        print(f"the change requires {done.verdict.demands(version).name.lower()}")
+    print(f"{options.package} {version} -> {done.version}")
     for text in done.left:
         print(f"left to do: {text}")
     print(f"after merging: git tag {done.tag}")
@@ -59,7 +59,6 @@ def _graph(workspace: Workspace, options: argparse.Namespace) -> int:
 def _compat(workspace: Workspace, options: argparse.Namespace) -> int:
     candidate = workspace if options.candidate is None else read_workspace(options.candidate)
     baseline = options.baseline or compat.last_release(workspace.root, candidate)
-    print(f"released: the app of {baseline}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(
             compat.compatibility(
@@ -67,12 +66,13 @@ def _compat(workspace: Workspace, options: argparse.Namespace) -> int:
                 Path(scratch),
                 repository=workspace.root,
                 baseline=baseline,
-                say=lambda text: print(text, file=sys.stderr),
+                reverse=options.reverse,
+                progress=lambda line: print(line, file=sys.stderr, flush=True),
             )
         )
-    print(compat.table(rows))
+    print(f"released: the trainer and apps of {baseline}", compat.table(rows), sep="\n")
     problems = [
-        f"{row.library} {row.candidate}: needs a {row.honest.name.lower()} bump from {row.pinned}"
+        f"{row.swapped} {row.candidate}: needs a {row.honest.name.lower()} bump from {row.pinned}"
         for row in rows
         if not row.holds and row.honest is not None
     ]
@@ -98,10 +98,10 @@ def _weigh(workspace: Workspace, options: argparse.Namespace) -> int:
     return 0
 
 
-def _report(problems: list[str], fine: str) -> int:
+def _report(problems: list[str], success: str) -> int:
     for text in problems:
         print(text)
-    print(f"{len(problems)} to put right" if problems else fine)
+    print(f"{len(problems)} to fix" if problems else success)
     return 1 if problems else 0
 
 
@@ -110,30 +110,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, default=ROOT, help="tree to work on; default: this repository")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Workspace, argparse.Namespace], int], told: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=told, description=told)
+    def command(name: str, run: Callable[[Workspace, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
 
-    made = command("build", _build, "build every wheel and source distribution and look into them")
-    made.add_argument("--out", type=Path, default=Path("dist"))
-    command("check", _check, "say where pins, ranges, changelogs, versions and tags disagree")
-    made = command("bump", _bump, "raise a version, unless the change demands more")
-    made.add_argument("library")
-    made.add_argument("level", choices=[level.name.lower() for level in reversed(Level)])
-    made.add_argument("--since", metavar="REF", help="commit to compare with; default: the last release")
+    build = command("build", _build, "build and inspect every wheel and source distribution")
+    build.add_argument("--out", type=Path, default=Path("dist"))
+    command("check", _check, "find where pins, ranges, changelogs, versions and tags disagree")
+    bumped = command("bump", _bump, "raise a version, unless the change requires a larger step")
+    bumped.add_argument("package")
+    bumped.add_argument("level", choices=[level.name.lower() for level in reversed(Level)])
+    bumped.add_argument("--since", metavar="REF", help="commit to compare with; default: the last release")
     command("graph", _graph, "print the dependency graph")
-    made = command("compat", _compat, "run the released app with each changed library of the working tree")
-    made.add_argument("--baseline", metavar="REF", help="commit of the released app; default: the last release")
-    made.add_argument("--candidate", type=Path, metavar="TREE", help="tree of the candidates; default: this one")
-    made = command("names", _names, "print the public names of every library")
-    made.add_argument("--write", action="store_true", help=f"freeze them in {NAMES}/")
-    command("weigh", _weigh, "measure each library installed alone: size, dependencies, time to import")
+    matrix = command("compat", _compat, "run the released trainer and apps with each changed package of the tree")
+    matrix.add_argument("--baseline", metavar="REF", help="commit of the release; default: the last one")
+    matrix.add_argument("--candidate", type=Path, metavar="TREE", help="tree of the candidates; default: this one")
+    matrix.add_argument(
+        "--reverse", action="store_true", help="also run the tree's trainer and apps with each released package"
+    )
+    names = command("names", _names, "print the public names of every library")
+    names.add_argument("--write", action="store_true", help=f"freeze them in {NAMES}/")
+    command("weigh", _weigh, "measure each library installed alone: size, dependencies, import time")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when all is well, 1 when something is to be put right."""
+    """Run one command; return 0, or 1 if there is something to fix."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(read_workspace(options.root), options)

@@ -1,4 +1,4 @@
-"""Wheels and source distributions: built from the tree, and looked into before anybody else does."""
+"""Wheels and source distributions: built from the tree, and inspected."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _REQUIRED_METADATA = (
 
 
 def uv(*arguments: str, cwd: Path | None = None) -> str:
-    """Run uv and return what it printed.
+    """Run uv and return its output.
 
     Raises:
-        ReleaseError: uv is missing, or fails; its own message is passed on.
+        ReleaseError: uv is missing, or fails; the message is its own.
     """
     found = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if found is None:
@@ -49,20 +49,20 @@ def uv(*arguments: str, cwd: Path | None = None) -> str:
 
 
 def build(packages: list[Package], target: Path, *, wheels_only: bool = False) -> list[Path]:
-    """Build a source distribution of every package, and the wheel out of that.
+    """Build a source distribution of every package, and a wheel from each source distribution.
 
-    A wheel that is built from the source distribution proves that the latter is complete.
+    A wheel built that way proves that the source distribution is complete.
 
     Args:
         packages: what to build.
-        target: where the files go.
-        wheels_only: straight from the tree, for a quick look.
+        target: folder for the files.
+        wheels_only: build the wheels directly from the tree, which is faster.
 
     Returns:
-        The files, wheels after their source distributions.
+        The files, each wheel after its source distribution.
 
     Raises:
-        ReleaseError: a build fails.
+        ReleaseError: a build failed.
     """
     files: list[Path] = []
     for package in packages:
@@ -72,12 +72,15 @@ def build(packages: list[Package], target: Path, *, wheels_only: bool = False) -
 
 
 def inspect(workspace: Workspace, package: Package, folder: Path) -> list[str]:
-    """What is wrong with a package's two built files; empty when they hold what they should and nothing else.
+    """Check that a package's two built files contain what they should and nothing else.
 
     Args:
         workspace: the tree they were built from, a git repository.
         package: the package.
-        folder: where the files lie.
+        folder: of the files.
+
+    Returns:
+        One sentence for each problem.
     """
     known = tracked_files(workspace.root, package.folder)
     found = [f"{package.wheel}: {text}" for text in _wheel(package, folder / package.wheel, known)]
@@ -85,7 +88,7 @@ def inspect(workspace: Workspace, package: Package, folder: Path) -> list[str]:
 
 
 def twine_check(files: list[Path]) -> list[str]:
-    """What twine says against built files; empty when they would be accepted and rendered by an index."""
+    """Ask twine whether an index would accept and render built files; return its complaints."""
     command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return [] if done.returncode == 0 else [f"twine check: {(done.stdout + done.stderr).strip()}"]
@@ -101,7 +104,7 @@ def _wheel(package: Package, path: Path, known: set[str]) -> Iterator[str]:
             expected.add(f"{metadata_folder}entry_points.txt")
         yield from _difference(names, expected)
         if f"{package.module}/py.typed" not in names:
-            yield f"{package.module}/py.typed is missing: the library would be untyped for its users"
+            yield f"{package.module}/py.typed is missing: without it the package is untyped for its users"
         if f"{metadata_folder}METADATA" in names:
             text = wheel.read(f"{metadata_folder}METADATA").decode()
             yield from _metadata(package, email.parser.HeaderParser().parsestr(text), text)
@@ -115,7 +118,7 @@ def _sdist(package: Package, path: Path, known: set[str]) -> Iterator[str]:
 
 
 def _difference(names: set[str], expected: set[str]) -> Iterator[str]:
-    yield from (f"holds {name}, which git does not know or does not belong there" for name in sorted(names - expected))
+    yield from (f"contains {name}, which is not in git or does not belong there" for name in sorted(names - expected))
     yield from (f"lacks {name}" for name in sorted(expected - names))
 
 
@@ -130,9 +133,9 @@ def _metadata(package: Package, fields: email.message.Message, text: str) -> Ite
         yield f"METADATA must require Python {package.metadata['requires-python']}: got {fields['Requires-Python']}"
     required = [Requirement(line) for line in fields.get_all("Requires-Dist") or [] if "extra ==" not in line]
     if _normal(required) != _normal(package.requirements):
-        yield f"METADATA must require what pyproject.toml does: got {', '.join(map(str, required))}"
+        yield f"METADATA must have the requirements of pyproject.toml: got {', '.join(map(str, required))}"
     if len(text.partition("\n\n")[2].split()) < 20:
-        yield "the README, its page on an index, says next to nothing"
+        yield "the README, which is the package's page on an index, has fewer than 20 words"
 
 
 def _normal(requirements: list[Requirement]) -> set[tuple[str, str]]:

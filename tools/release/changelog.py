@@ -1,4 +1,4 @@
-"""Keep-a-Changelog files: reading their sections, turning what is unreleased into a release."""
+"""Keep-a-Changelog files: reading their sections, and turning [Unreleased] into a release."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Section:
     Args:
         title: a version, or `Unreleased`.
         date: as written, empty where there is none.
-        entries: the lines that say something: list items.
+        entries: its list items.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Section:
 
 
 def sections(text: str) -> list[Section]:
-    """The sections of a changelog, newest first as they stand."""
+    """The sections of a changelog in their order, newest first."""
     heads: list[tuple[str, str]] = []
     bodies: list[list[str]] = []
     for line in text.splitlines():
@@ -41,7 +41,7 @@ def sections(text: str) -> list[Section]:
 
 
 def unreleased(text: str) -> tuple[str, ...]:
-    """The entries that wait for a release."""
+    """The entries under [Unreleased]."""
     return next((section.entries for section in sections(text) if section.title == _UNRELEASED), ())
 
 
@@ -51,7 +51,7 @@ def released(text: str) -> list[Section]:
 
 
 def problems(text: str, version: Version) -> list[str]:
-    """What is wrong with a changelog that should end at a version."""
+    """Check a changelog whose newest release should be `version`; return one phrase for each problem."""
     done = released(text)
     if not done:
         return [f"has no section '## [{version}] - YYYY-MM-DD'"]
@@ -64,10 +64,10 @@ def problems(text: str, version: Version) -> list[str]:
         except ValueError:
             wrong.append(f"section [{section.title}] must have a date like 2026-11-23: got {section.date!r}")
         if not section.entries:
-            wrong.append(f"section [{section.title}] says nothing")
+            wrong.append(f"section [{section.title}] is empty")
     titles = [section.title for section in sections(text)]
     if len(set(titles)) < len(titles):
-        wrong.append(f"has a section twice: {', '.join(sorted({t for t in titles if titles.count(t) > 1}))}")
+        wrong.append(f"has two sections of one name: {', '.join(sorted({t for t in titles if titles.count(t) > 1}))}")
     return wrong
 
 

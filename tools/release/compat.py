@@ -1,50 +1,57 @@
-"""The compatibility matrix: the released app with one library at a time swapped for the working tree's."""
+"""The compatibility matrix: the released trainer and apps with one package at a time swapped for the working tree's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from . import fresh
 from .artifacts import build
-from .history import extract, git, releases, settled, tag_of
+from .history import extract, git, settled, tag_of, tagged
 from .verdict import Level, Verdict, judge, raised
 from .workspace import Package, ReleaseError, Workspace, read_workspace
 
-# The app's whole loop on a toy policy, through all four libraries: rollout, update, checkpoint, evaluation.
-APP_TESTS = ("tests/test_train.py::test_a_run_leaves_what_it_promises",)
+# A whole run on a toy policy, through all four libraries: rollout, update, checkpoint, evaluation.
+LOOP_TEST = "tests/test_train.py::test_a_run_leaves_what_it_promises"
+
+Outcomes = Mapping[str, fresh.Outcome]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One library's line of the matrix.
+    """One package's line of the matrix.
 
     Args:
-        library: the package that was swapped.
-        pinned: version the released app pins.
-        candidate: version the working tree calls itself.
-        verdict: what changed; None where the sources are the same.
-        app: how the released app's tests ended with the candidate in place; None where the sources are the same.
+        swapped: the package.
+        pinned: version that the released trainer and apps pin.
+        candidate: version of the working tree.
+        verdict: what changed; None if the sources are the same. Only libraries are compared; the trainer's is empty.
+        forward: the candidate under the released trainer and apps: how their tests ended, by name.
+        reverse: the released package under the trainer and apps of the working tree; None: not asked for. It shows
+            whether they need the new one, and demands no version.
     """
 
-    library: str
+    swapped: str
     pinned: Version
     candidate: Version
     verdict: Verdict | None = None
-    app: fresh.Outcome | None = None
+    forward: Outcomes | None = None
+    reverse: Outcomes | None = None
 
     @property
     def honest(self) -> Level | None:
-        """The smallest bump that does not lie; None where nothing changed."""
-        if self.verdict is None:
+        """The smallest honest bump; None if nothing changed."""
+        if self.verdict is None or self.forward is None:
             return None
         breaking = Level.MINOR if self.pinned.major == 0 else Level.MAJOR
         demanded = self.verdict.demands(self.pinned)
-        return demanded if self.app is None or self.app.passed else max(demanded, breaking)
+        return demanded if all(outcome.passed for outcome in self.forward.values()) else max(demanded, breaking)
 
     @property
     def holds(self) -> bool:
@@ -55,34 +62,36 @@ class Row:
 
 
 def last_release(repository: Path, candidate: Workspace) -> str:
-    """The commit of the app that users have: its newest release in which a library was not yet what it is now.
+    """Find the release that users have: the newest in which some library differs from the working tree.
 
-    So a version that was just raised is compared with the one before it. Releases are the app's tags; in a repository
-    without any, the commits at which no changelog had anything unreleased.
+    A version that was just raised is thus compared with the one before it. Releases are the tags of the trainer and
+    the apps; in a repository without any, the commits at which no changelog had anything unreleased.
 
     Args:
         repository: where tags and commits are.
         candidate: the working tree.
 
     Returns:
-        A tag or commit; the newest release where all have the libraries of now.
+        A tag or commit; the newest release if none differs.
 
     Raises:
         ReleaseError: nothing was ever released.
     """
     changelogs = [package.changelog.relative_to(candidate.root) for package in candidate.packages.values()]
-    tagged = list(reversed(releases(repository, candidate.app).values()))
+    names = [package.name for package in candidate.assemblies]
     newest = None
-    for ref in tagged or settled(repository, changelogs):
+    for ref in tagged(repository, names) or settled(repository, changelogs):
         newest = newest or ref
         with TemporaryDirectory() as folder:
-            before = read_workspace(extract(repository, ref, Path(folder)))
-            if any(_sources(before[library.name]) != _sources(library) for library in candidate.libraries):
+            before = read_workspace(extract(repository, ref, Path(folder))).packages
+            if any(
+                library.name in before and before[library.name].contents() != library.contents()
+                for library in candidate.libraries
+            ):
                 return ref
     if newest is None:
-        tag = tag_of(candidate.app.name, candidate.app.version)
         raise ReleaseError(
-            f"{repository} must hold a release of {candidate.app.name}: there is neither a tag {tag} nor a commit "
+            f"{repository} must contain a release: there is neither a tag such as {names[-1]}-v0.1.0 nor a commit "
             "whose changelogs have nothing unreleased. Fetch the whole history, or name a commit (`--baseline REF`)."
         )
     return newest
@@ -94,102 +103,149 @@ def compatibility(
     *,
     repository: Path,
     baseline: str,
-    tests: Sequence[str] = APP_TESTS,
-    say: Callable[[str], None] = print,
+    reverse: bool = False,
+    progress: Callable[[str], None] = print,
 ) -> Iterator[Row]:
-    """Swap each changed library for the candidate and run the released app's tests.
+    """Swap each changed package for the candidate and run the tests of the released trainer and apps.
 
     Args:
         candidate: the working tree.
-        scratch: an empty folder for trees, wheels and one environment.
+        scratch: an empty folder for trees, wheels and environments.
         repository: where tags and commits are.
-        baseline: commit of the released app; it also stands for pinned versions that have no tag yet.
-        tests: the app's tests to run.
-        say: told about each stage.
+        baseline: commit of the released trainer and apps; a pinned version without a tag is taken from it, too.
+        reverse: also put each released package under the trainer and apps of the working tree.
+        progress: called with a line before each stage.
 
     Yields:
-        A row a library.
+        One row for each package that the trainer or an app pins.
 
     Raises:
-        ReleaseError: a build fails, or the app fails on its own pins, which no candidate can mend.
+        ReleaseError: a build failed, or the trainer or an app fails with its own pins, whatever the candidate.
     """
     tree = read_workspace(extract(repository, baseline, scratch / "baseline"))
-    released = {package.name: _released(package, repository, tree, scratch) for package in tree.libraries}
-    changed = {name for name, package in released.items() if _sources(package) != _sources(candidate[name])}
-    python = folder = None
-    wheels = scratch / "wheels"
-    # Most programs are the same whichever library was swapped, and compiling them is most of the time.
+    pins = {name: requirement for user in tree.assemblies for name, requirement in tree.own(user).items()}
+    released = Workspace(
+        tree.root,
+        {
+            name: _at_pin(package, pins[name], repository, scratch) if name in pins else package
+            for name, package in tree.packages.items()
+        },
+    )
+    # Most programs are the same whichever package was swapped, and compiling them takes most of the time.
     compiled = scratch / "compiled"
-    for name, package in released.items():
-        new = candidate[name]
-        if name not in changed:
-            yield Row(name, package.version, new.version)
+    old = _Installed(f"the release {baseline}", released, candidate, scratch / "released", compiled, progress)
+    new = _Installed("the working tree", candidate, candidate, scratch / "candidate", compiled, progress)
+    for name in (name for name in released.packages if name in pins and name in candidate.packages):
+        before, after = released[name], candidate[name]
+        if before.contents() == after.contents():
+            yield Row(name, before.version, after.version)
             continue
-        if python is None or folder is None:
-            say(f"the app of {baseline} with its own pins")
-            python, folder = _app(tree, released, wheels, scratch)
-            if not (outcome := fresh.run_tests(python, folder, tests, compiled=compiled)).passed:
-                raise ReleaseError(f"the app must pass with its own pins:\n{outcome.output}")
-        say(f"the same with {name} of the working tree")
-        (wheel,) = build([new], scratch / "candidates" / name, wheels_only=True)
-        fresh.swap(python, wheel)
-        app = fresh.run_tests(python, folder, tests, compiled=compiled)
-        fresh.swap(python, wheels / package.wheel)
-        verdict = judge(package.folder.parents[1], candidate, name, python=python)
-        yield Row(name, package.version, new.version, verdict, app)
+        forward, verdict = old.swap(after), Verdict((), (), ())
+        if after.is_library:
+            verdict = judge(before.folder.parents[1], candidate, name, python=old.python)
+        yield Row(name, before.version, after.version, verdict, forward, new.swap(before) if reverse else None)
+
+
+def _at_pin(package: Package, pin: Requirement, repository: Path, scratch: Path) -> Package:
+    """The package as the released apps pin it: at its tag, or in the baseline if that version has no tag yet."""
+    version = next(iter(pin.specifier)).version
+    tag = tag_of(package.name, Version(version))
+    if git(repository, "tag", "--list", tag).strip():
+        return read_workspace(extract(repository, tag, scratch / tag))[package.name]
+    if str(package.version) != version:
+        raise ReleaseError(f"the released apps pin {pin}, and there is no tag {tag}: tag that release.")
+    return package
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """An environment with the trainer and apps on their own pins, made when first needed.
+
+    Args:
+        origin: where they are from, for messages.
+        workspace: they and the libraries.
+        tools: the tree whose test tools run their tests.
+        scratch: folder for wheels, tests and the environment.
+        compiled: folder of jax's persistent compilation cache.
+        progress: called with a line before each stage.
+    """
+
+    origin: str
+    workspace: Workspace
+    tools: Workspace
+    scratch: Path
+    compiled: Path
+    progress: Callable[[str], None]
+
+    @cached_property
+    def python(self) -> Path:
+        """The interpreter."""
+        build(self.workspace.libraries, self.scratch, wheels_only=True)
+        build(self.workspace.assemblies, self.scratch)
+        python = fresh.create(self.scratch / "environment")
+        fresh.install_packages(python, self.workspace, self.workspace.assemblies, self.scratch)
+        fresh.install(python, self.tools.test_requirements(self.tools.assemblies[0]))
+        return python
+
+    @cached_property
+    def tests(self) -> dict[str, Path]:
+        """Folders of the tests by package, for those that have LOOP_TEST, all of which pass."""
+        python, tests = self.python, {}
+        for package in self.workspace.assemblies:
+            folder = fresh.unpack_tests(self.scratch / package.sdist, self.scratch / package.name)
+            if (folder / LOOP_TEST.partition("::")[0]).exists():
+                tests[package.name] = folder
+        self.progress(f"{self.origin} with its own pins")
+        for name, folder in tests.items():
+            if not (outcome := fresh.run_tests(python, folder, [LOOP_TEST], compiled=self.compiled)).passed:
+                raise ReleaseError(f"{name} must pass with its own pins:\n{outcome.output}")
+        return tests
+
+    def swap(self, package: Package) -> dict[str, fresh.Outcome]:
+        """Install another version of one package, run the tests of its users, and put the old one back."""
+        users = [user.name for user in self.workspace.assemblies if package.name in self.workspace.own(user)]
+        folders = {name: folder for name, folder in self.tests.items() if name in users}
+        self.progress(f"{self.origin} with {package.name} {package.version}")
+        (wheel,) = build([package], self.scratch / "swapped", wheels_only=True)
+        fresh.swap(self.python, wheel)
+        outcomes = {
+            name: fresh.run_tests(self.python, folder, [LOOP_TEST], compiled=self.compiled)
+            for name, folder in folders.items()
+        }
+        fresh.swap(self.python, self.scratch / self.workspace[package.name].wheel)
+        return outcomes
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The matrix as text, and below it what stands behind each line."""
-    head = ("swapped", "pinned", "candidate", "signatures", "meaning", "app", "honest bump")
-    cells = [head, *(_cells(row) for row in rows)]
+    """Format the matrix as text, with the details of each row below it."""
+    users = list(dict.fromkeys(name for row in rows for name in row.forward or ()))
+    head = ("swapped", "pinned", "candidate", "signatures", "meaning", *users, "honest bump", "reverse")
+    cells = [head, *((*_cells(row), *_results(row, users)) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     for row in rows:
-        details = row.verdict.lines() if row.verdict else []
-        if row.app is not None and not row.app.passed:
-            details.append(f"app        {row.app.reason}")
-        lines += [f"{row.library}: {detail}" for detail in details]
+        lines += [f"{row.swapped}: {detail}" for detail in (row.verdict.lines() if row.verdict else ())]
+        for direction, outcomes in (("fails", row.forward), ("fails in reverse", row.reverse)):
+            failed = {name: outcome for name, outcome in (outcomes or {}).items() if not outcome.passed}
+            lines += [f"{row.swapped}: {name} {direction}: {outcome.reason}" for name, outcome in failed.items()]
     return "\n".join(lines)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    start = (row.library, str(row.pinned), str(row.candidate))
-    if row.verdict is None or row.honest is None or row.app is None:
-        return (*start, "same", "same", "-", "none")
+    start = (row.swapped, str(row.pinned), str(row.candidate))
+    if row.verdict is None:
+        return (*start, "same", "same")
     return (
         *start,
         f"{len(row.verdict.signatures)} broken" if row.verdict.signatures else "hold",
         f"{len(row.verdict.meanings)} changed" if row.verdict.meanings else "holds",
-        "passes" if row.app.passed else "fails",
-        row.honest.name.lower(),
     )
 
 
-def _released(package: Package, repository: Path, tree: Workspace, scratch: Path) -> Package:
-    """The library as the app pins it: at its tag, or in the baseline where that version has no tag yet."""
-    pin = next(iter(tree.own(tree.app)[package.name].specifier)).version
-    tag = tag_of(package.name, Version(pin))
-    if git(repository, "tag", "--list", tag).strip():
-        return read_workspace(extract(repository, tag, scratch / tag))[package.name]
-    if str(package.version) != pin:
-        raise ReleaseError(f"the app pins {package.name}=={pin}, and there is no tag {tag}: tag that release.")
-    return package
-
-
-def _app(tree: Workspace, released: dict[str, Package], wheels: Path, scratch: Path) -> tuple[Path, Path]:
-    """An environment with the app on its own pins, and the folder of its tests."""
-    build([tree.app], wheels)
-    build(list(released.values()), wheels, wheels_only=True)
-    python = fresh.create(scratch / "environment")
-    fresh.install_package(python, tree, tree.app, wheels)
-    fresh.install_test_requirements(python, tree, tree.app)
-    return python, fresh.unpack_tests(wheels / tree.app.sdist, scratch / "app")
-
-
-def _sources(package: Package) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(package.sources)): path.read_bytes()
-        for path in sorted(package.sources.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+def _results(row: Row, users: Sequence[str]) -> tuple[str, ...]:
+    forward, reverse = row.forward or {}, row.reverse
+    return (
+        *(("passes" if forward[user].passed else "fails") if user in forward else "-" for user in users),
+        "none" if row.honest is None else row.honest.name.lower(),
+        "-" if reverse is None else "passes" if all(outcome.passed for outcome in reverse.values()) else "fails",
+    )

@@ -1,4 +1,4 @@
-"""Fresh environments outside the source tree, filled from built wheels, and a package's own tests run in them."""
+"""Fresh environments outside the source tree, filled from built wheels, and packages' own tests run in them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Outcome:
     """How a run of tests ended.
 
     Args:
-        passed: whether all of them did.
-        summary: the last line of pytest.
-        output: all it printed.
+        passed: whether all of them passed.
+        summary: the last line of pytest's output.
+        output: all of it.
     """
 
     passed: bool
@@ -35,20 +35,20 @@ class Outcome:
 
     @property
     def reason(self) -> str:
-        """The last error pytest shows, without what its message goes on to say; or the summary."""
+        """The first line of the last error that pytest shows, or the summary."""
         errors = [line[2:].strip() for line in self.output.splitlines() if line.startswith("E  ")]
         named = [line for line in errors if _ERROR.match(line)]
         return (named or errors or [self.summary])[-1]
 
 
 def create(folder: Path) -> Path:
-    """Make an empty environment of this Python version and return its interpreter."""
+    """Create an empty environment of this Python version and return its interpreter."""
     uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
     return folder / "bin" / "python"
 
 
 def install(python: Path, requirements: Sequence[str], *, resolution: Resolution = "highest") -> None:
-    """Install requirements and what they need.
+    """Install requirements and their dependencies.
 
     Args:
         python: interpreter of the environment.
@@ -56,43 +56,38 @@ def install(python: Path, requirements: Sequence[str], *, resolution: Resolution
         resolution: `lowest-direct` takes the lowest version that each of these lines allows.
 
     Raises:
-        ReleaseError: they contradict each other, or no index can be reached.
+        ReleaseError: they contradict each other, or no package index can be reached.
     """
     uv("pip", "install", "--quiet", "--python", str(python), "--resolution", resolution, *requirements)
 
 
-def install_test_requirements(python: Path, workspace: Workspace, package: Package) -> None:
-    """Install what a package's tests need beside it; what is there already stays as it is."""
-    install(python, workspace.test_requirements(package))
-
-
 def swap(python: Path, wheel: Path) -> None:
-    """Put one wheel in the place of its installed version, whatever the others' pins say."""
+    """Replace an installed package by a wheel, even if the pins of others forbid that version."""
     uv("pip", "install", "--quiet", "--python", str(python), "--no-deps", "--reinstall", str(wheel))
 
 
-def install_package(
-    python: Path, workspace: Workspace, package: Package, wheels: Path, *, resolution: Resolution = "highest"
+def install_packages(
+    python: Path, workspace: Workspace, packages: Sequence[Package], wheels: Path, *, resolution: Resolution = "highest"
 ) -> None:
-    """Install a package with what it declares and nothing else.
+    """Install packages with what they declare and nothing else.
 
-    Its sisters come as the wheels given, so that no index can slip in another version; every third party it declares
-    is named, so that `lowest-direct` lowers those and leaves what they need in turn alone.
+    Their sisters are installed from the wheels given, so that the index cannot supply another version. The third-party
+    requirements are named one by one, so that `lowest-direct` applies to them but not to their own dependencies.
 
     Args:
         python: interpreter of an empty environment.
-        workspace: where the package and its sisters are from.
-        package: what to install.
+        workspace: where the packages and their sisters are from.
+        packages: what to install.
         wheels: folder of built wheels.
         resolution: newest versions, or the lowest allowed.
     """
-    family = [package, *(workspace[name] for name in workspace.own(package))]
-    foreign = [str(requirement) for requirement in workspace.foreign(package)]
-    install(python, [*(str(wheels / member.wheel) for member in family), *foreign], resolution=resolution)
+    names = dict.fromkeys(name for package in packages for name in (package.name, *workspace.own(package)))
+    foreign = dict.fromkeys(str(requirement) for package in packages for requirement in workspace.foreign(package))
+    install(python, [*(str(wheels / workspace[name].wheel) for name in names), *foreign], resolution=resolution)
 
 
 def unpack_tests(sdist: Path, target: Path) -> Path:
-    """Unpack a source distribution without its sources: tests, README and metadata, and nothing they could import.
+    """Unpack a source distribution without `src/`: tests, README and metadata, but nothing that the tests could import.
 
     Args:
         sdist: the archive.
@@ -122,12 +117,15 @@ def run_tests(
         python: interpreter with the package and its tests' requirements.
         folder: where `unpack_tests` put them.
         tests: files or folders in it.
-        compiled: where jax keeps what it compiled from one run to the next; None: nowhere.
+        compiled: folder of jax's persistent compilation cache; None: no cache.
         timeout: seconds.
+
+    Returns:
+        How it ended; a timeout is a failure.
     """
     settings = folder / "pytest.ini"
     settings.write_text("[pytest]\nnorecursedirs = oracles\nmarkers =\n    slow: not run here\n")
-    # Editable installs and PYTHONPATH would let the source tree in.
+    # PYTHONPATH would make the source tree importable.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"JAX_PLATFORMS": "cpu"}
     if compiled is not None:
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -143,14 +141,14 @@ def run_tests(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        told = f"did not end within {timeout:.0f} s"
-        return Outcome(False, told, f"{told}\n{error.stdout or ''}{error.stderr or ''}")
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
+        summary = f"did not end within {timeout:.0f} s"
+        return Outcome(False, summary, f"{summary}\n{error.stdout or ''}{error.stderr or ''}")
+    lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest printed nothing"]
     return Outcome(done.returncode == 0, lines[-1].strip("= "), done.stdout + done.stderr)
 
 
 def where(python: Path, module: str) -> Path:
-    """The folder an environment imports a package from."""
+    """The folder from which an environment imports a package."""
     code = f"import importlib.util as u; print(u.find_spec({module!r}).origin)"
     done = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, check=True)
     return Path(done.stdout.strip()).parent

@@ -10,31 +10,37 @@ from .workspace import Package, Workspace
 
 
 def graph(workspace: Workspace) -> str:
-    """Draw what every package requires, sisters first and opened up, third parties as leaves.
+    """Draw what every package requires: its sisters first, each expanded where it first appears, then third parties.
 
     Args:
         workspace: the packages.
 
     Returns:
-        One tree a package that no other requires.
+        One tree for each package that no other requires.
     """
     required = {name for package in workspace.packages.values() for name in workspace.own(package)}
-    tops = [package for name, package in workspace.packages.items() if name not in required]
-    return "\n".join(line for top in tops for line in (f"{top.name} {top.version}", *_below(workspace, top, "")))
+    drawn: set[str] = set()
+    return "\n".join(
+        line
+        for name, top in workspace.packages.items()
+        if name not in required
+        for line in (f"{name} {top.version}", *_below(workspace, top, "", drawn))
+    )
 
 
-def _below(workspace: Workspace, package: Package, indent: str) -> Iterator[str]:
+def _below(workspace: Workspace, package: Package, indent: str, drawn: set[str]) -> Iterator[str]:
     own = list(workspace.own(package).values())
+    # Third parties that a sister brings anyway are drawn below the sister.
     inherited = {r.name for sister in own for r in workspace.foreign(workspace[sister.name])}
-    # What a sister brings anyway is drawn there; a leaf here is a dependency that would go with this package.
-    leaves = [r for r in workspace.foreign(package) if r.name not in inherited]
-    children: list[Requirement] = [*own, *leaves]
+    children: list[Requirement] = [*own, *(r for r in workspace.foreign(package) if r.name not in inherited)]
     for index, requirement in enumerate(children):
         last = index == len(children) - 1
-        yield f"{indent}{'└── ' if last else '├── '}{requirement.name} {_written(requirement)}"
-        if requirement.name in workspace.packages:
-            yield from _below(workspace, workspace[requirement.name], indent + ("    " if last else "│   "))
+        name = requirement.name
+        yield f"{indent}{'└── ' if last else '├── '}{name} {_format(requirement)}"
+        if name in workspace.packages and name not in drawn:
+            drawn.add(name)
+            yield from _below(workspace, workspace[name], indent + ("    " if last else "│   "), drawn)
 
 
-def _written(requirement: Requirement) -> str:
+def _format(requirement: Requirement) -> str:
     return ",".join(sorted(map(str, requirement.specifier), reverse=True)) or "(any version)"

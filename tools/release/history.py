@@ -1,4 +1,4 @@
-"""What was released: tags like `grpo-loss-v0.2.0`, or commits whose changelogs wait for nothing; the tree at one."""
+"""What was released: tags like `grpo-loss-v0.2.0`, or commits with nothing under [Unreleased]; trees of commits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .workspace import Package, ReleaseError
 
 
 def git(root: Path, *arguments: str) -> bytes:
-    """Run git in a tree and return what it printed.
+    """Run git in a tree and return its output.
 
     Raises:
-        ReleaseError: git refuses; its own message is passed on.
+        ReleaseError: git fails; the message is its own.
     """
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
     if done.returncode:
@@ -36,7 +36,7 @@ def releases(root: Path, package: Package) -> dict[Version, str]:
     """Every tagged version of a package with its tag, oldest first.
 
     Raises:
-        ReleaseError: a tag of this package that ends in no version.
+        ReleaseError: a tag of this package does not end in a version.
     """
     found: dict[Version, str] = {}
     for tag in git(root, "tag", "--list", f"{package.name}-v*").decode().split():
@@ -47,31 +47,38 @@ def releases(root: Path, package: Package) -> dict[Version, str]:
     return dict(sorted(found.items()))
 
 
-def settled(root: Path, changelogs: Sequence[Path]) -> Iterator[str]:
-    """Commits that stand for a release where nobody tagged one, newest first.
+def tagged(root: Path, names: Sequence[str]) -> list[str]:
+    """Find the release tags of some packages that HEAD contains, newest first, one for each commit."""
+    patterns = [f"--decorate-refs=refs/tags/{name}-v*" for name in names]
+    lines = git(root, "log", "--topo-order", "--simplify-by-decoration", *patterns, "--format=%D", "HEAD").decode()
+    return [line.split(", ")[0].removeprefix("tag: ") for line in lines.splitlines() if line]
 
-    At such a commit each changelog has a version on top and nothing under [Unreleased]. Whatever changed afterwards has
-    a line there, so the newest of these commits is the last one that had the version's sources.
+
+def settled(root: Path, changelogs: Sequence[Path]) -> Iterator[str]:
+    """Find commits that count as releases in a repository without tags, newest first.
+
+    At such a commit each changelog that exists has a release and nothing under [Unreleased]. Every later change adds a
+    line there, so the newest of these commits is the last one with the released sources.
 
     Args:
-        root: the repository. Only the first parents of its HEAD are walked: what was main at the time.
+        root: the repository. Only first parents of its HEAD are walked: the commits that were main at the time.
         changelogs: which ones, relative to the root.
     """
     paths = list(map(str, changelogs))
 
     @cache
-    def waits_for_nothing(blob: str) -> bool:
+    def is_settled(blob: str) -> bool:
         text = git(root, "cat-file", "blob", blob).decode()
         return bool(changelog.released(text)) and not changelog.unreleased(text)
 
     for commit in git(root, "rev-list", "--first-parent", "HEAD").decode().split():
         blobs = git(root, "ls-tree", "--format=%(objectname)", commit, "--", *paths).decode().split()
-        if len(blobs) == len(paths) and all(map(waits_for_nothing, blobs)):
+        if blobs and all(map(is_settled, blobs)):
             yield commit
 
 
 def extract(root: Path, ref: str, target: Path) -> Path:
-    """Write the tree of a commit to a folder. The repository is only read: no worktree, no branch.
+    """Write the tree of a commit to a folder, without a worktree or branch in the repository.
 
     Args:
         root: the repository.
@@ -82,7 +89,7 @@ def extract(root: Path, ref: str, target: Path) -> Path:
         `target`.
 
     Raises:
-        ReleaseError: no such commit.
+        ReleaseError: there is no such commit.
     """
     with tarfile.open(fileobj=io.BytesIO(git(root, "archive", "--format=tar", ref))) as archive:
         archive.extractall(target, filter="data")
@@ -90,5 +97,5 @@ def extract(root: Path, ref: str, target: Path) -> Path:
 
 
 def tracked_files(root: Path, folder: Path) -> set[str]:
-    """Paths under a folder that git knows, relative to it."""
+    """Paths of the tracked files in a folder, relative to it."""
     return set(git(root, "-C", str(folder), "ls-files", "-z", ".").decode().strip("\0").split("\0"))

@@ -1,4 +1,4 @@
-"""Whether a library still means what it meant: the golden cases of a tree, computed by the sources of another."""
+"""Whether a library still computes what it did: the golden cases of one tree, computed by the sources of another."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def changed_meanings(
     Args:
         golden: a folder `tests/golden`, of this tree or of an older one.
         library: name of the package.
-        tree: the tree whose sources are to be used; None: what is installed in `python`'s environment.
+        tree: the tree whose sources compute them; None: the packages installed in `python`'s environment.
         part: which of its cases; None: all.
         python: the interpreter.
 
     Returns:
-        One sentence for each case whose shape, type or value differs, or one with the last line of the error if the
-        cases cannot be computed at all. Empty where nothing stored changed, or nothing was stored.
+        One sentence for each case whose shape, dtype or value differs, or the last line of the error if the cases
+        cannot be computed. Empty if no stored value changed, or none is stored.
 
     Raises:
-        ReleaseError: the interpreter lacks a third party that the library needs.
+        ReleaseError: the interpreter lacks a third-party package that the library needs.
     """
     if not (golden / f"{library}.npz").exists():
         return []
@@ -51,6 +51,6 @@ def changed_meanings(
         return done.stdout.strip().splitlines()
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     missing = _MISSING.match(last)
-    if missing and missing[1] != library.replace("-", "_"):  # says something of this environment, not of the library
+    if missing and missing[1] != library.replace("-", "_"):  # the environment is at fault, not the library
         raise ReleaseError(f"{python} must have {missing[1]} to compute the golden cases: use `hatch run release:...`.")
     return [f"the golden cases cannot be computed: {last}"]

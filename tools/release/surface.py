@@ -17,8 +17,8 @@ class Change:
     """What changed in a public surface.
 
     Args:
-        breaking: what code written against the old tree may trip over, one sentence each.
-        added: public names that are new.
+        breaking: changes that may break code written against the old tree, one sentence each.
+        added: new public names.
     """
 
     breaking: tuple[str, ...]
@@ -33,10 +33,10 @@ def public_names(sources: Path, module: str) -> list[str]:
         module: the package.
 
     Returns:
-        Sorted, names of submodules with the submodule in front: `jax.register`.
+        Sorted; names of a submodule with the submodule in front: `jax.register`.
 
     Raises:
-        ReleaseError: no such package, or one without `__all__`.
+        ReleaseError: there is no such package, or it has no `__all__`.
     """
     package = _read(sources, module)
     if package.exports is None:
@@ -45,17 +45,17 @@ def public_names(sources: Path, module: str) -> list[str]:
 
 
 def compare(old: Path, new: Path, module: str) -> Change:
-    """What changed in a library's public surface between two trees.
+    """Compare a library's public surface in two trees.
 
-    griffe finds what was removed, moved, renamed or given another default; the annotations, which carry the
-    shapes of arrays, are compared here.
+    griffe finds what was removed, moved, renamed or given another default. Annotations, which carry the shapes of
+    arrays, are compared here.
 
     Args:
         old, new: source folders.
         module: the package.
     """
     before, after = _read(old, module), _read(new, module)
-    breaking = [_told(breakage, module) for breakage in griffe.find_breaking_changes(before, after)]
+    breaking = [_describe(breakage, module) for breakage in griffe.find_breaking_changes(before, after)]
     names_before, names_after = set(_exported(before, "")), set(_exported(after, ""))
     breaking += [f"{name}: left __all__" for name in sorted(names_before - names_after)]
     for name in sorted(names_before & names_after):
@@ -83,27 +83,27 @@ def _exported(module: griffe.Module, prefix: str) -> Iterator[str]:
             yield from _exported(submodule, f"{prefix}{name}.")
 
 
-def _told(breakage: griffe.Breakage, module: str) -> str:
+def _describe(breakage: griffe.Breakage, module: str) -> str:
     path = breakage.obj.path.removeprefix(f"{module}.").split(".")
     name = ".".join(part for part in path if not part.startswith("_") or part in ("__init__", "__call__"))
     before, after = breakage.old_value, breakage.new_value
     parameter = before if isinstance(before, griffe.Parameter) else after
     if isinstance(parameter, griffe.Parameter):
         name = f"{name}({parameter.name})"
-    told = f"{name}: {breakage.kind.value.lower()}"
+    description = f"{name}: {breakage.kind.value.lower()}"
     if breakage.kind == griffe.BreakageKind.PARAMETER_CHANGED_DEFAULT:
-        told += f" ({before.default} -> {after.default})"
-    return told
+        description += f" ({before.default} -> {after.default})"
+    return description
 
 
 def _retyped(name: str, before: Any, after: Any) -> Iterator[str]:
-    """Annotations that narrowed where values go in, or widened where they come out.
+    """Find annotations that narrowed for an argument, or widened for a result.
 
-    Both are griffe's objects, or aliases that stand for one in a way its types cannot say.
+    Both are griffe's objects, or aliases of one, which its types cannot express.
     """
     if after.kind != before.kind:
-        if after.kind == griffe.Kind.ALIAS:  # imported and listed, but gone from where it was defined
-            yield f"{name}: is defined nowhere"
+        if after.kind == griffe.Kind.ALIAS:  # imported and in __all__, but no longer defined where it is imported from
+            yield f"{name}: is not defined"
         return
     if before.is_function:
         old_parameters = {parameter.name: parameter for parameter in before.parameters}
@@ -124,7 +124,7 @@ def _retyped(name: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def _members(annotation: object) -> set[str]:
-    """The alternatives of a union; an annotation that says nothing has one, the empty text."""
+    """The alternatives of a union; a missing annotation has one, the empty text."""
     alternatives, depth, start = set[str](), 0, 0
     text = "" if annotation is None else str(annotation)
     for place, letter in enumerate(text):

@@ -1,4 +1,4 @@
-"""Which bump a change demands: public signatures and stored meanings, compared with what was released."""
+"""Which bump a change requires: public signatures and golden values, compared with the last release."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What changed in a library since a released tree.
+    """What changed in a package since a released tree.
 
     Args:
         signatures: breaking changes of the public surface.
-        meanings: golden cases that no longer hold.
+        meanings: golden cases whose value changed.
         added: new public names.
     """
 
@@ -40,7 +40,7 @@ class Verdict:
 
     @property
     def breaking(self) -> bool:
-        """Whether code written against the released tree may fail or compute something else."""
+        """Whether code written against the released tree may fail or get other values."""
         return bool(self.signatures or self.meanings)
 
     def demands(self, version: Version) -> Level:
@@ -50,7 +50,7 @@ class Verdict:
         return Level.MAJOR if self.breaking else Level.MINOR if self.added else Level.PATCH
 
     def lines(self) -> list[str]:
-        """What changed, for a person."""
+        """What changed, one line each."""
         return [
             *(f"signature  {text}" for text in self.signatures),
             *(f"meaning    {text}" for text in self.meanings),
@@ -62,13 +62,13 @@ def judge(released: Path, candidate: Workspace, library: str, *, python: Path | 
     """Compare a library in the working tree with a released tree.
 
     Args:
-        released: the tree at the release, with its own golden cases.
+        released: the tree of the release, with its golden cases.
         candidate: the working tree.
         library: name of the package.
-        python: an interpreter with what the libraries require.
+        python: an interpreter with the libraries' third-party requirements.
 
     Raises:
-        ReleaseError: one of the trees does not hold it, or the interpreter lacks something.
+        ReleaseError: one of the trees lacks the package, or the interpreter lacks a requirement.
     """
     package = candidate[library]
     change = compare(read_workspace(released)[library].sources, package.sources, package.module)
@@ -77,7 +77,7 @@ def judge(released: Path, candidate: Workspace, library: str, *, python: Path | 
 
 
 def judge_since(ref: str, candidate: Workspace, library: str) -> Verdict:
-    """`judge` against a commit of the working tree's own repository."""
+    """`judge` against a commit of the working tree's repository."""
     with tempfile.TemporaryDirectory() as folder:
         return judge(extract(candidate.root, ref, Path(folder)), candidate, library)
 

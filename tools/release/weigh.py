@@ -1,4 +1,4 @@
-"""What a library costs whoever installs it alone: megabytes, dependencies, milliseconds to import."""
+"""What a library costs somebody who installs it alone: megabytes, dependencies, milliseconds to import."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Weight:
 
     Args:
         library: its name.
-        own_bytes: the library without what it requires.
-        all_bytes: everything the environment holds, byte code left out.
-        dependencies: distributions beside the library itself.
-        import_ms: median milliseconds of `import`, by the clock, interpreter start taken off.
-        import_cpu_ms: the same in processor time, which a busy machine does not stretch.
+        own_bytes: the library without its requirements.
+        all_bytes: the whole environment without byte code.
+        dependencies: number of distributions besides the library.
+        import_ms: median wall-clock time of `import` in milliseconds, without the interpreter's start.
+        import_cpu_ms: the same in CPU time, which a busy machine does not inflate.
     """
 
     library: str
@@ -43,15 +43,17 @@ def weigh(workspace: Workspace, wheels: Path, scratch: Path) -> Iterator[Weight]
         workspace: the tree.
         wheels: folder of its built wheels.
         scratch: an empty folder for environments.
+
+    Yields:
+        One weight for each library, as soon as it is measured.
     """
     for package in workspace.libraries:
         python = fresh.create(scratch / package.name)
-        fresh.install_package(python, workspace, package, wheels)
-        yield weigh_environment(python, package)
+        fresh.install_packages(python, workspace, [package], wheels)
+        yield _weigh_environment(python, package)
 
 
-def weigh_environment(python: Path, package: Package) -> Weight:
-    """Measure a library in an environment that holds it and what it declares."""
+def _weigh_environment(python: Path, package: Package) -> Weight:
     own = fresh.where(python, package.module)
     site = own.parent
     bare, loaded = _cost(python, "pass"), _cost(python, f"import {package.module}")
@@ -66,8 +68,8 @@ def weigh_environment(python: Path, package: Package) -> Weight:
 
 
 def table(weights: Iterable[Weight]) -> Iterator[str]:
-    """The weights as the lines of a Markdown table, each as soon as it is measured."""
-    yield "| library | itself, kB | with all it needs, MB | dependencies | import, ms | of processor time, ms |"
+    """Format weights as the lines of a Markdown table, each as soon as it is measured."""
+    yield "| library | itself, kB | with dependencies, MB | dependencies | import, ms | import, CPU ms |"
     yield "|---|---|---|---|---|---|"
     for w in weights:
         yield (
@@ -77,16 +79,16 @@ def table(weights: Iterable[Weight]) -> Iterator[str]:
 
 
 def _cost(python: Path, code: str) -> tuple[float, float]:
-    """Median clock and processor milliseconds of running code in a new interpreter, the first run left out."""
+    """Median wall-clock and CPU milliseconds of running code in a new interpreter, without the first run."""
     timer = f"import time; t = time.perf_counter(); exec({code!r}); print(time.perf_counter() - t)"
-    clock, processor = [], []
+    wall, cpu = [], []
     for _ in range(_REPEATS + 1):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([str(python), "-I", "-c", timer], capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        clock.append(float(done.stdout) * 1e3)
-        processor.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3)
-    return statistics.median(clock[1:]), statistics.median(processor[1:])
+        wall.append(float(done.stdout) * 1e3)
+        cpu.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3)
+    return statistics.median(wall[1:]), statistics.median(cpu[1:])
 
 
 def _size(folder: Path) -> int:

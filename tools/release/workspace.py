@@ -1,4 +1,4 @@
-"""The packages of this repository, read from their pyproject files: names, versions, what each requires."""
+"""The packages of this repository, read from their pyproject files: names, versions, requirements."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Package:
     """One package of the repository.
 
     Args:
-        folder: where its pyproject.toml lies.
+        folder: where its pyproject.toml is.
         metadata: the `[project]` table.
-        is_library: libraries are compared, swapped and ranged; the app is pinned to them.
+        is_library: libraries require each other by range; the trainer and the apps pin exactly.
     """
 
     folder: Path
@@ -34,17 +34,17 @@ class Package:
 
     @property
     def name(self) -> str:
-        """As on an index: `grpo-loss`."""
+        """The distribution: `grpo-loss`."""
         return self.metadata["name"]
 
     @property
     def module(self) -> str:
-        """As it is imported: `grpo_loss`."""
+        """The import name: `grpo_loss`."""
         return self.name.replace("-", "_")
 
     @cached_property
     def version(self) -> Version:
-        """The version the working tree would release."""
+        """The version that a release of this tree would have."""
         try:
             return Version(self.metadata["version"])
         except InvalidVersion as error:
@@ -52,8 +52,19 @@ class Package:
 
     @cached_property
     def requirements(self) -> list[Requirement]:
-        """What it declares, without extras."""
+        """Declared dependencies, without extras."""
         return [Requirement(line) for line in self.metadata["dependencies"]]
+
+    @cached_property
+    def extras(self) -> list[Requirement]:
+        """Declared dependencies of all extras."""
+        groups = self.metadata.get("optional-dependencies", {})
+        return [Requirement(line) for lines in groups.values() for line in lines]
+
+    @property
+    def project_file(self) -> Path:
+        """Its pyproject.toml."""
+        return self.folder / "pyproject.toml"
 
     @property
     def sources(self) -> Path:
@@ -67,18 +78,26 @@ class Package:
 
     @property
     def wheel(self) -> str:
-        """File name of the wheel this tree builds."""
+        """File name of the wheel built from this tree."""
         return f"{self.module}-{self.version}-py3-none-any.whl"
 
     @property
     def sdist(self) -> str:
-        """File name of the source distribution this tree builds."""
+        """File name of the source distribution built from this tree."""
         return f"{self.module}-{self.version}.tar.gz"
+
+    def contents(self) -> dict[str, bytes]:
+        """Every source file, by its path in `sources`."""
+        return {
+            str(path.relative_to(self.sources)): path.read_bytes()
+            for path in sorted(self.sources.rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
+        }
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """All packages of one tree, libraries before the app.
+    """All packages of one tree, in an order in which each follows those it requires.
 
     Args:
         root: the tree.
@@ -90,14 +109,13 @@ class Workspace:
 
     @property
     def libraries(self) -> list[Package]:
-        """The packages that can be installed alone."""
+        """The packages that require their sisters by range."""
         return [package for package in self.packages.values() if package.is_library]
 
     @property
-    def app(self) -> Package:
-        """The package that pins the libraries."""
-        (app,) = (package for package in self.packages.values() if not package.is_library)
-        return app
+    def assemblies(self) -> list[Package]:
+        """The packages that pin their sisters exactly: the trainer, then the apps."""
+        return [package for package in self.packages.values() if not package.is_library]
 
     def __getitem__(self, name: str) -> Package:
         if name not in self.packages:
@@ -113,10 +131,10 @@ class Workspace:
         return [r for r in package.requirements if r.name not in self.packages]
 
     def test_requirements(self, package: Package) -> list[str]:
-        """What the tests of a library need beside it: its environment in the root pyproject.toml."""
-        environments = tomllib.loads((self.root / "pyproject.toml").read_text())["tool"]["hatch"]["envs"]
-        key = str(package.folder.relative_to(self.root)) if package.is_library else "default"
-        return environments[key]["dependencies"]
+        """What a package's tests need beside it, according to the root pyproject.toml."""
+        root = tomllib.loads((self.root / "pyproject.toml").read_text())
+        environment = root["tool"]["hatch"]["envs"].get(str(package.folder.relative_to(self.root)), {})
+        return [*root["dependency-groups"]["tests"], *environment.get("dependencies", ())]
 
 
 def read_workspace(root: Path = ROOT) -> Workspace:
@@ -129,13 +147,21 @@ def read_workspace(root: Path = ROOT) -> Workspace:
         The workspace.
 
     Raises:
-        ReleaseError: nothing is there.
+        ReleaseError: there are none, or they require each other in a circle.
     """
-    packages: dict[str, Package] = {}
-    for kind in ("libs", "apps"):
-        for path in sorted((root / kind).glob("*/pyproject.toml")):
-            metadata = tomllib.loads(path.read_text())["project"]
-            packages[metadata["name"]] = Package(path.parent, metadata, is_library=kind == "libs")
-    if not packages:
+    waiting = [
+        Package(path.parent, tomllib.loads(path.read_text())["project"], is_library=kind == "libs")
+        for kind in ("libs", "apps")
+        for path in sorted((root / kind).glob("*/pyproject.toml"))
+    ]
+    if not waiting:
         raise ReleaseError(f"{root} must hold libs/*/pyproject.toml: found none.")
+    packages: dict[str, Package] = {}
+    while waiting:
+        names = {package.name for package in waiting}
+        ready = [package for package in waiting if names.isdisjoint(r.name for r in package.requirements)]
+        if not ready:
+            raise ReleaseError(f"packages must not require each other in a circle: {', '.join(sorted(names))} do.")
+        packages |= {package.name: package for package in ready}
+        waiting = [package for package in waiting if package.name not in packages]
     return Workspace(root, packages)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from grpo_gsm8k.embedded.tokenizer import make_tokenizer
-from grpo_sampler import ModelConfig, Transformer, save, split
+from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
 
 # `reward.functions=[graders:digits]` is found as a user's module is: reward processes get this process's path.
 sys.path.append(str(Path(__file__).parent))
@@ -42,5 +42,5 @@ def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = ModelConfig.from_file(folder)
     _, params = split(Transformer(model, rngs=nnx.Rngs(0)))
-    save(folder, model, params)
+    save_pretrained(folder, model, params)
     return folder

@@ -9,15 +9,17 @@ import types
 import pytest
 
 from grpo_contracts import ContractError, GrpoError
-from grpo_gsm8k import cli, startup
+from grpo_gsm8k import cli
+from grpo_trainer.run import startup
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.layers import dump, load
-from grpo_trainer.settings.schema import Config
+from runs import load
+from grpo_trainer.settings.layers import dump
+from grpo_trainer.settings.schema import Settings
 
 
 @pytest.fixture
 def quiet_environment(monkeypatch):
-    """before_jax() writes to the environment, or to a jax that other tests use: give it neither."""
+    """prepare_process() writes to the environment, or to a jax that other tests use: give it neither."""
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     heard = ("JAX_", "XLA_", "GLIBC_TUNABLES")
     monkeypatch.setattr(os, "environ", {name: v for name, v in os.environ.items() if not name.startswith(heard)})
@@ -51,7 +53,7 @@ def raising(error):
 def test_print_config_is_light():
     """It imports nothing that takes a second to load: so it answers at once, also on a busy machine."""
     script = (
-        "import sys\nfrom grpo_trainer.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
+        "import sys\nfrom grpo_gsm8k.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'orbax', 'grain', 'optax'} & set(sys.modules)\n"
         "sys.stderr.write(','.join(sorted(heavy)))\nsys.exit(code)\n"
     )
@@ -61,7 +63,7 @@ def test_print_config_is_light():
 
 
 def test_unknown_key_from_the_shell():
-    command = [sys.executable, "-m", "grpo_trainer.cli", "train", "--set", "rollout.group_sise=4"]
+    command = [sys.executable, "-m", "grpo_gsm8k.cli", "train", "--set", "rollout.group_sise=4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -157,7 +159,7 @@ def test_slice_option_of_preflight(monkeypatch, quiet_environment):
 
 def test_cpu_devices_reach_xla(quiet_environment, tmp_path):
     os.environ["XLA_FLAGS"] = "--xla_dump_to=x"
-    lines = startup.before_jax(load([], ["cpu_devices=3", f"compilation_cache={tmp_path / 'cache'}"]))
+    lines = startup.prepare_process(load([], ["cpu_devices=3", f"compilation_cache={tmp_path / 'cache'}"]))
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=3"
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
@@ -168,25 +170,26 @@ def test_cpu_devices_reach_xla(quiet_environment, tmp_path):
 def test_contradicting_xla_flags_are_refused(quiet_environment):
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     with pytest.raises(ConfigError, match="cpu_devices is 2 but XLA_FLAGS asks for 8"):
-        startup.before_jax(load([], ["cpu_devices=2", "compilation_cache="]))
+        startup.prepare_process(load([], ["cpu_devices=2", "compilation_cache="]))
 
 
 def test_forcing_devices_too_late_is_refused(quiet_environment, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
     with pytest.raises(ConfigError, match="before jax is imported"):
-        startup.before_jax(load([], ["cpu_devices=2", "compilation_cache="]))
+        startup.prepare_process(load([], ["cpu_devices=2", "compilation_cache="]))
 
 
 def test_unwritable_cache(quiet_environment, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="compilation_cache"):
-        startup.before_jax(load([], [f"compilation_cache={tmp_path / 'file' / 'cache'}"]))
+        startup.prepare_process(load([], [f"compilation_cache={tmp_path / 'file' / 'cache'}"]))
 
 
 def test_jax_sees_devices_and_cache(tmp_path):
     script = (
-        "from grpo_trainer.settings.layers import load\nfrom grpo_trainer.run.startup import before_jax\nimport sys\n"
-        "before_jax(load([], ['cpu_devices=3', 'compilation_cache=' + sys.argv[1]]))\n"
+        "from runs import load
+from grpo_trainer.settings.layers import \nfrom grpo_trainer.run.startup import prepare_process\nimport sys\n"
+        "prepare_process(load([], ['cpu_devices=3', 'compilation_cache=' + sys.argv[1]]))\n"
         "import jax, json\njax.jit(lambda x: x + 1)(1.0)\nprint(json.dumps([jax.device_count('cpu')]))\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
@@ -204,10 +207,10 @@ def test_huge_pages_start_again_once(quiet_environment, monkeypatch):
     config = load([], ["huge_pages=true", "compilation_cache=", "cpu_devices=0"])
     startup.with_huge_pages(config, ["train", "--set", "huge_pages=true"])
     (arguments, environment), *_ = started
-    assert arguments[1:] == ["-m", "grpo_trainer.cli", "train", "--set", "huge_pages=true"]
+    assert arguments[1:] == ["-m", "grpo_gsm8k.cli", "train", "--set", "huge_pages=true"]
     assert environment["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
     os.environ["GLIBC_TUNABLES"] = environment["GLIBC_TUNABLES"]
     startup.with_huge_pages(config, [])
-    startup.with_huge_pages(Config(huge_pages=False), [])
+    startup.with_huge_pages(Settings(huge_pages=False), [])
     assert len(started) == 1
-    assert startup.before_jax(config) == ["huge pages   on (huge_pages)"]
+    assert startup.prepare_process(config) == ["huge pages   on (huge_pages)"]

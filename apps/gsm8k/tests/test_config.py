@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.layers import changed_keys, dump, flat, load, preset_names
-from grpo_trainer.settings.schema import Config, Loss, Rollout
+from runs import load
+from grpo_trainer.settings.layers import changed_keys, dump, flat, preset_names
+from grpo_trainer.settings.schema import Settings, Loss, Rollout
 
 
 def refused(*sets: str, configs: tuple[str, ...] = ()) -> str:
@@ -30,7 +31,7 @@ def test_presets_are_valid_and_survive_a_round_trip(name, tmp_path):
 
 
 def test_laptop_is_the_default():
-    assert load(["laptop"]) == load() == Config()
+    assert load(["laptop"]) == load() == Settings()
 
 
 def test_every_large_preset_names_its_slice_and_the_true_data():
@@ -203,8 +204,8 @@ def test_bad_yaml(text, expected, tmp_path):
 
 
 def test_empty_files_and_sections_change_nothing(tmp_path):
-    assert load([written(tmp_path, "# nothing\n")]) == Config()
-    assert load([written(tmp_path, "rollout:\n  # prompts: 3\n")]) == Config()
+    assert load([written(tmp_path, "# nothing\n")]) == Settings()
+    assert load([written(tmp_path, "rollout:\n  # prompts: 3\n")]) == Settings()
 
 
 def test_unreadable_files(tmp_path):
@@ -216,13 +217,13 @@ def test_unreadable_files(tmp_path):
 
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
-        Config().steps = 3  # type: ignore[misc]
+        Settings().steps = 3  # type: ignore[misc]
 
 
 def test_every_key_says_what_it_is():
-    for name in flat(Config()):
+    for name in flat(Settings()):
         section, _, leaf = name.rpartition(".")
-        model = type(getattr(Config(), section)) if section else Config
+        model = type(getattr(Settings(), section)) if section else Settings
         assert model.model_fields[leaf].description, name
 
 
@@ -233,7 +234,7 @@ def test_every_key_says_what_it_is():
     folder=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20),
 )
 def test_what_is_dumped_reads_back(prompts, temperature, low, folder, tmp_path_factory):
-    config = Config(
+    config = Settings(
         rollout=Rollout(prompts=prompts, temperature=temperature),
         loss=Loss(clip_low=low, clip_high=2 * low),
         run={"dir": folder},  # type: ignore[arg-type]

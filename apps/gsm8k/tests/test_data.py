@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from grpo_contracts import GrpoError, validate
-from grpo_gsm8k import records as records_module
+from grpo_trainer.data import sources as records_module
 from grpo_gsm8k.embedded.problems import write_splits
 from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
 from grpo_trainer.data.sources import DataError, Record, digest, read_records
 from grpo_trainer.data.stream import ProblemStream, Questions, held_out, open_problems, tokenize
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
 
 GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
 GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'
@@ -190,7 +190,7 @@ def test_state_goes_on_exactly_also_with_other_processes(questions: Questions, t
 
 def test_opened_by_a_config(tokenizer: Any, tmp_path: Path) -> None:
     write_splits(tmp_path, train=30, test=20)
-    config = Config.model_validate(
+    config = Settings.model_validate(
         {"data": {"source": str(tmp_path), "train_size": 25}, "rollout": {"prompts": 6}, "eval": {"problems": 500}}
     )
     stream = open_problems(config, tokenizer, vocab_size=704)

@@ -14,18 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_contracts import PolicyIdentity
-from grpo_gsm8k import replay
-from grpo_gsm8k.grading import RewardError
-from grpo_trainer.assemble.run import assemble
+from grpo_contracts import PolicyVersion
+from grpo_trainer.run import replay
+from grpo_trainer.rewards.functions import RewardError
+from runs import assemble
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
 from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.run.health import Diverged, Health, StaleWeights
 from grpo_trainer.run.progress import Progress
-from grpo_trainer.settings.layers import load
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.train import train
+from runs import load
+from grpo_trainer.settings.schema import Settings
+from runs import train
 
 FINE = {
     "frac_reward_zero_std": 0.5,
@@ -36,7 +36,7 @@ FINE = {
 }
 
 
-def settings(policy: Path, folder: Path, *more: str) -> Config:
+def settings(policy: Path, folder: Path, *more: str) -> Settings:
     return load(
         [],
         [
@@ -165,9 +165,9 @@ def test_failures_are_counted_and_written_down(tmp_path: Path) -> None:
 
 def test_stale_weights_are_refused(tmp_path: Path) -> None:
     health = Watched(tmp_path).health
-    rollout: Any = type("Rollout", (), {"policy": PolicyIdentity(3, "ab" * 32)})
-    health.check_rollout(rollout, PolicyIdentity(3, "ab" * 32))
-    for other in (PolicyIdentity(4, "ab" * 32), PolicyIdentity(3, "cd" * 32)):
+    rollout: Any = type("Rollout", (), {"policy": PolicyVersion(3, "ab" * 32)})
+    health.check_rollout(rollout, PolicyVersion(3, "ab" * 32))
+    for other in (PolicyVersion(4, "ab" * 32), PolicyVersion(3, "cd" * 32)):
         with pytest.raises(StaleWeights, match=f"step {other.step} with digest {other.digest[:12]}.*abababababab"):
             health.check_rollout(rollout, other)
 
@@ -273,7 +273,7 @@ IDENTITY = {"identity": {"parameters": "ab"}}
 
 
 def test_checkpoints_of_incompatible_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_gsm8k import checkpoint
+    from grpo_trainer.run import checkpoint
 
     state = {"w": jax.numpy.arange(4.0)}
     now = {"grpo-loss": "0.1.3", "jax": "0.10.2", "optax": "0.2.8"}
@@ -307,7 +307,7 @@ def test_one_checkpoint_and_no_other(tmp_path: Path) -> None:
 def test_what_one_process_cannot_read_all_step_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grpo_gsm8k import checkpoint
+    from grpo_trainer.run import checkpoint
 
     checkpoints = Checkpoints(tmp_path, keep=9)
     for step in (1, 2):

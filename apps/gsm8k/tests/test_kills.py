@@ -55,7 +55,7 @@ def job(processes: int, devices: int = 1) -> list[str]:
 
 
 def train(*sets: str) -> list[str]:
-    return [sys.executable, "-m", "grpo_trainer.cli", "train", *sets]
+    return [sys.executable, "-m", "grpo_gsm8k.cli", "train", *sets]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:

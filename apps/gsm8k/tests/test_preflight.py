@@ -22,9 +22,10 @@ from grpo_trainer.assemble.preflight.programs import Measured
 from grpo_trainer.assemble.preflight.search import Candidate, candidates
 from grpo_trainer.assemble.preflight.verdict import EFFICIENCY, GIB, Phase, judge, table
 from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
-from grpo_trainer.assemble.run import assemble
+from runs import assemble
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.layers import load, preset_names
+from runs import load
+from grpo_trainer.settings.layers import preset_names
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler comes with libtpu, which is not installed"

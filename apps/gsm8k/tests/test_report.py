@@ -11,7 +11,7 @@ from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
 from grpo_trainer.run.accuracy import Accuracy
 from grpo_trainer.run.folder import RunFolder
-from grpo_trainer.settings.layers import load
+from runs import load
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\x1b[2J\u202e</pre> 3 < 4 & 5"
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_contracts import FinishReason, PolicyIdentity, Rollout, SamplingLaw
+from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams
 from grpo_gsm8k import grading as reward
 from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
-from grpo_gsm8k.grading import RewardError, final_answer, last_number, load_function
+from grpo_trainer.rewards.functions import RewardError, final_answer, last_number, load_function
 from grpo_trainer.data.sources import Record
 from grpo_trainer.data.stream import Asked
 from grpo_trainer.rewards.scoring import Rewards
@@ -161,8 +161,8 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rewards, Rollout, 
         np.array([0, 1, 0, 1], np.int32),
         np.array([0, 0, 1, 1], np.int32),
         2,
-        SamplingLaw(stop_ids=(2,)),
-        PolicyIdentity(4, ""),
+        SamplingParams(stop_ids=(2,)),
+        PolicyVersion(4, ""),
         len(tokenizer),
         0,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from grpo_gsm8k.grading import RewardError
+from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.workers import RewardWorker
 
 

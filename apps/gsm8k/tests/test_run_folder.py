@@ -14,7 +14,7 @@ from grpo_trainer.run.accuracy import Accuracy
 from grpo_trainer.run.files import read_lines
 from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.settings.layers import load
+from runs import load
 
 
 @pytest.fixture
@@ -148,7 +148,8 @@ def test_a_folder_in_use_is_refused(config, tmp_path):
 
 def test_a_killed_process_gives_its_folder_back(config, tmp_path):
     script = (
-        "import os, sys\nfrom grpo_trainer.settings.layers import load\nfrom grpo_trainer.run.folder import RunFolder\n"
+        "import os, sys\nfrom runs import load
+from grpo_trainer.settings.layers import \nfrom grpo_trainer.run.folder import RunFolder\n"
         "RunFolder(load([], ['run.dir=' + sys.argv[1], 'log.tensorboard=false']))\nos.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]

@@ -12,15 +12,15 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from grpo_mesh import AXES, digest
-from grpo_trainer.assemble.run import assemble
+from runs import assemble
 from grpo_trainer.run.checkpoint import Checkpoints, ResumeRefused
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.layers import load
-from grpo_trainer.settings.schema import Config
-from grpo_trainer.train import train
+from runs import load
+from grpo_trainer.settings.schema import Settings
+from runs import train
 
 
-def settings(policy: Path, folder: Path, *more: str) -> Config:
+def settings(policy: Path, folder: Path, *more: str) -> Settings:
     return load(
         [],
         [
@@ -50,7 +50,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(own) and "per_second" not in k} for line in lines]
 
 
-def last_state_digest(config: Config, folder: Path) -> str:
+def last_state_digest(config: Settings, folder: Path) -> str:
     run = assemble(config)
     restored = Checkpoints(folder / "checkpoints", keep=9).restore(run.state, run.identity)
     assert restored is not None
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
             raise Killed
         return learn(run, state, batch, step)
 
-    from grpo_gsm8k import train as module
+    from grpo_trainer import train as module
     from grpo_trainer.learn import learn
 
     with monkeypatch.context() as patched:

@@ -26,9 +26,9 @@ from jax._src import compilation_cache, compiler
 
 import grpo_mesh
 from grpo_contracts import TrainBatch
-from grpo_gsm8k import train
+from grpo_trainer import train
 from grpo_trainer.run.checkpoint import Checkpoints, Restored
-from grpo_trainer.run.metrics import Clock, step_metrics
+from grpo_trainer.run.metrics import step_metrics
 from grpo_trainer.run.progress import Progress
 
 
@@ -136,4 +136,4 @@ if __name__ == "__main__":
     every_rank_caches()
     observe(Trace(sys.argv[1], json.loads(sys.argv[2]), job.rank))
     sys.argv[:] = ["grpo-gsm8k", "train", *sys.argv[3:]]
-    runpy.run_module("grpo_trainer.cli", run_name="__main__")
+    runpy.run_module("grpo_gsm8k.cli", run_name="__main__")

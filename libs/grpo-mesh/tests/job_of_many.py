@@ -15,7 +15,7 @@ HEARTBEAT = 4
 
 
 def meet(job: grpo_mesh.Job) -> None:
-    grpo_mesh.arrive("start", 60)
+    grpo_mesh.barrier("start", 60)
     print(f"started rank {job.rank} of {job.processes}", flush=True)
 
 
@@ -26,8 +26,8 @@ def train(job: grpo_mesh.Job) -> None:
     batch = {"x": np.arange(64, dtype=np.float32).reshape(8, 8)}
     rows = grpo_mesh.local_rows(sharding, 8)
     whole = grpo_mesh.to_global(batch, sharding)
-    mine = grpo_mesh.to_global({"x": batch["x"][rows]}, sharding, rows=8)
-    for placed in (whole, mine):
+    from_rows = grpo_mesh.to_global({"x": batch["x"][rows]}, sharding, rows=8)
+    for placed in (whole, from_rows):
         np.testing.assert_array_equal(grpo_mesh.to_host(placed)["x"], batch["x"])
         np.testing.assert_array_equal(grpo_mesh.to_local(placed)["x"], batch["x"][rows])
     moved = grpo_mesh.reshard(whole, grpo_mesh.replicated(mesh))

@@ -5,6 +5,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -19,6 +21,7 @@ from grpo_mesh import (
     replicated,
     reshard,
     shardings,
+    state_shardings,
     to_global,
     to_host,
     to_local,
@@ -97,6 +100,51 @@ def test_rows_that_do_not_divide_are_refused():
         to_global(np.zeros((12, 2)), sharding)
     with pytest.raises(MeshError, match=r"tokens must have this process' 16 of 16 rows: got shape \(8, 2\)"):
         to_global({"tokens": np.zeros((8, 2))}, sharding, rows=16)
+
+
+def test_a_mesh_in_place_of_a_sharding_is_refused():
+    mesh = make_mesh("auto")
+    for call in (
+        lambda: to_global(np.zeros((8, 2)), mesh),
+        lambda: local_rows(3, mesh),
+    ):
+        with pytest.raises(
+            MeshError, match=r"must be a NamedSharding such as `batch_sharding\(mesh\)`: got (Mesh|int)"
+        ):
+            call()
+    with pytest.raises(MeshError, match="must be a sharding or a pytree of them: got Mesh"):
+        reshard(jnp.zeros((8, 2)), mesh)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "rmsprop", "adafactor", "muon"])
+def test_optimizer_state_is_made_on_its_mesh_and_stays_there(name):
+    optimizer = {
+        "adamw": optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+        "lion": optax.lion(1e-3),
+        "sgd": optax.sgd(1e-3, momentum=0.9),
+        "rmsprop": optax.rmsprop(1e-3),
+        "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
+        "muon": optax.contrib.muon(1e-3),
+    }[name]
+    mesh = make_mesh("1,4,2")
+    params = {"w": parameters()["w"], "bias": jnp.ones(12, jnp.float32)}
+    params = jax.device_put(params, shardings(params, mesh, RULES))
+    placed = state_shardings(jax.eval_shape(optimizer.init, params), params, mesh, RULES)
+    state = jax.jit(optimizer.init, out_shardings=placed)(params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == placed
+    if name == "adafactor":
+        # Of w, [16, 8], a row and a column; the bias whole.
+        specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.size > 1}
+        assert specs == {(8,): PartitionSpec("tp"), (16,): PartitionSpec("fsdp"), (12,): PartitionSpec("fsdp")}
+    else:
+        sharded = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (16, 8)]
+        assert sharded
+        assert all(leaf.addressable_shards[0].data.shape == (4, 4) for leaf in sharded)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    alone = jax.device_get(params)
+    expected, _ = jax.jit(optimizer.update)(alone, optimizer.init(alone), alone)
+    for left, right in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=2e-3, atol=1e-6)
 
 
 def test_local_rows_of_an_array_sharded_over_columns_are_refused():

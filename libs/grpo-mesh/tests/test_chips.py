@@ -32,6 +32,13 @@ def test_a_slice_name_tells_chips_and_hosts(name, topology, chips, hosts):
     assert found.chips_per_host * found.hosts == chips
 
 
+def test_a_slice_is_named_by_text():
+    with pytest.raises(MeshError, match="a slice is named by text such as 'v5e-16': got 16"):
+        find_slice(16)
+    with pytest.raises(MeshError, match="slices must be at least 1: got 0"):
+        slice_devices("v5e-4", slices=0)
+
+
 @pytest.mark.parametrize("name", ["v5e-3", "v5e-512", "v4-7", "v4-2", "v5e", "v5e-x"])
 def test_sizes_that_are_not_rented_are_refused_with_those_that_are(name):
     with pytest.raises(MeshError, match=f"not offered: choose one of {name[:2]}"):

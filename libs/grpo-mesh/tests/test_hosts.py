@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import socket
@@ -6,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
-from grpo_mesh import HostsError, Job, arrive, check_agreement, deadline, initialize
+from grpo_mesh import HostsError, Job, _runtime, barrier, check_agreement, deadline, initialize
 from grpo_mesh._agree import disagreement
 from grpo_mesh._hosts import _options, detect
 
@@ -73,11 +75,35 @@ def test_one_process_needs_no_runtime():
     assert job == Job("single", 0, 1, None, {}, 10)
     assert "rank 0 of 1" in str(job)
     check_agreement({"seed": 1})
-    arrive("start", 1)
+    barrier("start", 1)
     with deadline("update", 1):
         pass
     with pytest.raises(HostsError, match="kind must be one of"):
         initialize("mpi")
+
+
+@pytest.mark.parametrize("seconds", [-1, 0, float("nan"), float("inf")])
+def test_a_phase_without_time_is_refused(seconds):
+    with pytest.raises(HostsError, match=r"phase 'x': seconds must be more than 0"), deadline("x", seconds):
+        pass
+    with pytest.raises(HostsError, match=r"phase 'x': seconds must be more than 0"):
+        barrier("x", seconds)
+
+
+def test_versions_of_jax_are_always_compared_and_others_if_named(monkeypatch):
+    stored = {}
+    monkeypatch.setattr(_runtime, "started", lambda: True)
+    monkeypatch.setattr(_runtime, "rank", lambda: 0)
+    monkeypatch.setattr(_runtime, "put", lambda key, value: stored.update({key.rpartition("/")[2]: value}))
+    monkeypatch.setattr(_runtime, "entries", lambda folder: stored)
+    monkeypatch.setattr("grpo_mesh._agree.barrier", lambda phase, seconds: None)
+    for packages in ((), ("pytest", "no-such-package")):
+        check_agreement({"seed": 1}, packages=packages)
+        facts = json.loads(stored["0"])
+        names = ("python", "jax", "jaxlib", "libtpu", "numpy", *packages)
+        assert facts.keys() == {"seed", *(f"version.{name}" for name in names)}
+        assert facts["version.jax"] == json.dumps(jax.__version__)
+    assert facts["version.no-such-package"] == "null"
 
 
 def test_a_fact_that_is_no_plain_value_is_refused():

@@ -14,6 +14,8 @@ from grpo_mesh import AXES, MeshError, batch_sharding, make_mesh, parse_mesh
         ("2,2,2", (2, 2, 2)),
         ("auto", (1, 8, 1)),
         ("tp:-1,dp:4", (4, 1, 2)),
+        ({"tp": 2, "fsdp": -1}, (1, 4, 2)),
+        ({"dp": 8}, (8, 1, 1)),
     ],
 )
 def test_a_specification_resolves_to_three_sizes(spec, sizes):
@@ -29,14 +31,18 @@ def test_auto_spreads_weights_inside_a_slice_and_copies_over_slices():
     [
         ("dp:3,fsdp:4", r"dp·fsdp·tp = 3·4·1 = 12 but 8 devices"),
         ("tp:2", r"dp·fsdp·tp = 1·1·2 = 2 but 8 devices"),
-        ("dp:3,fsdp:-1", r"fsdp = 8 devices / \(dp·tp = 3\) is no whole number.*one of \[1, 2, 4, 8\]"),
+        ("dp:3,fsdp:-1", r"fsdp = 8 devices / \(dp·tp = 3\) is not a whole number.*one of \[1, 2, 4, 8\]"),
         ("dp:-1,fsdp:-1", "one axis at -1: got dp and fsdp"),
         ("4,2", "three sizes, dp,fsdp,tp: got 2"),
         ("model:8", "unknown axis 'model'"),
         ("dp:2,dp:4", "dp is given twice"),
         ("dp:0,fsdp:8", "dp must be a positive whole number or -1: got '0'"),
         ("dp:x", "dp must be a positive whole number or -1: got 'x'"),
-        ("", "empty"),
+        ("", "must name an axis.*got nothing"),
+        ({}, "must name an axis.*got nothing"),
+        ({"model": 8}, "unknown axis 'model'"),
+        ({"dp": 0}, "dp must be a positive whole number or -1: got '0'"),
+        (8, "must be text such as .*, or a mapping: got int"),
     ],
 )
 def test_a_wrong_specification_shows_the_arithmetic(spec, message):
@@ -53,6 +59,15 @@ def test_every_axis_is_present_on_one_device():
     mesh = make_mesh("dp:1", jax.devices()[:1])
     assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 1}
     assert batch_sharding(mesh).spec == jax.sharding.PartitionSpec(("dp", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [(3, "got int"), (jax.make_mesh((1,), ("model",), devices=jax.devices()[:1]), "got axes model")],
+)
+def test_a_batch_needs_the_mesh_s_axes(mesh, message):
+    with pytest.raises(MeshError, match=f"a batch needs a mesh with axes dp and fsdp .*{message}"):
+        batch_sharding(mesh)
 
 
 def test_no_devices_are_refused():

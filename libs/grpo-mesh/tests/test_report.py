@@ -76,6 +76,14 @@ def test_a_program_from_a_cache_is_read_back():
     assert compile_with_text(lambda compiler_options: program) == (program, program.as_text())
 
 
+def test_a_program_at_another_stage_is_refused():
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    with pytest.raises(MeshError, match=r"needs a compiled program: got a lowered one. Pass `lowered.compile\(\)`"):
+        compile_report(lowered)
+    with pytest.raises(MeshError, match=r"pass `lowered.compile`, not what it returns"):
+        compile_with_text(lowered.compile())
+
+
 def test_a_program_that_cannot_be_read_back_is_refused_with_the_way_out():
     class Unreadable:
         def as_text(self):

@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from grpo_mesh import MeshError, Rules, explain, pad, shardings, state_shardings, unpad
+from grpo_mesh import MeshError, Rules, bytes_per_device, explain, pad, shardings, state_shardings, unpad
 
 MESH = AbstractMesh((1, 4, 2), ("dp", "fsdp", "tp"))
 PARAMS = {
@@ -81,10 +82,23 @@ def test_a_vocabulary_is_padded_only_where_asked():
         unpad(tree, padded)
 
 
+def matrices_only(params):
+    return jax.tree.map(lambda leaf: len(leaf.shape) > 1, params)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
+        optax.adam(1e-3),
         optax.adamw(1e-3),
+        optax.adamw(1e-3, mask=matrices_only),
+        optax.lion(1e-3),
+        optax.sgd(1e-3, momentum=0.9),
+        optax.rmsprop(1e-3, momentum=0.9, centered=True),
+        optax.adafactor(1e-3),  # every dimension is below its `min_dim_size_to_factor`
+        optax.contrib.muon(1e-3),
+        optax.contrib.muon(1e-3, weight_decay=0.1, weight_decay_mask=matrices_only),
+        optax.masked(optax.adamw(1e-3), matrices_only),
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3))),
         optax.MultiSteps(optax.sgd(1e-3, momentum=0.9), 4),
     ],
@@ -92,21 +106,82 @@ def test_a_vocabulary_is_padded_only_where_asked():
 def test_optimizer_state_follows_its_parameter(optimizer):
     rules = Rules([rule for rule in RULES.rules if rule[0] != ".*"] + [("final_norm", ())], RULES.axes)
     state = jax.eval_shape(optimizer.init, PARAMS)
-    wanted = {(32,): PartitionSpec(), (): PartitionSpec()}
-    wanted |= {
+    spec_of_shape = {
         leaf.shape: sharding.spec
         for leaf, sharding in zip(*map(jax.tree.leaves, (PARAMS, shardings(PARAMS, MESH, rules))))
     }
     placed = state_shardings(state, PARAMS, MESH, rules)
+    matrices = 0
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
-        assert sharding.spec == wanted[leaf.shape]
+        assert sharding.spec == spec_of_shape.get(leaf.shape, PartitionSpec())
+        assert leaf.shape in spec_of_shape or leaf.size < 10
+        matrices += leaf.ndim > 1
+    assert matrices >= 3
 
 
-def test_state_without_an_owner_needs_a_rule():
-    state = {"factor": {"embed": jax.ShapeDtypeStruct((64,), jnp.float32)}}
-    rules = Rules([("embed", ("tp", "fsdp"))])
-    with pytest.raises(MeshError, match="no rule matches 'factor/embed'"):
-        state_shardings(state, {"embed": PARAMS["embed"]}, MESH, rules)
+def test_factored_state_keeps_the_shardings_of_the_dimensions_it_has():
+    params = {
+        "embed": jax.ShapeDtypeStruct((512, 256), jnp.float32),
+        "square": jax.ShapeDtypeStruct((256, 256), jnp.float32),
+        "layers": {"up": jax.ShapeDtypeStruct((3, 256, 1024), jnp.float32)},
+        "norm": jax.ShapeDtypeStruct((256,), jnp.float32),
+    }
+    rules = Rules([("embed|square", ("tp", "fsdp")), ("layers/up", (None, "fsdp", "tp")), ("norm", ("fsdp",))])
+    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    factored = state[0]
+    assert factored.v_row["embed"].shape == (256,)
+    assert factored.v_col["layers"]["up"].shape == (3, 1024)
+    placed = specs(state_shardings(state, params, MESH, rules))[0]
+    assert placed.v_row == {
+        "embed": PartitionSpec("fsdp"),
+        "square": PartitionSpec(),  # the sizes do not tell which dimension is missing
+        "layers": {"up": PartitionSpec(None, "fsdp")},
+        "norm": PartitionSpec(),
+    }
+    assert placed.v_col["embed"] == PartitionSpec("tp")
+    assert placed.v_col["layers"]["up"] == PartitionSpec(None, "tp")
+    assert placed.v["norm"] == PartitionSpec("fsdp")
+
+
+def test_a_single_array_owns_its_state():
+    params = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    state = jax.eval_shape(optax.adam(1e-3).init, params)
+    placed = state_shardings(state, params, MESH, Rules([("", ("fsdp", "tp"))]))
+    assert placed[0].mu.spec == PartitionSpec("fsdp", "tp")
+    assert placed[0].count.spec == PartitionSpec()
+
+
+def test_large_state_without_an_owner_needs_a_rule():
+    state = {"flat": {"all": jax.ShapeDtypeStruct((4096,), jnp.float32)}}
+    with pytest.raises(MeshError, match="no rule matches 'flat/all'"):
+        state_shardings(state, {"embed": PARAMS["embed"]}, MESH, Rules([("embed", ("tp", "fsdp"))]))
+    placed = state_shardings(state, {"embed": PARAMS["embed"]}, MESH, Rules([("flat/.*", ("fsdp",))]))
+    assert placed["flat"]["all"].spec == PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize("function", [shardings, explain, pad])
+def test_arguments_in_another_order_are_refused(function):
+    with pytest.raises(MeshError, match=r"mesh must be .*: got dict. The order is \(tree, mesh, rules\)"):
+        function(MESH, PARAMS, RULES)
+    with pytest.raises(MeshError, match=r"rules must be grpo_mesh.Rules: got list"):
+        function(PARAMS, MESH, list(RULES.rules))
+
+
+def test_state_shardings_refuses_arguments_in_another_order():
+    with pytest.raises(MeshError, match=r"mesh must be .*: got Rules"):
+        state_shardings(PARAMS, PARAMS, RULES, MESH)
+
+
+def test_bytes_of_a_device_follow_the_shardings():
+    placed = shardings(PARAMS, MESH, RULES)
+    tree = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), PARAMS, placed
+    )
+    assert bytes_per_device(tree) == 64 * 32 * 2 // 8 + 32 * 4 + 3 * 32 * 4 * 8 * 4 // 8 + 3 * 4 * 8 * 4 // 2
+    assert bytes_per_device(PARAMS) == 64 * 32 * 2 + 32 * 4 + 3 * 32 * 4 * 8 * 4 + 3 * 4 * 8 * 4
+    assert bytes_per_device({"x": jnp.zeros((3, 5), jnp.int8), "none": None}) == 15
+    with pytest.raises(MeshError, match="'x' must be an array"):
+        bytes_per_device({"x": 3})
 
 
 def test_explain_adds_up_the_bytes_of_a_device():

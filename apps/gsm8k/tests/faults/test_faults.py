@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpo_contracts import ContractError, GrpoError, PolicyIdentity
-from grpo_gsm8k import checkpoint
-from grpo_gsm8k.embedded.tokenizer import TokenizerError
-from grpo_gsm8k.grading import RewardError
+from grpo_contracts import ContractError, GrpoError, PolicyVersion
+from grpo_trainer.run import checkpoint
+from grpo_trainer.data.tokenizer import TokenizerError
+from grpo_trainer.rewards.functions import RewardError
 from grpo_mesh import MeshError
 from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
-from grpo_trainer.assemble.run import assemble
+from runs import assemble
 from grpo_trainer.data.sources import DataError, read_records
 from grpo_trainer.rewards.workers import RewardWorker
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
@@ -36,10 +36,10 @@ from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefu
 from grpo_trainer.run.folder import RunFolder, versions
 from grpo_trainer.run.health import Health, StaleWeights
 from grpo_trainer.run.progress import Progress
-from grpo_trainer.run.startup import before_jax
+from grpo_trainer.run.startup import prepare_process
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.settings.layers import load
-from grpo_trainer.settings.schema import Config
+from runs import load
+from grpo_trainer.settings.schema import Settings
 
 PAGE = Path(__file__).parents[2] / "FAULTS.md"
 GOOD = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
@@ -114,7 +114,7 @@ class Bench:
         save_file(tensors, copy / "model.safetensors")
         return copy
 
-    def config(self, *sets: str) -> Config:
+    def config(self, *sets: str) -> Settings:
         """Settings of a small run of the toy policy."""
         usual = [f"model.path={self.toy_policy}", f"run.dir={self.folder / 'run'}", "log.tensorboard=false", "steps=4"]
         small = [
@@ -248,19 +248,19 @@ def _(bench: Bench) -> None:
 @fault("Settings", "CPU devices asked for too late", ConfigError, "cpu_devices=3 must be set before jax is imported")
 def _(bench: Bench) -> None:
     bench.patch.delenv("XLA_FLAGS", raising=False)
-    before_jax(bench.config("cpu_devices=3"))
+    prepare_process(bench.config("cpu_devices=3"))
 
 
 @fault("Settings", "XLA_FLAGS that contradict cpu_devices", ConfigError, "cpu_devices is 3", "XLA_FLAGS asks for 5")
 def _(bench: Bench) -> None:
     bench.patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=5")
-    before_jax(bench.config("cpu_devices=3"))
+    prepare_process(bench.config("cpu_devices=3"))
 
 
 @fault("Settings", "a compilation cache that is a file", ConfigError, "compilation_cache must be a writable folder")
 def _(bench: Bench) -> None:
     (bench.folder / "cache").touch()
-    before_jax(bench.config(f"compilation_cache={bench.folder / 'cache'}"))
+    prepare_process(bench.config(f"compilation_cache={bench.folder / 'cache'}"))
 
 
 @fault("Settings", "wandb asked for and not installed", ConfigError, "pip install 'grpo-gsm8k[wandb]'")
@@ -670,10 +670,10 @@ def _(bench: Bench) -> None:
 
 @fault("Run", "completions of stale weights", StaleWeights, "step 4 with digest cdcd", "step 3 with digest abab")
 def _(bench: Bench) -> None:
-    rollout: Any = type("Rollout", (), {"policy": PolicyIdentity(3, "ab" * 32)})
+    rollout: Any = type("Rollout", (), {"policy": PolicyVersion(3, "ab" * 32)})
     config = bench.config()
     with RunFolder(config) as folder:
-        Health(config, folder, Progress(4), {}).check_rollout(rollout, PolicyIdentity(4, "cd" * 32))
+        Health(config, folder, Progress(4), {}).check_rollout(rollout, PolicyVersion(4, "cd" * 32))
 
 
 @fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule that a run left")

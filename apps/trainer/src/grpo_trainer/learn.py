@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from grpo_contracts import Scored, TrainBatch
+from grpo_contracts import FinishReason, Scored, TrainBatch
 from grpo_loss import (
     PackedBatch,
     TrainState,
+    drop_truncated,
+    gdpo_advantage,
     group_advantage,
     iterate_minibatches,
+    kl_estimate,
     reinforce_plus_plus_advantage,
     reinforce_plus_plus_baseline_advantage,
     rloo_advantage,
+    top_entropy_mask,
+    unpack_tokens,
 )
 from grpo_mesh import BATCH_AXES, to_global, to_host
 from grpo_trainer.assemble import Run
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["advantages", "learn", "place", "updates"]
+__all__ = ["advantages", "learn", "make_batch", "place", "updates"]
 
 
 def advantages(scored: Scored, settings: Settings) -> np.ndarray:
@@ -36,9 +42,10 @@ def advantages(scored: Scored, settings: Settings) -> np.ndarray:
     Returns:
         float32 [B] or [B, T].
     """
-    reward_B, groups = scored.reward_B, {"scored_B": scored.scored_B, "group_B": scored.rollout.group_B}
+    loss, reward_B = settings.loss, scored.reward_B
+    groups = {"scored_B": scored.scored_B, "group_B": scored.rollout.group_B}
     mask_BT = scored.rollout.completion_BT & scored.scored_B[:, None]
-    match settings.loss.advantage:
+    match loss.advantage:
         case "grpo":
             result = group_advantage(reward_B, **groups)
         case "dr-grpo":
@@ -47,6 +54,11 @@ def advantages(scored: Scored, settings: Settings) -> np.ndarray:
             result = group_advantage(reward_B, **groups, scale="batch")
         case "rloo":
             result = rloo_advantage(reward_B, **groups)
+        case "gdpo":
+            # As in the sum: a row counts only where every function of non-zero weight could score it.
+            scored_BN = scored.scored_BN & scored.scored_B[:, None]
+            group_B = scored.rollout.group_B
+            result = gdpo_advantage(scored.reward_BN, scored.weight_N, scored_BN=scored_BN, group_B=group_B)
         case "reinforce++-baseline":
             result = reinforce_plus_plus_baseline_advantage(reward_B, mask_BT, **groups)
         case "reinforce++":
@@ -54,7 +66,61 @@ def advantages(scored: Scored, settings: Settings) -> np.ndarray:
             reward_BT = np.zeros(mask_BT.shape, np.float32)
             reward_BT[np.arange(len(reward_B)), scored.rollout.total_length_B - 1] = reward_B
             result = reinforce_plus_plus_advantage(reward_BT, mask_BT)
+    if loss.clip_advantage is not None:
+        result = np.clip(result, -loss.clip_advantage, loss.clip_advantage)
     return np.asarray(result, np.float32)
+
+
+def make_batch(run: Run, params: Any, scored: Scored) -> TrainBatch:
+    """What a rollout's updates learn from.
+
+    Args:
+        run: the assembled run.
+        params: that drew the rollout.
+        scored: the rollout with its rewards.
+
+    Returns:
+        The rollout with rewards, masks, advantages, and the log-probabilities that were needed on the way.
+    """
+    settings, loss = run.settings, run.settings.loss
+    if loss.drop_truncated:
+        scored = _without_truncated(scored)
+    in_reward = loss.kl_in == "reward" and run.reference is not None
+    if not in_reward and loss.top_entropy is None:
+        return TrainBatch(scored, advantages(scored, settings))
+    # Both change the advantages by log-probabilities, so these are computed before any update is packed for good.
+    blank = TrainBatch(scored, np.zeros(len(scored.reward_B), np.float32))
+    packed = next(iterate_minibatches(blank, shape=run.plan.pack_shape, seed=settings.seed, step=0))
+    old_logp_BT, entropy_BT = _score(run, params, packed, scored)
+    mask_BT = scored.rollout.loss_mask_BT & scored.scored_B[:, None]
+    reference_logp_BT = None
+    if in_reward:
+        reference_logp_BT, _ = _score(run, run.reference, packed, scored)
+        kl_BT = np.where(mask_BT, np.asarray(kl_estimate(old_logp_BT, reference_logp_BT, loss.kl)), 0)
+        reward_B = (scored.reward_B - loss.kl_coefficient * kl_BT.sum(1)).astype(np.float32)
+        advantage = advantages(replace(scored, reward_B=np.where(scored.scored_B, reward_B, 0)), settings)
+    else:
+        advantage = advantages(scored, settings)
+    if loss.top_entropy is not None:
+        kept_BT = np.asarray(top_entropy_mask(entropy_BT, mask_BT, fraction=loss.top_entropy))
+        advantage = (advantage[:, None] if advantage.ndim == 1 else advantage) * kept_BT.astype(np.float32)
+    return TrainBatch(scored, advantage, old_logp_BT, reference_logp_BT)
+
+
+def _without_truncated(scored: Scored) -> Scored:
+    rollout = scored.rollout
+    mask_BT = drop_truncated(rollout.loss_mask_BT, rollout.finish_B == FinishReason.LENGTH)
+    return replace(scored, rollout=replace(rollout, loss_mask_BT=np.asarray(mask_BT)))
+
+
+def _score(run: Run, params: Any, packed: PackedBatch, scored: Scored) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and entropies [B, T] of the rollout's tokens under `params`."""
+    shape = scored.rollout.tokens_BT.shape
+    logp_BT, entropy_BT = (
+        unpack_tokens(to_host(part_MRT), packed.micro.source_RT, shape)
+        for part_MRT in run.plan.score(params, place(run, packed))
+    )
+    return logp_BT, entropy_BT
 
 
 def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[TrainState, dict[str, float]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from grpo_contracts import PolicyVersion, TrainBatch, validate
+from grpo_contracts import PolicyVersion, Rollout, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.data.stream import Asked
 from grpo_trainer.evaluate import evaluate
-from grpo_trainer.learn import advantages, learn
+from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report import write_report
-from grpo_trainer.rewards import transcribe
+from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal, transcribe
 from grpo_trainer.run.accuracy import verdict
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
@@ -25,7 +28,7 @@ from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
 
-__all__ = ["fit", "train"]
+__all__ = ["fit", "sample", "train"]
 
 
 def train(settings: Settings, task: Task, *, dry_run: bool = False) -> int:
@@ -97,7 +100,7 @@ def _introduce(run: Run) -> None:
 def _steps(
     run: Run, folder: RunFolder, checkpoints: Checkpoints, stop: Preemption, progress: Progress, started: float
 ) -> int:
-    settings, sampler, problems = run.settings, run.plan.sampler, run.problems
+    settings = run.settings
     loop = _resume(run, folder, checkpoints, progress)
     seconds_before = loop.seconds
     health = Health(settings, folder, progress, loop.health)
@@ -111,24 +114,10 @@ def _steps(
 
     for step in range(loop.step, settings.steps):
         clock = _clock(run, progress, loop)
-        with clock.phase("rollout"):
-            asked = next(problems)
-            policy = PolicyVersion(step, digest(loop.train.params))
-            rollout = sampler.generate(
-                loop.train.params,
-                asked.prompts,
-                group_size=settings.rollout.group_size,
-                seed=settings.seed,
-                step=step,
-                policy=policy,
-            )
-        with clock.phase("reward"):
-            health.check_rollout(rollout, policy)
-            transcript = transcribe(rollout, asked.problems, run.tokenizer)
-            scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
-            judgements = transcript.judgements(run.task)
+        scored, transcript, drawn = _draw(run, loop.train.params, step, clock, health)
+        judgements = transcript.judgements(run.task)
         with clock.phase("advantage"):
-            batch = TrainBatch(scored, advantages(scored, settings))
+            batch = make_batch(run, loop.train.params, scored)
             validate(batch, level="values")
         with clock.phase("update"):
             loop.train, learned = learn(run, loop.train, batch, step)
@@ -136,7 +125,9 @@ def _steps(
         loop.step = done = step + 1
         last = done == settings.steps
         metrics = step_metrics(batch, judgements, learned, clock.seconds)
-        metrics["learning_rate"] = float(run.plan.learning_rate(loop.train.step))
+        if settings.rollout.refills:
+            metrics["rollout/drawn_groups"] = float(drawn)
+        metrics["learning_rate"] = float(jnp.asarray(run.plan.learning_rate(loop.train.step)))
         metrics |= health.watch(done, metrics)
         if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
@@ -152,7 +143,7 @@ def _steps(
         stopping = stop.requested() and not last
         due = last or stopping or _due(done, settings.checkpoint.every)
         if health.failing or (settings.checkpoint.every and due):
-            loop.problems, loop.seconds = problems.get_state(), seconds_before + time.monotonic() - started
+            loop.problems, loop.seconds = run.problems.get_state(), seconds_before + time.monotonic() - started
             with clock.phase("checkpoint"):
                 checkpoints.save(loop, run.identity, settings, accuracy=metrics.get("eval/accuracy"))
         if health.failing:
@@ -169,6 +160,49 @@ def _steps(
     _finish(run, folder, loop)
     progress.note(verdict(settings.steps, loop.accuracy, loop.seconds))
     return 0
+
+
+def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollout:
+    """Draw a group of completions for each problem.
+
+    Args:
+        run: the assembled run.
+        params: of the policy.
+        asked: the problems.
+        policy: version of the parameters; its step decides the random numbers.
+
+    Returns:
+        The rollout.
+    """
+    return run.plan.sampler.generate(
+        params,
+        asked.prompts,
+        group_size=run.settings.rollout.group_size,
+        seed=run.settings.seed,
+        step=policy.step,
+        policy=policy,
+    )
+
+
+def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tuple[Scored, Transcript, int]:
+    """A step's completions with their rewards, and how many groups were drawn for them."""
+    settings, groups = run.settings, run.settings.rollout.prompts
+    draws: list[tuple[Scored, Transcript]] = []
+    for _ in range(1 + settings.rollout.refills):
+        with clock.phase("rollout"):
+            asked = next(run.problems)
+            policy = PolicyVersion(step, digest(params))
+            rollout = sample(run, params, asked, policy)
+        with clock.phase("reward"):
+            health.check_rollout(rollout, policy)
+            transcript = transcribe(rollout, asked.problems, run.tokenizer)
+            scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
+        if not settings.rollout.refills:
+            return scored, transcript, groups
+        draws.append((scored, transcript))
+        if sum(count_with_signal(scored) for scored, _ in draws) >= groups:
+            break
+    return *choose_groups(draws, groups), groups * len(draws)
 
 
 def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Progress) -> LoopState:

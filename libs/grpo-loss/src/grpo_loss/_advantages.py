@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ._errors import LossError, check_choice, check_shape
-from ._whiten import Moments, divide_by_deviation, moments, whiten
+from grpo_loss._errors import LossError, check_choice, check_shape, known
+from grpo_loss._whiten import Moments, divide_by_deviation, moments, whiten
 
 Scale = Literal["sample", "population", "batch", "none"]
 SCALES = ("sample", "population", "batch", "none")
@@ -29,10 +29,11 @@ def group_advantage(
     """Reward minus the mean of its group, divided by a standard deviation.
 
     Unscored members are left out of every mean and deviation and get 0; take them out of the loss mask as well, or
-    their tokens count in the denominator. A group whose scored rewards are all equal (or that has one) gets exactly 0.
+    their tokens count in the denominator (`pack` does so). A group whose scored rewards are all equal, or that has
+    only one, gets exactly 0.
 
     Args:
-        reward_B: one reward a sequence.
+        reward_B: one reward per sequence, finite where scored.
         scored_B: False where the reward could not be computed; None: all are scored.
         group_B: which group each sequence belongs to, any integers. Groups may have any size and order.
         group_size: in place of `group_B`, for adjacent groups of this size.
@@ -45,7 +46,8 @@ def group_advantage(
         Advantages.
 
     Raises:
-        LossError: unknown scale, shapes that differ, or neither or both of group_B and group_size.
+        LossError: an unknown scale, shapes that differ, neither or both of group_B and group_size, or (outside `jit`)
+            a scored reward that is not finite.
 
     Source: GRPO arXiv:2402.03300 sec. 4.1.2; Dr.GRPO arXiv:2503.20783 ("none"); arXiv:2508.08221 ("batch").
     """
@@ -90,12 +92,12 @@ def gdpo_advantage(
     whitened: bool = True,
     batch_moments: Moments | None = None,
 ) -> Float[Array, "B"]:
-    """Several rewards, each normalised within its group by itself, then weighted, added and whitened over the batch.
+    """Several rewards, each normalised by itself within its group, then weighted, added and whitened over the batch.
 
     Rewards added first and normalised together collapse different outcomes to one advantage; this does not.
 
     Args:
-        reward_BN: one column a reward function.
+        reward_BN: one column per reward function.
         weight_N: weight of each normalised reward.
         scored_BN: False where a reward could not be computed; it then adds 0. None: all are scored.
         group_B, group_size, scale, epsilon: as for `group_advantage`.
@@ -110,7 +112,8 @@ def gdpo_advantage(
 
     Source: GDPO arXiv:2601.05242.
     """
-    reward_BN = _floating(reward_BN)
+    array = jnp.asarray(reward_BN)
+    reward_BN = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     check_choice("scale", scale, ("sample", "population"))
     if reward_BN.ndim != 2:
         raise LossError(f"reward_BN must have two axes (sequences, reward functions): got shape {reward_BN.shape}.")
@@ -181,25 +184,7 @@ def overlong_penalty(length_B: Int[ArrayLike, "B"], *, max_tokens: int, buffer_t
     return jnp.clip(room_B / buffer_tokens, -1.0, 0.0)
 
 
-def clip_advantage(advantage: Float[ArrayLike, "..."], limit: float) -> Float[Array, "..."]:
-    """Advantages clipped to [-limit, limit].
-
-    Args:
-        advantage: of any shape.
-        limit: largest magnitude.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        LossError: unless limit > 0.
-    """
-    if limit <= 0:
-        raise LossError(f"limit must be positive: got {limit}.")
-    return jnp.clip(_floating(advantage), -limit, limit)
-
-
-# The arithmetic is compiled as a whole: called from a host loop op by op, it would compile dozens of tiny programs.
+# The arithmetic is compiled as a whole: called op by op from a host loop, it would compile dozens of tiny programs.
 
 
 @functools.partial(jax.jit, static_argnames="scale")
@@ -265,7 +250,8 @@ def _prepare(
     reward_B: ArrayLike, scored_B: ArrayLike | None, group_B: ArrayLike | None, group_size: int | None
 ) -> tuple[Array, Array, Array]:
     """Check the arguments of every group function, and fill in what was left out: rewards, scored, group ids."""
-    reward_B = _floating(reward_B)
+    array = jnp.asarray(reward_B)
+    reward_B = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     if reward_B.ndim != 1:
         raise LossError(
             f"reward_B must have one axis (sequences): got shape {reward_B.shape}. "
@@ -281,9 +267,11 @@ def _prepare(
     scored_B = np.ones(size, bool) if scored_B is None else scored_B
     check_shape("group_B", np.shape(group_B), (size,))
     check_shape("scored_B", np.shape(scored_B), (size,))
+    rewards, scored = known(reward_B), known(scored_B)
+    if rewards is not None and scored is not None and (bad := scored & ~np.isfinite(rewards)).any():
+        b = int(bad.argmax())
+        raise LossError(
+            f"reward_B must be finite where it is scored: got {rewards[b]} at [{b}]. Set scored_B to False where a "
+            "reward could not be computed."
+        )
     return reward_B, jnp.asarray(scored_B), jnp.asarray(group_B)
-
-
-def _floating(value: ArrayLike) -> Array:
-    array = jnp.asarray(value)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

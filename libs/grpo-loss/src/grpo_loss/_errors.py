@@ -1,7 +1,12 @@
 """The library's one error class and the checks that raise it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from grpo_contracts import GrpoError
 
@@ -17,7 +22,7 @@ def check_choice(name: str, value: str, valid: Sequence[str], hints: dict[str, s
         name: the argument's name.
         value: what came.
         valid: the accepted strings.
-        hints: for names of the literature that are spelled as a combination of arguments here, what to write.
+        hints: advice for strings that are likely to be tried and are not accepted.
 
     Raises:
         LossError: `value` is not in `valid`.
@@ -42,12 +47,42 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], ad
         raise LossError(f"{name} must have shape {tuple(expected)}: got {tuple(shape)}. {advice}".rstrip())
 
 
-def check_unused(kind: str, used_by: str, **arguments: object) -> None:
-    """Raise if an argument that `kind` would ignore was given.
+def check_boolean(name: str, array: jax.Array | np.ndarray) -> None:
+    """Raise unless a mask is boolean; a float mask would silently act as weights.
 
     Raises:
-        LossError: one of `arguments` is not None.
+        LossError: it has another dtype.
     """
-    for name, value in arguments.items():
-        if value is not None:
-            raise LossError(f"{name} has no effect with {kind} (it belongs to {used_by}): got {value!r}. Leave it out.")
+    if array.dtype != np.bool_:
+        raise LossError(f"{name} must be boolean: got {array.dtype}. Compare first (`mask > 0`).")
+
+
+def check_called(name: str, value: object, makers: Sequence[Callable[..., object]], examples: str) -> None:
+    """Raise unless `value` can be called and is not one of the functions that make such values.
+
+    Args:
+        name: the argument's name.
+        value: what came.
+        makers: functions whose result was meant, should one of them be passed itself.
+        examples: what to pass.
+
+    Raises:
+        LossError: `value` is a string or the like, or one of `makers`.
+    """
+    for maker in makers:
+        if value is maker:
+            raise LossError(
+                f"{name} must be what {maker.__name__}(...) returns: got the function itself. Call it: "
+                f"{name}={maker.__name__}(...)."
+            )
+    if not callable(value):
+        raise LossError(f"{name} must be a function such as {examples}: got {value!r}.")
+
+
+def known(array: ArrayLike) -> np.ndarray | None:
+    """The values of an array, or None where only the device will know them (inside `jit`, or on other hosts)."""
+    if isinstance(array, Tracer):
+        return None
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    return np.asarray(array)

@@ -1,4 +1,4 @@
-"""Which row a completion goes to, and which micro-batch and shard: one such box is filled after the other."""
+"""Which row, micro-batch and shard a completion goes to. A box is one shard of one micro-batch."""
 
 from dataclasses import dataclass, field
 
@@ -9,17 +9,20 @@ from grpo_loss._errors import LossError
 
 @dataclass(frozen=True)
 class PackShape:
-    """Sizes of a packed batch: what the compiler sees, so keep few of them.
+    """Sizes of a packed batch. The compiler sees them, so use few different ones.
 
     Args:
-        row_length: Token positions of a row; at least the longest completion.
-        rows: Rows of a micro-batch, over all shards.
-        prompts: Prompt slots of a micro-batch, over all shards. A slot costs its computation whether used or not.
-        prompt_length: Token positions of a prompt slot; at least the longest prompt less one.
-        micro_batches: Most micro-batches a batch may need.
-        shards: Equal blocks that rows and prompts are cut in: the product of the mesh's data axes.
-        blocks: Equal parts of a row that may each continue another prompt. More of them fill rows better, and let
+        row_length: token positions of a row; at least the longest completion.
+        rows: rows of a micro-batch, over all shards.
+        prompts: prompt slots of a micro-batch, over all shards. A slot is computed whether used or not.
+        prompt_length: token positions of a prompt slot; at least the longest prompt less one.
+        micro_batches: most micro-batches a batch may need.
+        shards: equal blocks that rows and prompts are cut into: the product of the mesh's data axes.
+        blocks: equal parts of a row that may each continue another prompt. More of them fill rows better, and let
             attention leave out what lies behind a part; each costs the network a copy of a prompt's keys and values.
+
+    Raises:
+        LossError: a size is below 1, or does not divide as it must.
     """
 
     row_length: int
@@ -33,8 +36,8 @@ class PackShape:
     def __post_init__(self) -> None:
         if self.blocks < 1 or self.row_length % self.blocks:
             raise LossError(
-                f"PackShape.blocks must divide row_length={self.row_length}: got {self.blocks}. Use 1 for one prompt a "
-                "row."
+                f"PackShape.blocks must divide row_length={self.row_length}: got {self.blocks}. Use 1 for one prompt "
+                "per row."
             )
         for name in ("row_length", "rows", "prompts", "prompt_length", "micro_batches", "shards"):
             if (value := getattr(self, name)) < 1:
@@ -63,21 +66,21 @@ class PackShape:
         """A shape with room for every outcome of a rollout.
 
         Args:
-            sequences: Sequences of the rollout, B.
-            groups: Groups of the rollout; each has at most ``ceil(sequences / groups)`` sequences.
-            max_prompt_length: Longest prompt, in tokens.
-            max_new_tokens: Longest completion, in tokens.
-            rows: Rows of a micro-batch.
-            row_length: Tokens of a row; ``max_new_tokens`` if None.
-            prompts: Prompt slots of a micro-batch; if None half its rows, for groups that need two rows or more.
-            shards: Product of the mesh's data axes.
-            blocks: Parts of a row that may each continue another prompt; must divide ``row_length``.
+            sequences: sequences of the rollout, B.
+            groups: groups of the rollout; each has at most `ceil(sequences / groups)` sequences.
+            max_prompt_length: longest prompt, in tokens.
+            max_new_tokens: longest completion, in tokens.
+            rows: rows of a micro-batch.
+            row_length: tokens of a row; None: `max_new_tokens`.
+            prompts: prompt slots of a micro-batch; None: half its rows, for groups that need two rows or more.
+            shards: product of the mesh's data axes.
+            blocks: parts of a row that may each continue another prompt; must divide `row_length`.
 
         Returns:
             The shape, with enough micro-batches for all completions at their limit.
 
         Raises:
-            LossError: A size is below 1, does not divide by the shards, or a completion cannot fit a row.
+            LossError: a size is below 1, does not divide by the shards, or a completion cannot fit a row.
         """
         row_length = max_new_tokens if row_length is None else row_length
         if row_length < max_new_tokens:
@@ -92,7 +95,7 @@ class PackShape:
         group_rows = -(-group_size // completions_per_row)
         full_boxes = -(-groups * group_rows // shard_rows)
         shard_prompts = max(1, prompts // shards)
-        # Bins closed for want of a prompt slot: a group sits in one box, plus one for every box it filled up.
+        # Boxes closed for want of a prompt slot: a group takes one box, plus one for every box it filled up.
         slot_boxes = 0 if shard_prompts >= shard_rows else -(-(groups + full_boxes) // shard_prompts)
         micro_batches = -(-(full_boxes + slot_boxes) // shards)
         return cls(row_length, rows, prompts, max(1, max_prompt_length - 1), micro_batches, shards, blocks)
@@ -162,8 +165,8 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
     groups.sort(key=lambda group: (-int(length_B[group].sum()), group[0]))
     tokens = sum(int(length_B[group].sum()) for group in groups)
     fewest = max(-(-tokens // (shape.rows * shape.row_length)), -(-len(groups) // shape.prompts))
-    # No prompt twice if that costs no micro-batch. Last comes what `PackShape.for_rollout` has a bound for: where a
-    # prompt starts at a block, a row may hold less than one prompt's completions would fill.
+    # First without splitting a group over micro-batches, if that costs no further one. The last plan is the one that
+    # `PackShape.for_rollout` bounds: where prompts must start at a block, a row may hold less.
     plans: list[Plan] = []
     for block in dict.fromkeys([shape.row_length // shape.blocks, shape.row_length]):
         for split in (False, True):
@@ -174,7 +177,7 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
     if best.count > shape.micro_batches:
         raise LossError(
             f"{len(groups)} groups of {tokens} tokens must fit {shape.micro_batches} micro-batches of {shape.rows} "
-            f"rows and {shape.prompts} prompts: they take {best.count}. Raise micro_batches; PackShape.for_rollout "
+            f"rows and {shape.prompts} prompts: they need {best.count}. Raise micro_batches; PackShape.for_rollout "
             "computes what is always enough."
         )
     return best
@@ -183,7 +186,7 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
 def _fill_boxes(
     length_B: np.ndarray, groups: list[list[int]], shape: PackShape, block: int, *, split: bool
 ) -> list[Box]:
-    """One box after the other: the largest group that fits whole, and so on; then, if allowed, a part of one more."""
+    """Fill boxes in turn: with the largest group that fits whole, and again; then, if allowed, with a part of one."""
     boxes: list[Box] = []
     left = list(groups)
     while left:
@@ -203,7 +206,7 @@ def _fill_boxes(
 
 
 def _with_group(length_B: np.ndarray, group: list[int], box: Box) -> tuple[list[Row], list[int]]:
-    """Rows with those of a group's sequences that fit, each put where it leaves the least room; and the other ones."""
+    """The rows with those of a group's sequences that fit, each where it leaves the least room; and the other ones."""
     rows, slot = [row.copy() for row in box.rows], len(box.prompts)
     rest = []
     for b in group:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ._advantages import group_advantage
-from ._errors import LossError, check_shape
-from ._kl import KlKind, kl_estimate
-from ._whiten import Moments, whiten
+from grpo_loss._advantages import group_advantage
+from grpo_loss._errors import LossError, check_shape
+from grpo_loss._kl import KlEstimator, kl_estimate
+from grpo_loss._whiten import Moments, whiten
 
 
 def token_reward(
@@ -19,24 +19,24 @@ def token_reward(
     *,
     logp_BT: Float[ArrayLike, "B T"] | None = None,
     reference_logp_BT: Float[ArrayLike, "B T"] | None = None,
-    kl: KlKind = "k1",
+    estimator: KlEstimator = "k1",
     kl_coefficient: float = 0.0,
 ) -> Float[Array, "B T"]:
     """A sequence's reward on its last token, minus a KL penalty on every token.
 
     Args:
-        reward_B: one reward a sequence.
+        reward_B: one reward per sequence.
         mask_BT: completion tokens.
-        logp_BT: log-probabilities of the tokens under the policy that sampled them.
-        reference_logp_BT: under the reference.
-        kl: the estimator; k1 is unbiased here.
-        kl_coefficient: its weight. Zero without the two arrays, positive with them.
+        logp_BT: log-probabilities of the tokens under the policy that sampled them, nats.
+        reference_logp_BT: under the reference, nats.
+        estimator: of the KL divergence, see `kl_estimate`; k1 is unbiased here.
+        kl_coefficient: weight of the penalty. Zero without the two arrays, positive with them.
 
     Returns:
         Rewards of the tokens, without gradient. Summed over a row: the penalised reward, for group advantages.
 
     Raises:
-        LossError: differing shapes, or a coefficient without log-probabilities or the other way round.
+        LossError: shapes that differ, or a coefficient without log-probabilities, or the reverse.
 
     Source: InstructGPT arXiv:2203.02155 eq. 2.
     """
@@ -57,7 +57,7 @@ def token_reward(
     check_shape("logp_BT", jnp.shape(logp_BT), mask_BT.shape)
     check_shape("reference_logp_BT", jnp.shape(reference_logp_BT), mask_BT.shape)
     logp_BT, reference_logp_BT = (jnp.where(mask_BT, x, 0) for x in (logp_BT, reference_logp_BT))
-    return jax.lax.stop_gradient(reward_BT - kl_coefficient * kl_estimate(logp_BT, reference_logp_BT, kl=kl))
+    return jax.lax.stop_gradient(reward_BT - kl_coefficient * kl_estimate(logp_BT, reference_logp_BT, estimator))
 
 
 def gae(
@@ -68,7 +68,7 @@ def gae(
     discount: float = 1.0,
     trace: float = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalised advantage estimation; masked-out tokens are stepped over, also between masked-in ones.
+    """Generalised advantage estimation; tokens outside the mask are stepped over, also between counted ones.
 
     Args:
         reward_BT: reward of each token (see `token_reward`).
@@ -81,7 +81,7 @@ def gae(
         advantage_BT and return_BT (advantage + value, what a value head is fitted to), 0 outside the mask.
 
     Raises:
-        LossError: differing shapes, or a factor outside [0, 1].
+        LossError: shapes that differ, or a factor outside [0, 1].
 
     Source: arXiv:1506.02438 eq. 16.
     """
@@ -125,7 +125,7 @@ def reinforce_plus_plus_advantage(
 
     Args:
         reward_BT: reward of each token (see `token_reward`, with the k1 penalty).
-        mask_BT: completion tokens; take those of unscored sequences out.
+        mask_BT: completion tokens, without those of unscored sequences.
         discount: gamma, from token to token.
         epsilon: added to the standard deviation.
         batch_moments: for several processes: `moments` of this function's result with whitened=False, added over them.
@@ -135,7 +135,7 @@ def reinforce_plus_plus_advantage(
         Advantages of the tokens, 0 outside the mask.
 
     Raises:
-        LossError: differing shapes, a factor outside [0, 1], or moments that nothing would use.
+        LossError: shapes that differ, a factor outside [0, 1], or moments that would not be used.
 
     Source: arXiv:2501.03262.
     """
@@ -165,7 +165,7 @@ def reinforce_plus_plus_baseline_advantage(
         Advantages of the tokens, 0 outside the mask.
 
     Raises:
-        LossError: as `group_advantage`, or moments that nothing would use.
+        LossError: as `group_advantage`, or moments that would not be used.
 
     Source: arXiv:2501.03262 sec. 3.2.
     """
@@ -188,7 +188,7 @@ def _finish(
 
 
 def _last(mask_BT: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True at the last masked-in token of each row."""
+    """True at the last counted token of each row."""
     remaining_BT = jnp.cumsum(mask_BT[:, ::-1], axis=1)[:, ::-1]
     return mask_BT & (remaining_BT == 1)
 

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int, Num
 def sequence_sum(value_RT: Num[Array, "R T"], segment_RT: Int[Array, "R T"] | None) -> Num[Array, "R S"]:
     """Sum token values over each sequence.
 
-    Rows are reduced one by one, so rows that lie on different devices stay there.
+    Rows are reduced one by one, so rows on different devices stay there.
 
     Args:
-        value_RT: one value a token, already 0 where it must not count.
+        value_RT: one value per token, already 0 where it must not count.
         segment_RT: 0 at pads, 1..T for the sequences of a row; None where a row is one sequence.
 
     Returns:
@@ -40,7 +40,7 @@ def spread(value_RS: Num[Array, "R S"], segment_RT: Int[Array, "R T"] | None) ->
 def sequence_mean(
     value_RT: Float[Array, "R T"], mask_RT: Float[Array, "R T"], segment_RT: Int[Array, "R T"] | None
 ) -> Float[Array, "R #T"]:
-    """Mean over the masked tokens of each sequence, given back to its tokens (0 where it has none)."""
+    """Mean over the masked tokens of each sequence, given back to its tokens (0 where there are none)."""
     count_RS = sequence_sum(mask_RT, segment_RT)
     total_RS = sequence_sum(value_RT * mask_RT, segment_RT)
     return spread(total_RS / jnp.maximum(count_RS, 1), segment_RT)

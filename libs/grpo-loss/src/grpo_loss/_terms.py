@@ -1,10 +1,13 @@
 """What a loss returns: sums that add up over micro-batches and devices, and are divided once."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from grpo_loss._layout import MicroBatch
 
 Scalar = Float[Array, ""]
 
@@ -14,15 +17,15 @@ Scalar = Float[Array, ""]
 class LossTerms:
     """A loss before its division.
 
-    The loss of a batch is `numerator / denominator` after both were added over all its micro-batches
+    The loss of a batch is `numerator / denominator` after both have been added over all its micro-batches
     and devices. Denominators are counted from masks and never depend on parameters, so the gradient of the
     batch is the sum of the numerators' gradients over the sum of the denominators, however it was split.
 
-    Attributes:
+    Args:
         numerator: weighted sum of token losses, differentiable in the log-probabilities.
         denominator: what to divide by (tokens, sequences, or sequences × horizon).
-        metrics: name -> (sum, weight); the metric is sum / weight after both were added.
-        maxima: name -> largest value; combined by maximum. 0 where there was no token.
+        metrics: name -> (sum, weight); the metric is sum / weight after both have been added.
+        maxima: name -> largest value; combined by maximum. 0 where there is no token.
     """
 
     numerator: Scalar
@@ -48,12 +51,20 @@ class LossTerms:
         return LossTerms(numerator, denominator, metrics, jax.lax.pmax(self.maxima, axis_name))
 
     def loss(self) -> Scalar:
-        """numerator / denominator; 0 for a batch without a token, whose numerator is 0."""
+        """`numerator / denominator`; 0 for a batch without a token that counts, whose numerator is 0."""
         return _divide(self.numerator, self.denominator)
 
     def means(self) -> dict[str, Scalar]:
         """Every metric divided by its weight (0 where the weight is 0), and every maximum, under one name each."""
         return {name: _divide(*pair) for name, pair in self.metrics.items()} | self.maxima
+
+
+class Loss(Protocol):
+    """The loss of one micro-batch; `make_loss` makes one, or write your own."""
+
+    def __call__(self, logp_RT: Array, entropy_RT: Array, micro: MicroBatch, /) -> LossTerms:
+        """The loss before its division."""
+        ...
 
 
 def _divide(numerator: Scalar, denominator: Scalar) -> Scalar:

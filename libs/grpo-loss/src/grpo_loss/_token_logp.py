@@ -1,9 +1,9 @@
 """Log-probability and entropy of tokens from hidden states, without a logits tensor for all of them.
 
-Tokens go through the unembedding a chunk at a time. Forward keeps two numbers a token (the log of the normaliser and
+Tokens go through the unembedding a chunk at a time. Forward keeps two numbers per token (the log of the normaliser and
 the entropy); backward computes a chunk's logits once more and turns them into the chunk's part of both gradients.
-Tokens that do not count are moved behind those that do, and chunks without a live token are never computed.
-Where all tokens make one chunk, backward reads the logits that forward left, and nothing is moved.
+Tokens that do not count are moved behind those that do, and chunks without a live token are never computed. Where all
+tokens fit one chunk, backward reads the logits that forward left, and nothing is moved.
 """
 
 from typing import NamedTuple
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError, check_shape
+from grpo_loss._errors import LossError, check_boolean, check_shape, known
 
-# A chunk's tokens, or, if that is more of them, those of 256 MiB of logits. Three buffers of a chunk's logits are alive
-# in the backward pass; each chunk reads and writes the whole gradient of the unembedding once.
+# Most tokens of a chunk: this many, or as many as have 256 MiB of logits, if that is more. Three buffers of a chunk's
+# logits are alive in the backward pass; each chunk reads and writes the whole gradient of the unembedding once.
 _CHUNK_TOKENS, _CHUNK_LOGITS = 512, 2**26
 
 
 class _Tokens(NamedTuple):
-    """Tokens of every shard, live ones first: [S, N] and, for the inputs, [S, N, D]."""
+    """Tokens of every shard, live ones first, [S, N]."""
 
     target_SN: Array
     order_SN: Array | None  # where each came from; None if nothing was moved
-    chunks: Array | None  # chunks with a live token: a traced scalar if tokens were moved; None if all make one
+    chunks: Array | None  # chunks with a live token: a traced scalar if tokens were moved; None if all fit one
     temperature: Array
 
 
@@ -46,30 +46,29 @@ def token_logp(
     vocabulary; both outputs have gradients. The temperature is a constant to differentiation.
 
     Args:
-        hidden_RTD: Hidden states after the final norm.
-        unembed_VD: One row a token of the vocabulary.
-        target_RT: Token whose log-probability is wanted at each position.
-        temperature: Divides the logits before the softmax; positive. May be traced.
-        mask_RT: Positions to compute; the others give 0, get no gradient and, a chunk of them, take no time. All if
-            None.
-        chunk: Tokens whose logits exist at once, on each shard. None: 512 at most, or those of 256 MiB of logits.
-        shards: Equal blocks of rows that lie on different devices: the product of the mesh's data axes. Each is
-            chunked by itself, so that nothing moves between devices inside the loop.
+        hidden_RTD: hidden states after the final norm.
+        unembed_VD: one row per token of the vocabulary.
+        target_RT: the token whose log-probability is wanted at each position. Inside `jit` only the device knows its
+            values, and one outside the vocabulary gives NaN or another token's log-probability.
+        temperature: divides the logits before the softmax; positive. May be traced.
+        mask_RT: positions to compute; the others give 0 and get no gradient, and a chunk of them takes no time. None:
+            all.
+        chunk: tokens whose logits exist at once, on each shard. None: as `logit_chunks` divides them.
+        shards: equal blocks of rows on different devices: the product of the mesh's data axes. Each is chunked by
+            itself, so that nothing moves between devices inside the loop.
 
     Returns:
-        Log-probability and entropy in nats.
+        Log-probability and entropy, in nats.
 
     Raises:
-        LossError: Shapes that do not match, or rows that do not divide by the shards.
+        LossError: shapes that do not match, rows that do not divide by the shards, or, outside `jit`, a target outside
+            the vocabulary.
 
     Source: the chunked linear cross-entropy of Liger Kernel (arXiv:2410.10989), with the entropy's derivative
         ``-p (log p + H)``.
     """
-    rows, length, width = hidden_RTD.shape
-    check_shape("target_RT", target_RT.shape, (rows, length))
-    check_shape("unembed_VD", unembed_VD.shape, (unembed_VD.shape[0], width))
-    if mask_RT is not None:
-        check_shape("mask_RT", mask_RT.shape, (rows, length))
+    _check_arrays(hidden_RTD, unembed_VD, target_RT, mask_RT)
+    rows, length, _ = hidden_RTD.shape
     if shards < 1 or rows % shards:
         raise LossError(f"shards must divide the {rows} rows: got {shards}. Pad the rows of a micro-batch.")
     if chunk is not None and chunk < 1:
@@ -103,10 +102,54 @@ def token_logp(
     return jnp.where(mask_RT, logp_RT, 0), jnp.where(mask_RT, entropy_RT, 0)
 
 
+def logit_chunks(tokens: int, vocabulary: int) -> int:
+    """In how many chunks `token_logp` computes logits by default.
+
+    Args:
+        tokens: positions of one shard.
+        vocabulary: rows of the unembedding.
+
+    Returns:
+        Chunks of 512 tokens at most, or of 256 MiB of float32 logits if those are more tokens.
+    """
+    return -(-tokens // max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128))
+
+
 def _default_chunk(tokens: int, vocabulary: int) -> int:
-    """All tokens if a chunk may have as many; else as few 128s as make no more chunks, so that the last is full."""
-    chunks = -(-tokens // max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128))
+    """Tokens of a chunk: all of them, or the fewest 128s that make no more chunks, so that the last one is full."""
+    chunks = logit_chunks(tokens, vocabulary)
     return tokens if chunks == 1 else -(-tokens // (128 * chunks)) * 128
+
+
+def _check_arrays(hidden_RTD: Array, unembed_VD: Array, target_RT: Array, mask_RT: Array | None) -> None:
+    if hidden_RTD.ndim != 3:
+        raise LossError(
+            f"hidden_RTD must have three axes (rows, positions, width): got shape {hidden_RTD.shape}. "
+            "Add an axis for a single row (`hidden_TD[None]`)."
+        )
+    *shape, width = hidden_RTD.shape
+    if unembed_VD.ndim != 2 or unembed_VD.shape[1] != width:
+        transposed = unembed_VD.ndim == 2 and unembed_VD.shape[0] == width
+        raise LossError(
+            f"unembed_VD must have shape (vocabulary, {width}), a row per token: got {unembed_VD.shape}."
+            + (" Transpose it (`unembed.T`)." if transposed else "")
+        )
+    check_shape("target_RT", target_RT.shape, tuple(shape))
+    if not jnp.issubdtype(target_RT.dtype, jnp.integer):
+        raise LossError(f"target_RT must hold token ids, integers: got {target_RT.dtype}.")
+    if mask_RT is not None:
+        check_shape("mask_RT", mask_RT.shape, tuple(shape))
+        check_boolean("mask_RT", mask_RT)
+    targets, counted = known(target_RT), True if mask_RT is None else known(mask_RT)
+    if targets is None or counted is None:
+        return
+    outside = ((targets < 0) | (targets >= unembed_VD.shape[0])) & counted
+    if outside.any():
+        where = tuple(int(axis[0]) for axis in outside.nonzero())
+        raise LossError(
+            f"target_RT must be in [0, {unembed_VD.shape[0]}), the vocabulary: got {int(targets[where])} at "
+            f"{list(where)}. Mask such positions out."
+        )
 
 
 def _outputs(chunk: int, hidden_SND: Array, unembed_VD: Array, tokens: _Tokens) -> tuple[Array, Array]:
@@ -150,7 +193,7 @@ def _backward(chunk: int, saved: tuple, cotangents: tuple[Array, Array]) -> tupl
         return _put(d_hidden_SND, d_hidden_SCD.astype(d_hidden_SND.dtype), i, chunk), d_unembed_SVD + d_unembed
 
     shards = hidden_SND.shape[0]
-    # One accumulator a shard: they are added once, after the loop, and not in every turn of it.
+    # One accumulator per shard: they are added once, after the loop, and not in every turn of it.
     zeros = jnp.zeros_like(hidden_SND), jnp.zeros((shards, *unembed_VD.shape), tokens.temperature.dtype)
     d_hidden_SND, d_unembed_SVD = lax.fori_loop(0, tokens.chunks, body, zeros)
     back = None if tokens.order_SN is None else jnp.argsort(tokens.order_SN, axis=1)
@@ -182,7 +225,7 @@ def _scores(logits_SCV: Array, target_SC: Array) -> tuple[Array, Array, Array]:
 def _gradients(
     logits_SCV: Array, hidden_SCD: Array, unembed_VD: Array, temperature: Array, *by_token_SC: Array
 ) -> tuple[Array, Array]:
-    """A chunk's part of both gradients, of the hidden states and, a shard, of the unembedding.
+    """A chunk's part of both gradients: of the hidden states and, for each shard, of the unembedding.
 
     Args:
         logits_SCV: from `_logits`.

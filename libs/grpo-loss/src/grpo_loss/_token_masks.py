@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from ._errors import LossError, check_shape
+from grpo_loss._errors import LossError, check_shape
 
 
 def top_entropy_mask(
@@ -12,8 +12,9 @@ def top_entropy_mask(
 ) -> Bool[Array, "B T"]:
     """The tokens whose entropy is among the highest `fraction` of the whole batch, ties included.
 
-    To be passed (as floats) as `weight_RT` of `policy_loss`, so that denominators still count every token. Compute it
-    on the whole batch before it is split: the threshold is a quantile of all its tokens.
+    Multiply the advantage by it (`advantage_B[:, None] * mask_BT`), so that the other tokens get no policy gradient
+    while denominators still count them. Compute it on the whole batch before it is split: the threshold is a quantile
+    of all its tokens.
 
     Args:
         entropy_BT: entropy at each token, nats.
@@ -24,7 +25,7 @@ def top_entropy_mask(
         At least ceil(fraction × tokens) tokens of the mask.
 
     Raises:
-        LossError: a fraction outside (0, 1], or differing shapes.
+        LossError: a fraction outside (0, 1], or shapes that differ.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939.
     """
@@ -40,7 +41,7 @@ def top_entropy_mask(
 
 
 def drop_truncated(mask_BT: Bool[ArrayLike, "B T"], truncated_B: Bool[ArrayLike, "B"]) -> Bool[Array, "B T"]:
-    """The loss mask without completions that ran into the length limit, whose reward says little about them.
+    """The loss mask without the completions that hit the length limit, whose reward says little about them.
 
     Args:
         mask_BT: completion tokens.
@@ -50,7 +51,7 @@ def drop_truncated(mask_BT: Bool[ArrayLike, "B T"], truncated_B: Bool[ArrayLike,
         A mask; dropped sequences count in no denominator.
 
     Raises:
-        LossError: differing shapes.
+        LossError: shapes that differ.
 
     Source: DAPO arXiv:2503.14476 sec. 3.4 (overlong filtering).
     """

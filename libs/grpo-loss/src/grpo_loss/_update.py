@@ -3,9 +3,8 @@
 The number of live micro-batches is read at run time, so one compiled program serves every fill of a batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from grpo_loss._errors import LossError
-from grpo_loss._layout import MicroBatch, PackedBatch
-from grpo_loss._terms import LossTerms
-
-Params: TypeAlias = Any
-Forward: TypeAlias = Callable[[Params, MicroBatch], tuple[Array, Array]]
-Loss: TypeAlias = Callable[[Array, Array, MicroBatch], LossTerms]
+from grpo_loss._layout import Forward, MicroBatch, PackedBatch, Params
+from grpo_loss._terms import Loss, LossTerms
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +23,11 @@ class TrainState:
     """What an update reads and replaces.
 
     Args:
-        params: Parameters as the network and the sampler take them.
-        opt_state: State of the optimizer; its moments are float32 whatever the parameters' type.
-        step: Optimizer steps applied.
-        skipped: Updates refused because something was not finite, or nothing was there to learn from.
-        master: float32 copy of the parameters that the optimizer moves; None where ``params`` are exact enough.
+        params: parameters as the network and the sampler take them.
+        opt_state: state of the optimizer; its moments are float32 whatever the parameters' type.
+        step: optimizer steps applied.
+        skipped: updates refused because something was not finite, or there was nothing to learn from.
+        master: float32 copy of the parameters that the optimizer moves; None where `params` are exact enough.
     """
 
     params: Params
@@ -42,18 +37,58 @@ class TrainState:
     master: Params | None = None
 
 
+class Update(Protocol):
+    """A compiled update, from `make_update`: a `jax.jit` function that donates its state."""
+
+    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step: the new state, and scalar metrics by name."""
+        ...
+
+    def lower(self, state: TrainState, batch: PackedBatch) -> jax.stages.Lowered:
+        """The program for these shapes (arrays or `jax.ShapeDtypeStruct`), to compile ahead of time."""
+        ...
+
+
+class Score(Protocol):
+    """A compiled scoring pass, from `make_score`: a `jax.jit` function."""
+
+    def __call__(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+        """Log-probabilities and entropies [M, R, T]."""
+        ...
+
+    def lower(self, params: Params, batch: PackedBatch) -> jax.stages.Lowered:
+        """The program for these shapes (arrays or `jax.ShapeDtypeStruct`), to compile ahead of time."""
+        ...
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, master: bool | None = None) -> TrainState:
     """The state before the first update.
 
     Args:
-        params: Parameters. The first update donates them, so pass a copy if you keep using them.
-        optimizer: Any optax optimizer.
-        master: Keep a float32 copy that the optimizer moves, and round ``params`` from it. None: where a parameter
+        params: floating-point parameters. The first update donates them, so pass a copy if you keep using them.
+        optimizer: any optax optimizer.
+        master: keep a float32 copy that the optimizer moves, and round `params` from it. None: where a parameter
             has fewer than 32 bits, since a step of 1e-6 is lost when added to a bfloat16 number.
 
     Returns:
         The state, at step 0.
+
+    Raises:
+        LossError: the arguments are exchanged, or a parameter is not a floating-point array.
     """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise LossError(
+            f"optimizer must be an optax.GradientTransformation: got a {type(optimizer).__name__}. "
+            "Call init_state(params, optimizer)."
+        )
+    if not jax.tree.leaves(params):
+        raise LossError("params must hold at least one array: got an empty tree.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise LossError(
+                f"params must be floating-point arrays: got {getattr(leaf, 'dtype', type(leaf).__name__)} at "
+                f"{jax.tree_util.keystr(path)}. Keep integers outside the parameters."
+            )
     if master is None:
         master = any(leaf.dtype.itemsize < 4 for leaf in jax.tree.leaves(params))
     wide = jax.tree.map(_wide, params)
@@ -67,19 +102,27 @@ def accumulate(
     """Gradient of the loss's numerator and all its terms, added over the live micro-batches; nothing is divided.
 
     Args:
-        forward: ``(params, micro) -> (logp_RT, entropy_RT)``.
-        loss: ``(logp_RT, entropy_RT, micro) -> LossTerms``.
-        params: What to differentiate in.
-        batch: Micro-batches; only the first ``batch.count`` are computed.
-        param_shardings: Sharding of every parameter, to keep the running sums sharded alike. Left to the compiler if
-            None.
+        forward: `(params, micro) -> (logp_RT, entropy_RT)`, in nats.
+        loss: `(logp_RT, entropy_RT, micro) -> LossTerms`.
+        params: what to differentiate in.
+        batch: micro-batches; only the first `batch.count` are computed.
+        param_shardings: sharding of every parameter, to keep the running sums sharded alike. None leaves it to the
+            compiler.
 
     Returns:
         Gradient of the numerator (float32, or float64 for float64 parameters), and the terms.
+
+    Raises:
+        LossError: `forward` or `loss` returns something else.
     """
 
     def numerator(params: Params, micro: MicroBatch) -> tuple[Array, LossTerms]:
-        terms = loss(*forward(params, micro), micro)
+        terms = loss(*_forward(forward, params, micro), micro)
+        if not isinstance(terms, LossTerms):
+            raise LossError(
+                f"loss must return LossTerms, as `policy_loss` does: got a {type(terms).__name__}. Return the sum and "
+                "what to divide it by, LossTerms(numerator, denominator, {})."
+            )
         return terms.numerator, terms
 
     def pinned(gradient: Params) -> Params:
@@ -106,33 +149,36 @@ def make_update(
     *,
     max_grad_norm: float | None = 1.0,
     param_shardings: Params | None = None,
-) -> jax.stages.Wrapped:
+) -> Update:
     """A compiled update: one optimizer step from a batch of any fill. The state it is given is donated.
 
-    A loss, gradient or change that is not finite leaves parameters, moments and ``step`` bit for bit as they were and
-    adds one to ``skipped``; so does a batch without a token that counts.
+    A loss, gradient or change that is not finite leaves parameters, moments and `step` bit for bit as they were and
+    adds one to `skipped`; so does a batch without a token that counts.
 
     Args:
-        forward: ``(params, micro) -> (logp_RT, entropy_RT)`` of one micro-batch.
-        loss: ``(logp_RT, entropy_RT, micro) -> LossTerms`` of one micro-batch. Whatever it needs beside them comes in
-            ``micro.data``.
-        optimizer: Any optax optimizer; it sees float32 gradients and parameters. Schedules count applied steps. Traced
-            twice an update, for the change and for its state: XLA drops of each what only the other needs.
-        max_grad_norm: Largest Euclidean norm of the whole gradient; longer ones are scaled down. None: no limit.
-        param_shardings: Sharding of every parameter; see `accumulate`.
+        forward: `(params, micro) -> (logp_RT, entropy_RT)` of one micro-batch, in nats.
+        loss: `(logp_RT, entropy_RT, micro) -> LossTerms` of one micro-batch; `make_loss` makes one.
+        optimizer: any optax optimizer; it sees float32 gradients and parameters. Schedules count applied steps. It is
+            traced twice per update, for the change and for its state, and XLA drops the unused half of each.
+        max_grad_norm: largest Euclidean norm of the whole gradient; longer ones are scaled down. None: no limit.
+        param_shardings: sharding of every parameter; see `accumulate`.
 
     Returns:
-        ``update(state, batch) -> (state, metrics)``, a `jax.jit` function. Metrics are scalars over the whole batch:
-        the loss's own, ``loss``, ``grad_norm`` (before clipping), ``update_norm``, ``finite`` (0 or 1) and
-        ``denominator``.
+        `update(state, batch) -> (state, metrics)`, a `jax.jit` function. Metrics are scalars over the whole batch:
+        the loss's own, `loss`, `grad_norm` (before clipping), `update_norm`, `finite` (0 or 1) and `denominator`.
 
     Raises:
-        LossError: ``max_grad_norm`` is not positive.
+        LossError: `max_grad_norm` is not positive; from the update itself: its arguments, or what `forward` or `loss`
+            returns, are not what they must be.
     """
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise LossError(f"max_grad_norm must be positive: got {max_grad_norm}. Use None for no limit.")
 
     def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Array]]:
+        if not isinstance(state, TrainState):
+            raise LossError(
+                f"state must be a TrainState: got a {type(state).__name__}. init_state(params, optimizer) makes one."
+            )
         gradient, terms = accumulate(forward, loss, state.params, batch, param_shardings=param_shardings)
         scale = 1 / jnp.where(terms.denominator > 0, terms.denominator, 1)
         grad_norm = optax.tree.norm(gradient) * scale
@@ -148,8 +194,8 @@ def make_update(
         update_norm = optax.tree.norm(change)
         finite = jnp.isfinite(terms.numerator) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         apply = finite & (terms.denominator > 0)
-        # Asked again for the moments alone, which wait for all of the change: so XLA computes them where the old ones
-        # lie, with neither copies of the old nor all of the new ones beside them.
+        # Run the optimizer a second time for its state only; the data dependency on `apply` lets XLA update the moments
+        # in place, without copies of the old ones or a second set of new ones.
         _, opt_state = optimized(jnp.where(apply, scale, 0))
         after = optax.apply_updates(before, change)
 
@@ -175,71 +221,45 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(forward: Forward) -> jax.stages.Wrapped:
+def make_score(forward: Forward) -> Score:
     """A compiled scoring pass: old or reference log-probabilities of a packed batch.
 
     Args:
-        forward: As for `make_update`.
+        forward: as for `make_update`.
 
     Returns:
-        ``score(params, batch) -> (logp_MRT, entropy_MRT)``, a `jax.jit` function; 0 in micro-batches that are not
-        live. ``batch.with_data(old_logp=logp_MRT)`` keeps them for the update, `unpack_tokens` gives ``[B, T]``.
+        `score(params, batch) -> (logp_MRT, entropy_MRT)`, a `jax.jit` function; 0 in micro-batches that are not live.
+        `iterate_minibatches` takes the first as old log-probabilities; `unpack_tokens` gives `[B, T]`.
+
+    Raises:
+        LossError: from the pass itself: `forward` returns something else.
     """
 
     def score(params: Params, batch: PackedBatch) -> tuple[Array, Array]:
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batch.micro)
-            new = forward(params, micro)
+            new = _forward(forward, params, micro)
             logp_MRT, entropy_MRT = (
                 lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in zip(carry, new, strict=True)
             )
             return logp_MRT, entropy_MRT
 
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.micro)
-        shapes = jax.eval_shape(forward, params, first)
+        shapes = jax.eval_shape(lambda params, micro: _forward(forward, params, micro), params, first)
         empty = tuple(jnp.zeros((batch.micro.tokens_RT.shape[0], *x.shape), x.dtype) for x in shapes)
         return lax.fori_loop(0, batch.count, body, empty)
 
     return jax.jit(score)
 
 
-def warmup_cosine(peak: float, *, warmup_steps: int, steps: int, end: float = 0.0) -> optax.Schedule:
-    """Learning rate that rises linearly from 0 to its peak, then falls along a half cosine.
-
-    Args:
-        peak: Highest learning rate, reached at optimizer step ``warmup_steps``.
-        warmup_steps: Optimizer steps of the rise; 0 starts at the peak.
-        steps: Optimizer steps in all (rollouts x epochs x minibatches), at which ``end`` is reached.
-        end: Last learning rate.
-
-    Returns:
-        Function of the number of optimizer steps applied.
-
-    Raises:
-        LossError: The warm-up is negative or not shorter than the whole.
-    """
-    if not 0 <= warmup_steps < steps:
-        raise LossError(f"0 <= warmup_steps < steps must hold: got warmup_steps={warmup_steps}, steps={steps}.")
-    start = 0.0 if warmup_steps else peak
-    return optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, steps, end)
-
-
-def constant(rate: float, *, warmup_steps: int = 0) -> optax.Schedule:
-    """Constant learning rate, after an optional linear rise from 0.
-
-    Args:
-        rate: The learning rate, reached at optimizer step ``warmup_steps``.
-        warmup_steps: Optimizer steps of the rise.
-
-    Returns:
-        Function of the number of optimizer steps applied.
-
-    Raises:
-        LossError: The warm-up is negative.
-    """
-    if warmup_steps < 0:
-        raise LossError(f"warmup_steps must be at least 0: got {warmup_steps}.")
-    return optax.warmup_constant_schedule(0.0 if warmup_steps else rate, rate, warmup_steps)
+def _forward(forward: Forward, params: Params, micro: MicroBatch) -> tuple[Array, Array]:
+    """What `forward` returns, checked: one array alone would be taken apart by rows."""
+    result: Any = forward(params, micro)
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        raise LossError(
+            f"forward must return (logp_RT, entropy_RT), as `token_logp` does: got a {type(result).__name__}."
+        )
+    return result[0], result[1]
 
 
 def _wide(x: Array) -> Float[Array, "..."]:

@@ -11,17 +11,17 @@ from jaxtyping import Array, Bool, Float
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """What is needed of a set of numbers to whiten it; `a + b` describes both sets together.
+    """What must be known of a set of numbers to whiten it; `a + b` describes both sets together.
 
     Deviations are kept about the set's own mean: sums of plain squares would lose, in float32, a spread that is small
     beside the mean.
 
-    Attributes:
+    Args:
         count: how many.
         mean: their mean (0 of none).
         deviation: the sum of their squared distances from the mean.
         lowest, highest: the smallest and the largest (+inf, -inf of none). Equal numbers differ from their rounded mean
-            by rounding, which a small deviation would blow up; these tell that there is nothing to whiten.
+            by rounding, which a small deviation would blow up; these two say that there is nothing to whiten.
     """
 
     count: Float[Array, ""]
@@ -52,10 +52,10 @@ def moments(
     Args:
         value: of any shape.
         mask: which of them count.
-        axis_name: a mapped axis (`shard_map`) to take together.
+        axis_name: a mapped axis (`shard_map`) whose members are taken together.
 
     Returns:
-        Moments. To whiten over processes without a mapped axis, add theirs up with `+`.
+        The moments. To whiten over processes without a mapped axis, add theirs with `+`.
     """
 
     def over_all(part: Array) -> Array:

@@ -9,10 +9,12 @@ from jaxtyping import Array, Float
 from grpo_loss import (
     KL,
     Aggregation,
+    Correction,
     Forward,
     Loss,
     Objective,
     cispo,
+    drop_outside,
     fixed,
     gspo,
     gspo_token,
@@ -24,9 +26,10 @@ from grpo_loss import (
     sequence_mean_token_sum,
     token_logp,
     token_mean,
+    truncate,
 )
 from grpo_sampler import merge
-from grpo_trainer.settings.schema import Settings
+from grpo_trainer.settings.schema import LossSettings, Settings
 
 __all__ = ["make_forward", "make_policy_loss"]
 
@@ -76,17 +79,18 @@ def make_policy_loss(settings: Settings) -> Loss:
         `(logp_RT, entropy_RT, micro) -> LossTerms`.
     """
     loss = settings.loss
+    in_loss = loss.kl_coefficient and loss.kl_in == "loss"
     return make_loss(
-        objective=_objective(settings),
+        objective=_objective(loss),
         aggregation=_aggregation(settings),
-        kl=KL("k3", loss.kl_coefficient) if loss.kl_coefficient else None,
+        kl=KL(loss.kl, loss.kl_coefficient, ratio=loss.kl_ratio) if in_loss else None,
         entropy_coefficient=loss.entropy_coefficient,
+        correction=_correction(loss),
     )
 
 
-def _objective(settings: Settings) -> Objective:
-    loss = settings.loss
-    clip = {} if loss.clip_low is None else {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
+def _objective(loss: LossSettings) -> Objective:
+    clip: Any = {} if loss.clip_low is None else {"clip_low": loss.clip_low, "clip_high": loss.clip_high}
     match loss.kind:
         case "ppo":
             return ppo(**clip, dual_clip=loss.dual_clip)
@@ -97,7 +101,7 @@ def _objective(settings: Settings) -> Objective:
         case "cispo":
             return cispo(**clip)
         case "sapo":
-            return sapo()
+            return sapo(**_given(positive=loss.sapo_positive, negative=loss.sapo_negative))
         case "reinforce":
             return reinforce()
 
@@ -111,4 +115,16 @@ def _aggregation(settings: Settings) -> Aggregation:
         case "sequence-mean-token-sum":
             return sequence_mean_token_sum
         case "fixed":
-            return fixed(settings.rollout.max_new_tokens)
+            return fixed(settings.loss.horizon or settings.rollout.max_new_tokens)
+
+
+def _correction(loss: LossSettings) -> Correction | None:
+    if loss.correction == "none":
+        return None
+    given = _given(level=loss.correction_level, low=loss.correction_low, high=loss.correction_high)
+    return truncate(**given) if loss.correction == "truncate" else drop_outside(**given)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not null: the library's defaults stand for the others."""
+    return {name: value for name, value in arguments.items() if value is not None}

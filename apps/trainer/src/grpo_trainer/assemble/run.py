@@ -99,7 +99,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         check_same_model(settings.loss.reference, ModelConfig.from_file(reference_folder), model)
     problems = open_problems(settings, task, tokenizer, vocab_size=model.vocab_size)
     asked = held_out(settings, task, tokenizer, vocab_size=model.vocab_size)
-    rewards = Rewards.start(settings.reward, task)
+    rewards = Rewards.start(settings.reward, task, max_new_tokens=settings.rollout.max_new_tokens)
 
     dtype = jnp.dtype(settings.model.dtype)
     placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)

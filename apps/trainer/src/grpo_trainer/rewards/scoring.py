@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_contracts import FinishReason, RewardFunction, Rollout, Scored
+from grpo_loss import overlong_penalty
 from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.worker import call_function
 from grpo_trainer.rewards.workers import Failure, RewardWorker
@@ -30,12 +31,14 @@ class Transcript:
         problems: of each row.
         completions: the text of each row, without its stop token.
         finished: whether each row ended by itself, rather than at the limit.
+        lengths: of each row, in tokens.
         step: of the policy that wrote them.
     """
 
     problems: tuple[Problem, ...]
     completions: tuple[str, ...]
     finished: tuple[bool, ...]
+    lengths: tuple[int, ...]
     step: int
 
     def arguments(self) -> dict[str, Any]:
@@ -45,6 +48,7 @@ class Transcript:
             "completions": list(self.completions),
             "answers": [problem.answer for problem in self.problems],
             "finished": list(self.finished),
+            "lengths": list(self.lengths),
             "step": self.step,
         }
 
@@ -77,6 +81,7 @@ def transcribe(rollout: Rollout, problems: Sequence[Problem], tokenizer: PreTrai
         problems=tuple(problems[group] for group in rollout.group_B),
         completions=tuple(texts),
         finished=tuple(map(bool, finished_B)),
+        lengths=tuple(map(int, rollout.completion_length_B)),
         step=rollout.policy.step,
     )
 
@@ -96,12 +101,13 @@ class Rewards:
     max_unscored: float
 
     @classmethod
-    def start(cls, settings: RewardSettings, task: Task) -> Rewards:
+    def start(cls, settings: RewardSettings, task: Task, *, max_new_tokens: int) -> Rewards:
         """Find the functions that the settings name, and start the processes of a user's own ones.
 
         Args:
             settings: the section ``reward``.
             task: its built-in functions go by their names.
+            max_new_tokens: limit of a completion, for the penalty on long ones.
 
         Returns:
             The rewards.
@@ -112,7 +118,11 @@ class Rewards:
         functions = {
             name: task.rewards.get(name) or RewardWorker(name, timeout=settings.timeout) for name in settings.functions
         }
-        return cls(functions, dict(zip(settings.functions, settings.weights)), settings.max_unscored)
+        weights = dict(zip(settings.functions, settings.weights))
+        if settings.overlong_buffer:
+            functions["overlong"] = _overlong(max_new_tokens, settings.overlong_buffer)
+            weights["overlong"] = settings.overlong_penalty
+        return cls(functions, weights, settings.max_unscored)
 
     def score(
         self,
@@ -153,6 +163,14 @@ class Rewards:
                 + "".join(f". reward function {record['function']!r} {record['message']}" for record in records[:1])
             )
         return scored
+
+
+def _overlong(max_tokens: int, buffer_tokens: int) -> RewardFunction:
+    def overlong(*, lengths: list[int], **_: Any) -> list[float | None]:
+        penalty_B = overlong_penalty(np.asarray(lengths), max_tokens=max_tokens, buffer_tokens=buffer_tokens)
+        return np.asarray(penalty_B).tolist()
+
+    return overlong
 
 
 def _score_by(

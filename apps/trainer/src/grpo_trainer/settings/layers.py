@@ -212,12 +212,12 @@ def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
             into[name] = dict(value) if isinstance(value, dict) else value
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+        if _section(name) is None:
+            yield name, value
         else:
-            yield prefix + name, value
+            yield from ((f"{name}.{leaf}", inner) for leaf, inner in value.items())
 
 
 def _lists(value: Any) -> Any:
@@ -276,6 +276,8 @@ def _expected(field: FieldInfo) -> str:
     while get_origin(annotation) is Annotated:
         annotation, *inner = get_args(annotation)
         metadata += inner
+    if get_origin(annotation) is dict:
+        return "a mapping of names to values"
     if get_origin(annotation) is tuple:
         if field.examples:
             return f"a list of names like {', '.join(map(str, field.examples))}"

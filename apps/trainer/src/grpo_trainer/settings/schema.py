@@ -4,10 +4,11 @@ The defaults suit a laptop. `grpo_trainer.settings.layers` puts the task's defau
 Nothing here imports jax, flax, transformers or numpy: `--print-config` answers at once.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from grpo_trainer.settings.contradictions import contradictions
 
 __all__ = [
     "CheckpointSettings",
@@ -92,6 +93,11 @@ class RolloutSettings(_Section):
         default=0.0, ge=0.0, lt=1.0, description="drop tokens below this share of the likeliest; 0: none"
     )
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
+    refills: Count = Field(
+        default=0,
+        description="times a step may draw further prompts to replace groups whose rewards are all equal (DAPO's "
+        "dynamic sampling); 0: never",
+    )
 
 
 class LossSettings(_Section):
@@ -100,8 +106,10 @@ class LossSettings(_Section):
     kind: Literal["ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"] = Field(
         default="ppo", description="policy loss; `ppo` is the clipped ratio of PPO and GRPO"
     )
-    advantage: Literal["grpo", "dr-grpo", "rloo", "batch-std", "reinforce++", "reinforce++-baseline"] = Field(
-        default="grpo", description="advantage estimator; `dr-grpo` does not divide by the group's std"
+    advantage: Literal["grpo", "dr-grpo", "rloo", "batch-std", "gdpo", "reinforce++", "reinforce++-baseline"] = Field(
+        default="grpo",
+        description="advantage estimator; `dr-grpo` does not divide by the group's std, `gdpo` normalises each reward "
+        "function apart",
     )
     aggregation: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum", "fixed"] = Field(
         default="token-mean",
@@ -119,11 +127,47 @@ class LossSettings(_Section):
     dual_clip: float | None = Field(
         default=None, gt=1.0, description="for `ppo`: cap on the ratio where the advantage is negative; null: none"
     )
-    kl_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the k3 KL to loss.reference; 0: no KL")
+    sapo_positive: float | None = Field(
+        default=None, gt=0.0, description="for `sapo`: temperature where the advantage is positive; null: 1"
+    )
+    sapo_negative: float | None = Field(
+        default=None, gt=0.0, description="for `sapo`: temperature where the advantage is negative; null: 1.05"
+    )
+    horizon: Count = Field(
+        default=0, description="for aggregation `fixed`: divisor of each sequence, in tokens; 0: rollout.max_new_tokens"
+    )
+    clip_advantage: float | None = Field(
+        default=None, gt=0.0, description="advantages are clipped to this size; null: never"
+    )
+    top_entropy: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of tokens, those of highest entropy, that learn; null: all"
+    )
+    drop_truncated: bool = Field(
+        default=False, description="leave completions that reached the token limit out of the loss (overlong filtering)"
+    )
+    kl_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the KL to loss.reference; 0: no KL")
+    kl: Literal["k1", "k2", "k3", "k1-straight-through", "k3-straight-through"] = Field(
+        default="k3", description="estimator of the KL; plain `k1` only with kl_in=reward"
+    )
+    kl_in: Literal["loss", "reward"] = Field(
+        default="loss", description="a term of the loss, or subtracted from each completion's reward"
+    )
+    kl_ratio: bool = Field(
+        default=False, description="multiply the KL in the loss by the importance ratio (DeepSeek-V3.2)"
+    )
     reference: Annotated[str, Field(min_length=1)] = Field(
         default="none",
         description="reference policy of the KL: `none`, `initial` (a frozen copy of the first weights) or PATH",
     )
+    correction: Literal["none", "truncate", "drop"] = Field(
+        default="none",
+        description="importance weights for the gap between sampler and trainer: clipped to the range, or 0 outside it",
+    )
+    correction_level: Literal["token", "sequence"] | None = Field(
+        default=None, description="weights of tokens, or of whole sequences; null: token"
+    )
+    correction_low: float | None = Field(default=None, ge=0.0, le=1.0, description="smallest weight; null: 0")
+    correction_high: float | None = Field(default=None, ge=1.0, description="largest weight; null: 2")
     entropy_coefficient: float = Field(default=0.0, ge=0.0, description="weight of the entropy bonus; 0: none")
     epochs: Positive = Field(default=1, description="passes over each rollout")
     minibatches: Positive = Field(default=1, description="optimizer updates a pass; must divide rollout.prompts")
@@ -139,16 +183,26 @@ class LossSettings(_Section):
 
 
 class OptimizerSettings(_Section):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "adam", "lion", "muon", "adafactor", "rmsprop", "sgd"] = Field(
+        default="adamw", description="optimizer, as optax calls it"
+    )
+    arguments: dict[str, float | int | bool | None] = Field(
+        default={}, description="further arguments of the optimizer in optax, such as {eps: 1e-6}"
+    )
     learning_rate: float = Field(default=3e-4, gt=0.0, description="peak learning rate")
-    schedule: Literal["constant", "cosine"] = Field(
-        default="constant", description="after the warm-up; cosine ends at 0"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="after the warm-up; linear and cosine end at end_learning_rate"
     )
     warmup_steps: Count = Field(default=0, description="linear warm-up, in optimizer updates")
+    end_learning_rate: float = Field(default=0.0, ge=0.0, description="last learning rate of linear and cosine")
     weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled weight decay")
-    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment")
-    b2: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of the second moment")
+    decay: Literal["all", "matrices"] = Field(
+        default="all", description="what weight_decay acts on: all parameters, or neither norms nor biases"
+    )
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment, where the optimizer has one")
+    b2: float = Field(default=0.99, ge=0.0, lt=1.0, description="decay of the second moment, where there is one")
     max_grad_norm: float = Field(default=1.0, gt=0.0, description="gradients are scaled down to this global norm")
 
 
@@ -163,6 +217,12 @@ class RewardSettings(_Section):
         description="seconds a step's completions may take your own function before it is killed; "
         "after a failure, as much again to judge them one by one",
     )
+    overlong_buffer: Count = Field(
+        default=0,
+        description="tokens before rollout.max_new_tokens over which a penalty grows from 0 to overlong_penalty "
+        "(DAPO's soft overlong punishment); 0: none",
+    )
+    overlong_penalty: float = Field(default=1.0, gt=0.0, description="penalty at the token limit")
     max_unscored: Share = Field(
         default=0.1, description="the run stops when more than this share of a step has no reward"
     )
@@ -272,9 +332,9 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        contradictions = list(self._contradictions())
-        if contradictions:
-            raise ValueError("\n".join(contradictions))
+        found = list(contradictions(self))
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     @property
@@ -282,63 +342,3 @@ class Settings(_Section):
         """Tokens of a packed training row: as `loss.row_length` says, or room for two of the longest completions."""
         twice = 2 * self.rollout.max_new_tokens
         return self.loss.row_length or twice + -twice % self.loss.blocks
-
-    def _contradictions(self) -> Iterator[str]:
-        rollout, loss, optimizer = self.rollout, self.loss, self.optimizer
-        if loss.kl_coefficient > 0 and loss.reference == "none":
-            yield (
-                f"loss.kl_coefficient is {loss.kl_coefficient:g} but loss.reference is `none`, so there is nothing to "
-                "measure the KL against: set loss.reference=initial, or loss.kl_coefficient=0"
-            )
-        if loss.kl_coefficient == 0 and loss.reference != "none":
-            yield (
-                f"loss.reference is {loss.reference!r} but loss.kl_coefficient is 0, so it would do nothing: "
-                "set loss.kl_coefficient (0.001 to 0.1 are usual), or loss.reference=none"
-            )
-        if loss.advantage in ("grpo", "dr-grpo", "rloo", "reinforce++-baseline") and rollout.group_size < 2:
-            yield (
-                f"rollout.group_size must be at least 2 for loss.advantage={loss.advantage}: a group of one has no "
-                "other sample to be compared with, so every advantage would be 0"
-            )
-        if (loss.clip_low is None) != (loss.clip_high is None):
-            yield (
-                f"loss.clip_low and loss.clip_high must both be set or both be null: got {loss.clip_low} and "
-                f"{loss.clip_high}"
-            )
-        if loss.clip_low is not None and loss.kind in ("sapo", "reinforce"):
-            yield f"loss.clip_low and loss.clip_high do nothing for loss.kind={loss.kind}: set them to null"
-        if loss.dual_clip is not None and loss.kind != "ppo":
-            yield f"loss.dual_clip does nothing for loss.kind={loss.kind}: set it to null, or loss.kind=ppo"
-        if rollout.temperature == 0:
-            yield (
-                "rollout.temperature must be above 0: greedy samples of a group are all the same, so every advantage "
-                "would be 0 (evaluation is greedy anyway)"
-            )
-        if rollout.top_k == 1:
-            yield "rollout.top_k must not be 1: samples of a group would all be the same; use 0 for all tokens"
-        if rollout.prompts % loss.minibatches:
-            yield (
-                f"loss.minibatches must divide rollout.prompts (groups are kept whole): got {loss.minibatches} for "
-                f"{rollout.prompts} prompts"
-            )
-        if 0 < loss.row_length < rollout.max_new_tokens:
-            yield (
-                f"loss.row_length must be 0 or at least rollout.max_new_tokens={rollout.max_new_tokens}, so that the "
-                f"longest completion fits a row: got {loss.row_length}"
-            )
-        if self.row_length % loss.blocks:
-            yield (
-                f"loss.blocks must divide loss.row_length={loss.row_length}: got {loss.blocks}. "
-                f"Use rows of {self.row_length + -self.row_length % loss.blocks} tokens"
-            )
-        updates = self.steps * loss.epochs * loss.minibatches
-        if optimizer.warmup_steps >= updates:
-            yield (
-                f"optimizer.warmup_steps must be below the run's {updates} optimizer updates (steps x loss.epochs x "
-                f"loss.minibatches): got {optimizer.warmup_steps}; the learning rate would never reach its peak"
-            )
-        if self.cpu_devices > 0 and self.slices:
-            yield (
-                f"cpu_devices={self.cpu_devices} forces CPU devices but slices=[{', '.join(self.slices)}] names TPU "
-                "slices: set cpu_devices=0, or slices=[]"
-            )

@@ -1,0 +1,114 @@
+"""Which settings contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo_trainer.settings.schema import Settings
+
+__all__ = ["contradictions"]
+
+
+def contradictions(settings: Settings) -> Iterator[str]:
+    """Combinations that would silently do nothing, or cannot work.
+
+    Args:
+        settings: each valid by itsettings.
+
+    Yields:
+        Sentences that name the keys, what came, and what to do.
+    """
+    rollout, loss, optimizer = settings.rollout, settings.loss, settings.optimizer
+    if loss.kl_coefficient > 0 and loss.reference == "none":
+        yield (
+            f"loss.kl_coefficient is {loss.kl_coefficient:g} but loss.reference is `none`, so there is nothing to "
+            "measure the KL against: set loss.reference=initial, or loss.kl_coefficient=0"
+        )
+    if loss.kl_coefficient == 0 and loss.reference != "none":
+        yield (
+            f"loss.reference is {loss.reference!r} but loss.kl_coefficient is 0, so it would do nothing: "
+            "set loss.kl_coefficient (0.001 to 0.1 are usual), or loss.reference=none"
+        )
+    if loss.advantage in ("grpo", "dr-grpo", "rloo", "gdpo", "reinforce++-baseline") and rollout.group_size < 2:
+        yield (
+            f"rollout.group_size must be at least 2 for loss.advantage={loss.advantage}: a group of one has no "
+            "other sample to be compared with, so every advantage would be 0"
+        )
+    yield from _of_the_objective(settings)
+    if rollout.temperature == 0:
+        yield (
+            "rollout.temperature must be above 0: greedy samples of a group are all the same, so every advantage "
+            "would be 0 (evaluation is greedy anyway)"
+        )
+    if rollout.top_k == 1:
+        yield "rollout.top_k must not be 1: samples of a group would all be the same; use 0 for all tokens"
+    if rollout.prompts % loss.minibatches:
+        yield (
+            f"loss.minibatches must divide rollout.prompts (groups are kept whole): got {loss.minibatches} for "
+            f"{rollout.prompts} prompts"
+        )
+    if 0 < loss.row_length < rollout.max_new_tokens:
+        yield (
+            f"loss.row_length must be 0 or at least rollout.max_new_tokens={rollout.max_new_tokens}, so that the "
+            f"longest completion fits a row: got {loss.row_length}"
+        )
+    if settings.row_length % loss.blocks:
+        yield (
+            f"loss.blocks must divide loss.row_length={loss.row_length}: got {loss.blocks}. "
+            f"Use rows of {settings.row_length + -settings.row_length % loss.blocks} tokens"
+        )
+    updates = settings.steps * loss.epochs * loss.minibatches
+    if optimizer.warmup_steps >= updates:
+        yield (
+            f"optimizer.warmup_steps must be below the run's {updates} optimizer updates (steps x loss.epochs x "
+            f"loss.minibatches): got {optimizer.warmup_steps}; the learning rate would never reach its peak"
+        )
+    if settings.cpu_devices > 0 and settings.slices:
+        yield (
+            f"cpu_devices={settings.cpu_devices} forces CPU devices but slices=[{', '.join(settings.slices)}] names "
+            "TPU slices: set cpu_devices=0, or slices=[]"
+        )
+
+
+def _of_the_objective(settings: Settings) -> Iterator[str]:
+    loss, rollout = settings.loss, settings.rollout
+    if (loss.clip_low is None) != (loss.clip_high is None):
+        yield (
+            f"loss.clip_low and loss.clip_high must both be set or both be null: got {loss.clip_low} and "
+            f"{loss.clip_high}"
+        )
+    if loss.clip_low is not None and loss.kind in ("sapo", "reinforce"):
+        yield f"loss.clip_low and loss.clip_high do nothing for loss.kind={loss.kind}: set them to null"
+    if loss.dual_clip is not None and loss.kind != "ppo":
+        yield f"loss.dual_clip does nothing for loss.kind={loss.kind}: set it to null, or loss.kind=ppo"
+    for name in ("sapo_positive", "sapo_negative"):
+        if getattr(loss, name) is not None and loss.kind != "sapo":
+            yield f"loss.{name} does nothing for loss.kind={loss.kind}: set it to null, or loss.kind=sapo"
+    if loss.horizon and loss.aggregation != "fixed":
+        yield f"loss.horizon does nothing for loss.aggregation={loss.aggregation}: set it to 0"
+    if loss.kl == "k1" and loss.kl_in == "loss":
+        yield (
+            "loss.kl=k1 has no useful gradient as a term of the loss: use k1-straight-through, k2 or k3, or set "
+            "loss.kl_in=reward"
+        )
+    if loss.kl_ratio and (loss.kl_in == "reward" or not loss.kl_coefficient):
+        yield "loss.kl_ratio needs a KL in the loss: set loss.kl_coefficient and loss.kl_in=loss, or kl_ratio=false"
+    if loss.kl_in == "reward" and not loss.kl_coefficient:
+        yield "loss.kl_in=reward needs loss.kl_coefficient above 0: set it, or loss.kl_in=loss"
+    if loss.advantage == "gdpo" and loss.kl_in == "reward":
+        yield "loss.advantage=gdpo normalises each reward function apart and has no place for a KL: set kl_in=loss"
+    for name in ("correction_level", "correction_low", "correction_high"):
+        if getattr(loss, name) is not None and loss.correction == "none":
+            yield f"loss.{name} does nothing for loss.correction=none: set it to null, or choose a correction"
+    if settings.reward.overlong_buffer > rollout.max_new_tokens:
+        yield (
+            f"reward.overlong_buffer must be at most rollout.max_new_tokens={rollout.max_new_tokens}: got "
+            f"{settings.reward.overlong_buffer}"
+        )
+    if rollout.refills and loss.kl_coefficient:
+        yield (
+            "rollout.refills replaces groups without signal, which a KL term would learn from: set "
+            "loss.kl_coefficient=0, or rollout.refills=0"
+        )
