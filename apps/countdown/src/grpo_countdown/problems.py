@@ -61,13 +61,15 @@ class Countdown:
     solution: Term
 
     @property
+    def answer(self) -> str:
+        """What an expression is judged by, such as ``7 3 2 = 13``."""
+        return f"{' '.join(map(str, self.numbers))} = {self.target}"
+
+    @property
     def question(self) -> str:
         """The text put to the policy."""
         numbers = ", ".join(map(str, self.numbers))
-        return (
-            f"Reach {self.target} from {numbers} by + - * /, each number at most once. "
-            "Last line: answer: EXPRESSION"
-        )
+        return f"Reach {self.target} from {numbers} by + - * /, each number at most once. Last line: answer: EXPRESSION"
 
 
 def generate(split: Split, count: int) -> list[Countdown]:

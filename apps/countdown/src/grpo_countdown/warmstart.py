@@ -1,8 +1,8 @@
-"""The embedded policy, made from scratch: what an unreliable teacher writes.
+"""The embedded policy, made from scratch out of what an unreliable teacher writes.
 
 Reinforcement learning sharpens what a policy can do now and then. So this teacher always calculates correctly and keeps
-to the form, but in its last calculation it often takes the wrong operator, and misses the target. A policy trained on that misses the target
-when decoded greedily, and hits it in some of its samples.
+to the form, but often takes the wrong operator in the last calculation and misses the target. A policy trained on that
+misses when decoded greedily, and hits in some of its samples.
 """
 
 from __future__ import annotations

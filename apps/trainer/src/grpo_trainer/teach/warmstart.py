@@ -125,7 +125,9 @@ def warmstart(
         prog=f"grpo-{task.name} warmstart",
         description="Make the tokenizer and the policy and write them in Hugging Face layout.",
     )
-    parser.add_argument("--out", type=Path, default=folder, help="folder to write (default: the embedded policy itself)")
+    parser.add_argument(
+        "--out", type=Path, default=folder, help="folder to write (default: the embedded policy itself)"
+    )
     taught = teacher()
     # Where both have a field, such as `seed`, one option sets both.
     defaults = {field.name: getattr(each, field.name) for each in (taught, recipe) for field in fields(cast(Any, each))}
