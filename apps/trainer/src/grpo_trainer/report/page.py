@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
-from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.report.printable import printable
 from grpo_trainer.run.files import read_lines, read_summary
-from grpo_trainer.run.printable import printable
 from grpo_trainer.run.progress import duration
 from grpo_trainer.settings.layers import flat, load_saved
 from grpo_trainer.settings.schema import Settings
