@@ -111,14 +111,18 @@ def test_kernels_that_declare_no_cost_are_counted_by_the_caller(monkeypatch):
     assert program.work.kernels == {"flash": 8, "other": 2}
 
 
-def test_a_refusal_of_the_compiler_is_read():
-    def refuse(**options):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm"
-        )
+# libtpu 0.0.42.1 writes the second of a program with too many arguments as well (8 GiB of them, 10 GiB of temporaries).
+REFUSALS = [
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity",
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds "
+    "available HBM (15.75G).",
+]
 
-    def fail(**options):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_refusal_of_the_compiler_is_read(message):
+    def refuse(**options):
+        raise jax.errors.JaxRuntimeError(message)
 
     (program,) = measure([Program("big", refuse)])
     assert program.report is None
@@ -126,6 +130,12 @@ def test_a_refusal_of_the_compiler_is_read():
     verdict = judge([program], find_slice("v5e-1"))
     assert not verdict.fits
     assert "refused" in table(verdict)
+
+
+def test_another_failure_of_the_compiler_is_not_taken_for_a_refusal():
+    def fail(**options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         list(measure([Program("broken", fail)]))
 

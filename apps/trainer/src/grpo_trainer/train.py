@@ -7,10 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from grpo_contracts import PolicyVersion, Scored, validate
+from grpo_contracts import PolicyVersion, Rollout, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.data.stream import Asked
 from grpo_trainer.evaluate import evaluate
 from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report import write_report
@@ -26,7 +28,7 @@ from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
 
-__all__ = ["fit", "train"]
+__all__ = ["fit", "sample", "train"]
 
 
 def train(settings: Settings, task: Task, *, dry_run: bool = False) -> int:
@@ -125,7 +127,7 @@ def _steps(
         metrics = step_metrics(batch, judgements, learned, clock.seconds)
         if settings.rollout.refills:
             metrics["rollout/drawn_groups"] = float(drawn)
-        metrics["learning_rate"] = float(run.plan.learning_rate(loop.train.step))
+        metrics["learning_rate"] = float(jnp.asarray(run.plan.learning_rate(loop.train.step)))
         metrics |= health.watch(done, metrics)
         if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
@@ -160,6 +162,28 @@ def _steps(
     return 0
 
 
+def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollout:
+    """Draw a group of completions for each problem.
+
+    Args:
+        run: the assembled run.
+        params: of the policy.
+        asked: the problems.
+        policy: version of the parameters; its step decides the random numbers.
+
+    Returns:
+        The rollout.
+    """
+    return run.plan.sampler.generate(
+        params,
+        asked.prompts,
+        group_size=run.settings.rollout.group_size,
+        seed=run.settings.seed,
+        step=policy.step,
+        policy=policy,
+    )
+
+
 def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tuple[Scored, Transcript, int]:
     """A step's completions with their rewards, and how many groups were drawn for them."""
     settings, groups = run.settings, run.settings.rollout.prompts
@@ -168,14 +192,7 @@ def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tup
         with clock.phase("rollout"):
             asked = next(run.problems)
             policy = PolicyVersion(step, digest(params))
-            rollout = run.plan.sampler.generate(
-                params,
-                asked.prompts,
-                group_size=settings.rollout.group_size,
-                seed=settings.seed,
-                step=step,
-                policy=policy,
-            )
+            rollout = sample(run, params, asked, policy)
         with clock.phase("reward"):
             health.check_rollout(rollout, policy)
             transcript = transcribe(rollout, asked.problems, run.tokenizer)

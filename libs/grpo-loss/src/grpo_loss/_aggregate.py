@@ -4,8 +4,7 @@ An aggregation is a function from a mask (1.0 where a token counts) and segments
 numerator, and the denominator. Three are functions here; `fixed` makes the fourth; any other function will do.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,9 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_loss._errors import LossError, check_boolean, check_called, check_shape
 from grpo_loss._sequences import sequence_sum, spread
 
-Aggregation: TypeAlias = Callable[
-    [Float[Array, "R T"], Int[Array, "R T"] | None], tuple[Float[Array, "R T"], Float[Array, ""]]
-]
+
+@runtime_checkable
+class Aggregation(Protocol):
+    """How token losses are averaged: a function from a mask and segments to weights and a denominator."""
+
+    def __call__(
+        self, mask_RT: Float[Array, "R T"], segment_RT: Int[Array, "R T"] | None, /
+    ) -> tuple[Float[Array, "R T"], Float[Array, ""]]:
+        """The weight of each token in the numerator, and the denominator."""
+        ...
 
 
 def token_mean(

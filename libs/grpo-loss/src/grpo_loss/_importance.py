@@ -1,7 +1,6 @@
 """Importance weights for the gap between the engine that sampled and the network that is trained."""
 
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,16 @@ from grpo_loss._sequences import sequence_sum, spread
 Level = Literal["token", "sequence"]
 LEVELS = ("token", "sequence")
 
-Correction: TypeAlias = Callable[[Float[Array, "R T"], Int[Array, "R T"] | None], Float[Array, "R T"]]
+
+@runtime_checkable
+class Correction(Protocol):
+    """A bound on importance weights: a function from log-ratios (0 outside the mask) and segments to weights."""
+
+    def __call__(
+        self, log_ratio_RT: Float[Array, "R T"], segment_RT: Int[Array, "R T"] | None, /
+    ) -> Float[Array, "R T"]:
+        """The weight of each token."""
+        ...
 
 
 def truncate(high: float = 2.0, low: float = 0.0, level: Level = "token") -> Correction:

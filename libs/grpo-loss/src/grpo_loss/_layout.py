@@ -11,9 +11,8 @@ row's own device: gather them as `[shards, ...]` parts with `prompt_RC - part * 
 needs no communication.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -62,7 +61,14 @@ class MicroBatch:
 
 
 Params: TypeAlias = Any
-Forward: TypeAlias = Callable[[Params, MicroBatch], tuple[jax.Array, jax.Array]]
+
+
+class Forward(Protocol):
+    """Your network on one micro-batch; see the README for one."""
+
+    def __call__(self, params: Params, micro: MicroBatch, /) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of each target and entropy of its distribution, `(logp_RT, entropy_RT)`, in nats."""
+        ...
 
 
 @jax.tree_util.register_dataclass

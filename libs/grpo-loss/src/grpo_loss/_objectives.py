@@ -4,9 +4,8 @@ An objective is a function from `TokenTerms` to a `Surrogate`. Each public funct
 parameters; `policy_loss` accepts any other function of that kind as well.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,13 @@ class Surrogate(NamedTuple):
     clipped_high_RT: Bool[Array, "R T"] | None = None
 
 
-Objective: TypeAlias = Callable[[TokenTerms], Surrogate]
+@runtime_checkable
+class Objective(Protocol):
+    """A function from the tokens of a micro-batch to what is maximised; write your own, or call `ppo()` and the like."""
+
+    def __call__(self, tokens: TokenTerms, /) -> Surrogate:
+        """The objective of each token."""
+        ...
 
 
 def bounded_exp(log_ratio_RT: Float[Array, "R T"]) -> Float[Array, "R T"]:

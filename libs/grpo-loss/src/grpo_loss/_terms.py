@@ -1,8 +1,7 @@
 """What a loss returns: sums that add up over micro-batches and devices, and are divided once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +59,12 @@ class LossTerms:
         return {name: _divide(*pair) for name, pair in self.metrics.items()} | self.maxima
 
 
-Loss: TypeAlias = Callable[[Array, Array, MicroBatch], LossTerms]
+class Loss(Protocol):
+    """The loss of one micro-batch; `make_loss` makes one, or write your own."""
+
+    def __call__(self, logp_RT: Array, entropy_RT: Array, micro: MicroBatch, /) -> LossTerms:
+        """The loss before its division."""
+        ...
 
 
 def _divide(numerator: Scalar, denominator: Scalar) -> Scalar:

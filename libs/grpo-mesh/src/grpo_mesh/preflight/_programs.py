@@ -14,8 +14,10 @@ from grpo_mesh._errors import MeshError
 from grpo_mesh._report import CompileReport, compile_with_text
 from grpo_mesh.preflight._work import Work, read_work
 
-# The TPU compiler's message about a program that does not fit.
-_REFUSAL = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+# The TPU compiler's two messages about a program that does not fit. Both count arguments too, whatever the wording.
+_REFUSAL = re.compile(
+    r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)(?: of [\d.]+[KMGT]? hbm|\) exceeds available HBM)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -147,9 +147,10 @@ def _conclusion(verdict: Verdict, advice: Sequence[str]) -> str:
     compiling = sum(program.seconds for program in verdict.programs)
     fits = "fits" if verdict.fits else "DOES NOT FIT"
     usable = format_bytes(verdict.target.chip.usable_bytes)
+    count = f"{len(verdict.programs)} program{'s' if len(verdict.programs) > 1 else ''}"
     conclusion = (
         f"{fits} {verdict.target.name}: peak {format_bytes(verdict.peak)} of {usable} a device, during "
-        f"{verdict.fullest.name}; {len(verdict.programs)} programs compiled in {compiling:.0f} s of CPU"
+        f"{verdict.fullest.name}; {count} compiled in {compiling:.0f} s of CPU"
     )
     return "\n".join([conclusion, *(f"  change {line}" for line in advice)])
 

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Sequence
 
+from grpo_contracts import PolicyVersion, Rollout
+from grpo_loss import TrainState
+from grpo_mesh import find_slice, make_mesh, slice_devices
+from grpo_mesh.preflight import (
+    Comparison,
+    Measured,
+    Peak,
+    Verdict,
+    compile_only,
+    measure,
+    measure_peak,
+    programs_table,
+    table,
+)
+from grpo_sampler import ModelConfig
+from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.policy import model_config
+from grpo_trainer.assemble.preflight.advice import advice
+from grpo_trainer.assemble.preflight.programs import judge_step, memory_rows, programs
+from grpo_trainer.assemble.preflight.search import search_layouts
+from grpo_trainer.assemble.run import Run, assemble
+from grpo_trainer.learn import learn, make_batch
+from grpo_trainer.rewards import transcribe
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.task import Task
+from grpo_trainer.train import sample
 
-__all__ = ["preflight"]
+__all__ = ["TOLERANCE", "preflight", "report"]
+
+TOLERANCE = 0.25  # a prediction that is further off is no use for planning, and preflight fails
 
 
-def preflight(config: Config, *, search: bool = False) -> int:
+def preflight(settings: Settings, task: Task, *, search: bool = False) -> int:
     """Print what a run needs of every device, and whether its slices have it.
 
     Args:
-        config: the resolved settings; `slices` names TPU slices, or is empty for the devices of this machine.
+        settings: resolved; `slices` names TPU slices, or is empty for the devices of this machine.
+        task: what is learned.
         search: try other meshes and micro-batches as well, and rank those that fit.
 
     Returns:
@@ -25,70 +53,117 @@ def preflight(config: Config, *, search: bool = False) -> int:
     Raises:
         GrpoError: the run cannot be laid out on the slice, or there is no TPU compiler here.
     """
-    if not config.slices:
+    if not settings.slices:
         if search:
             raise ConfigError("preflight --search needs a slice to search for: --slice v5e-16, or slices in the config")
-        from grpo_trainer.assemble.preflight.local import compare
-
-        return compare(config)
-    for line in _before_libtpu(config.slices[0]):
-        print(line, flush=True)
-    if search:
-        from grpo_trainer.assemble.preflight.search import run_search as judge_one
-    else:
-        judge_one = _judge
+        return _compare_with_measured(assemble(settings, task))
+    for variable in compile_only(settings.slices[0]):
+        print(f"environment  {variable} (preflight: the compiler alone, no chips)", flush=True)
+    model = model_config(settings.model.path, task.policies)
+    compile_for = search_layouts if search else _compile_for
     codes = []
-    for slice_name in config.slices:
+    for slice_name in settings.slices:
         print()
-        codes.append(judge_one(config, slice_name))
+        codes.append(compile_for(settings, model, slice_name))
     return max(codes)
 
 
-def _judge(config: Config, slice_name: str) -> int:
-    from grpo_mesh import find_slice, make_mesh, slice_devices
-    from grpo_trainer.assemble.blueprint import blueprint, model_config
-    from grpo_trainer.assemble.preflight.programs import measure
-    from grpo_trainer.assemble.preflight.verdict import judge, table
+def report(plan: Blueprint, verdict: Verdict) -> str:
+    """Format the tables and the verdict on a run.
 
+    Args:
+        plan: the run.
+        verdict: on its programs.
+
+    Returns:
+        Text of many lines.
+    """
+    return table(
+        verdict,
+        memory_rows=memory_rows(plan, verdict.programs),
+        assumption="every completion at its limit",
+        advice=advice(plan, verdict),
+    )
+
+
+def _compile_for(settings: Settings, model: ModelConfig, slice_name: str) -> int:
     target = find_slice(slice_name)
-    mesh = make_mesh(config.mesh, slice_devices(slice_name))
-    plan = blueprint(config, model_config(config.model.path), mesh)
-    axes = " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
-    rollout, shape = config.rollout, plan.pack_shape
-    remat = ", remat" if config.model.remat else ""
-    print(f"run      {config.model.path}, {config.model.dtype}, computed in {config.model.compute_dtype}{remat}")
+    plan = blueprint(settings, model, make_mesh(settings.mesh, slice_devices(slice_name)))
+    axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
+    rollout, shape = settings.rollout, plan.pack_shape
+    remat = ", remat" if settings.model.remat else ""
+    print(f"run      {settings.model.path}, {settings.model.dtype}, computed in {settings.model.compute_dtype}{remat}")
     print(f"slice    {target.name}: {target.chips} chips ({target.topology}) on {target.hosts} hosts, mesh {axes}")
     print(f"kernels  attention {plan.attention} in training")
     print(
-        f"shapes   {rollout.prompts} prompts x {rollout.group_size} samples, {config.data.max_prompt_length} + "
+        f"shapes   {rollout.prompts} prompts x {rollout.group_size} samples, {settings.data.max_prompt_length} + "
         f"{rollout.max_new_tokens} tokens, {plan.sampler.slots} slots; micro-batches of {shape.rows} rows x "
         f"{shape.row_length} and {shape.prompts} prompts",
         flush=True,
     )
-    programs = []
-    for program in measure(plan):
-        programs.append(program)
+    measured = []
+    for program in measure(programs(plan)):
+        measured.append(program)
         print(f"compiled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
-    verdict = judge(plan, programs, target)
-    print(f"\n{table(verdict)}")
+    verdict = judge_step(plan, measured, target)
+    print(f"\n{report(plan, verdict)}")
     return 0 if verdict.fits else 1
 
 
-def _before_libtpu(slice_name: str) -> Iterator[str]:
-    """Keeps libtpu from asking a cloud's metadata server which machine this is, and jax from taking real chips."""
-    from grpo_mesh import find_slice
+def _compare_with_measured(run: Run) -> int:
+    """Compile the run's programs for this machine, take real steps, and print how far the prediction was off."""
+    for line in run.description:
+        print(line, flush=True)
+    measured = list(measure(programs(run.plan, phases=("start", "rollout", "scoring", "update"))))
+    print(f"\n{programs_table(measured)}\n", flush=True)
+    comparisons = _comparisons(run, measured)
+    if not comparisons:
+        device = run.plan.device
+        print(f"measured: {sys.platform} tells no peak memory of a {device}, so there is nothing to compare with")
+        return 0
+    for comparison in comparisons:
+        print(comparison)
+    worst = max(comparisons, key=lambda comparison: abs(comparison.error))
+    close = abs(worst.error) <= TOLERANCE
+    print(f"prediction {'holds' if close else 'IS OFF'}: worst error {worst.error:+.1%}, bound {TOLERANCE:.0%}")
+    return 0 if close else 1
 
-    target = find_slice(slice_name)
-    size = slice_name.rpartition("-")[2]
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": f"{target.chip.gcloud}-{size}",
-    }.items():
-        os.environ[name] = value
-        yield f"environment  {name}={value} (preflight: the compiler alone, no chips)"
-    import jax
 
-    jax.config.update("jax_platforms", "cpu")
-    # A program read from the cache would be said to compile in no time, and those for absent devices are not kept.
-    jax.config.update("jax_enable_compilation_cache", False)
+def _comparisons(run: Run, measured: Sequence[Measured]) -> list[Comparison]:
+    sampler, devices = run.plan.sampler, len(run.plan.mesh.local_devices)
+    predicted = {
+        name: devices * max(program.peak for program in measured if program.phase in phases)
+        for name, phases in (("rollout", ("rollout",)), ("update", ("scoring", "update")))
+    }
+    # Whatever compiles in the background would be measured too: decoding is compiled for every size of a draining batch
+    # first, the rest in step 0, and a step that met something new after all is no measurement.
+    sampler.warmup(run.state.params, group_sizes=(run.settings.rollout.group_size,))
+    state, step = run.state, 0
+    while True:
+        compiled = sampler.compile_count
+        rollout, update = _measured_step(run, state, step)
+        if rollout.bytes is None or update.bytes is None:
+            return []
+        if update.scope == "process":
+            return [Comparison("both", max(predicted.values()), update.bytes)]
+        if sampler.compile_count == compiled and step:
+            return [
+                Comparison("rollout", predicted["rollout"], rollout.bytes),
+                Comparison("update", predicted["update"], update.bytes),
+            ]
+        (state, _), step = update.result, step + 1
+
+
+def _measured_step(
+    run: Run, state: TrainState, step: int
+) -> tuple[Peak[Rollout], Peak[tuple[TrainState, dict[str, float]]]]:
+    """Take one step of training, and measure its rollout and its updates."""
+    devices, asked = run.plan.mesh.local_devices, next(run.problems)
+    sampled = measure_peak(lambda: sample(run, state.params, asked, PolicyVersion(step, "")), devices)
+    rollout = sampled.result
+    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
+
+    def update() -> tuple[TrainState, dict[str, float]]:
+        return learn(run, state, make_batch(run, state.params, scored), step)
+
+    return sampled, measure_peak(update, devices)

@@ -1,182 +1,189 @@
-"""Every program of a run, compiled ahead of time from its blueprint."""
+"""The programs of a run, each to be compiled from its blueprint, and what their figures add up to."""
 
 from __future__ import annotations
 
 import math
-import re
-import time
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
 
-import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-from grpo_contracts import SamplingLaw
-from grpo_mesh import CompileReport, compile_with_text
-from grpo_trainer.assemble.blueprint import Blueprint, bytes_per_device
-from grpo_trainer.assemble.preflight.work import Splash, Work, head_chunks, work_of
+from grpo_contracts import SamplingParams
+from grpo_loss import PackedBatch, abstract_batch, logit_chunks
+from grpo_mesh import BATCH_AXES, Slice, bytes_per_device, replicated
+from grpo_mesh.preflight import Measured, Program, Verdict, judge
+from grpo_sampler import splash_flops
+from grpo_trainer.assemble.blueprint import Blueprint
 
-__all__ = ["PHASES", "Measured", "Program", "measure"]
+__all__ = ["PHASES", "STEP", "judge_step", "memory_rows", "programs"]
 
 PHASES = ("start", "rollout", "evaluation", "scoring", "update")
-# What the TPU compiler says of a program that does not fit.
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STEP = ("rollout", "scoring", "update")  # the phases that every step has
 
 
-@dataclass(frozen=True)
-class Program:
-    """One program of a run.
-
-    Args:
-        name: as in the table.
-        phase: part of a step it belongs to; `start` and `evaluation` are no part of a step.
-        compile: compiles it, with `compiler_options`.
-        beside: bytes on each device that it does not take as arguments and that are there while it runs.
-        runs: of one step, given the compiled program.
-        trips: turns of its outer loop whose end depends on the data, and of the loop inside that one.
-        splash: what a call of its splash kernels computes, given the compiled program.
-    """
-
-    name: str
-    phase: str
-    compile: Callable[..., Compiled]
-    beside: int
-    runs: Callable[[Compiled], float] = lambda _: 1
-    trips: tuple[float, float] = (1, 1)
-    splash: Callable[[Compiled], Splash | None] = lambda _: None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A program that was compiled, or that the compiler refused.
-
-    Args:
-        name, phase: of the program.
-        beside: bytes that stay on a device while it runs.
-        seconds: of CPU that it took to compile, whatever else the machine was doing.
-        report: the compiler's figures; None if it refused.
-        refused: bytes the compiler said it would need; 0 if it did not refuse.
-        work: of one step.
-    """
-
-    name: str
-    phase: str
-    beside: int
-    seconds: float
-    report: CompileReport | None
-    refused: int
-    work: Work
-
-    @property
-    def peak(self) -> int:
-        """Bytes of a device in use while it runs."""
-        return self.beside + (self.refused if self.report is None else self.report.peak)
-
-
-def measure(plan: Blueprint, *, phases: Container[str] = PHASES) -> Iterator[Measured]:
-    """Compiles the programs of a run, one after the other.
+def programs(plan: Blueprint, *, phases: Container[str] = PHASES) -> Iterator[Program]:
+    """List what a run compiles.
 
     Args:
         plan: the run.
-        phases: whose programs to compile.
+        phases: whose programs to list.
 
     Yields:
-        What each needs and does.
+        Programs in the order of a run; nothing is traced or compiled until `grpo_mesh.preflight.measure` does so.
     """
-    outputs: dict[str, int] = {}
-    for program in _programs(plan, outputs):
-        if program.phase not in phases:
-            continue
-        measured = _compile(program)
-        if measured.report is not None:
-            outputs[program.name] = measured.report.outputs
-        yield measured
+    return (program for program in _programs(plan) if program.phase in phases)
 
 
-def _programs(plan: Blueprint, outputs: Mapping[str, int]) -> Iterator[Program]:
-    """In the order of a run. `outputs` holds the result sizes of the programs compiled so far, by name."""
-    config, model, shards = plan.config, plan.model, plan.shards
-    rollout, loss = config.rollout, config.loss
-    state, params, reference = (bytes_per_device(tree) for tree in (plan.state, plan.state.params, plan.reference))
-    yield Program("start", "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), reference)
+def judge_step(plan: Blueprint, measured: Sequence[Measured], target: Slice) -> Verdict:
+    """Add up the programs of a step in which every completion runs to its limit.
 
-    def decoding(phase: str, group_size: int, sequences: int, law: SamplingLaw | None) -> Iterator[Program]:
-        mine, slots = -(-sequences // shards), -(-plan.sampler.slots // shards)
-        compiles = plan.sampler.programs(
-            plan.state.params, group_size=group_size, law=law, streaming=sequences > plan.sampler.slots
+    Args:
+        plan: the run.
+        measured: its programs, compiled for the slice.
+        target: the slice.
+
+    Returns:
+        The verdict; its tokens are completion tokens.
+    """
+    rollout = plan.settings.rollout
+    tokens = rollout.prompts * rollout.group_size * rollout.max_new_tokens
+    return judge(measured, target, phases=STEP, tokens=tokens)
+
+
+def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str, str, int]]:
+    """Name what a device holds, for `grpo_mesh.preflight.table`.
+
+    Args:
+        plan: the run.
+        measured: its programs.
+
+    Returns:
+        (label, note, bytes of one device).
+    """
+    settings, reports = plan.settings, {program.name: program.report for program in measured}
+    parameters = bytes_per_device(plan.state.params)
+    rows = [
+        ("parameters", settings.model.dtype, parameters),
+        ("optimizer", "moments, and master copy if any", bytes_per_device(plan.state) - parameters),
+    ]
+    if plan.reference is not None:
+        rows.append(("reference", settings.model.dtype, bytes_per_device(plan.reference)))
+    sequences = math.ceil(plan.sampler.slots / plan.shards)
+    for name, label, note in (
+        ("weights", "decoding weights", f"{settings.model.compute_dtype}, during rollouts"),
+        ("cache", "KV cache", f"{sequences} sequences, during rollouts"),
+    ):
+        if report := reports.get(name):
+            rows.append((label, note, report.outputs))
+    return rows
+
+
+def _programs(plan: Blueprint) -> Iterator[Program]:
+    settings, reference = plan.settings, bytes_per_device(plan.reference)
+    rollout, evaluation = settings.rollout, settings.eval
+    yield Program(
+        "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), "start", beside=reference
+    )
+    yield from _decoding(plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size)
+    if evaluation.every or evaluation.before or evaluation.after:
+        yield from _decoding(plan, "evaluation", group_size=1, sequences=evaluation.problems, sampling=plan.greedy)
+    yield from _learning(plan)
+
+
+def _decoding(
+    plan: Blueprint, phase: str, *, group_size: int, sequences: int, sampling: SamplingParams | None = None
+) -> Iterator[Program]:
+    sampler, shards, model = plan.sampler, plan.shards, plan.model
+    params, state = bytes_per_device(plan.state.params), bytes_per_device(plan.state)
+    held = state + bytes_per_device(plan.reference)
+    local = math.ceil(sequences / shards)  # of one shard, as are the slots and prompts below
+    refills = math.ceil(local / math.ceil(sampler.slots / shards))
+
+    def with_weights(measured: Mapping[str, Measured]) -> int:
+        return held + (measured["weights"].outputs if "weights" in measured else 0)
+
+    def prefilled(compiled: Compiled) -> int:
+        """Prompts of one call."""
+        return compiled.args_info[0][2].shape[0] // shards
+
+    def prefills(compiled: Compiled) -> float:
+        return math.ceil(math.ceil(local / group_size) / prefilled(compiled))
+
+    def prefill_flops(kernel: str, compiled: Compiled) -> float:
+        return splash_flops(
+            kernel,
+            rows=prefilled(compiled),
+            heads=model.query_heads,
+            head_size=model.head_size,
+            length=plan.settings.data.max_prompt_length,
         )
-        prompts = -(-mine // group_size)
-        runs: dict[str, Callable[[Compiled], float]] = {
-            "prefill": lambda compiled: math.ceil(prompts / prefilled(compiled)),
-        }
 
-        def prefilled(compiled: Compiled) -> int:
-            return compiled.args_info[0][2].shape[0] // shards  # prompts of a shard in one call
+    compiles = sampler.programs(
+        plan.state.params, group_size=group_size, sampling=sampling, streaming=sequences > sampler.slots
+    )
+    for name, compile_now in compiles.items():
+        label = name if phase == "rollout" else f"{phase} {name}"
+        match name:
+            case "weights":
+                if phase == "rollout":  # an evaluation runs the same program
+                    yield Program(label, compile_now, phase, beside=held - params)
+            case "cache" | "shrink":
+                yield Program(label, compile_now, phase, beside=with_weights)
+            case "prefill":
+                yield Program(label, compile_now, phase, beside=held, runs=prefills, kernel_flops=prefill_flops)
+            case "decode":
+                steps = plan.settings.rollout.max_new_tokens * refills
+                yield Program(label, compile_now, phase, beside=held, trips=(steps, 1))
+            case _:
+                yield Program(label, compile_now, phase, beside=held)
 
-        def splash_of_prefill(compiled: Compiled) -> Splash:
-            return Splash(prefilled(compiled), model.query_heads, model.head_size, config.data.max_prompt_length)
 
-        beside = {
-            "weights": lambda: state - params + reference,
-            "cache": lambda: state + reference + outputs.get("weights", 0),
-            "shrink": lambda: state + reference + outputs.get("weights", 0),
-        }
-        for name, compile_now in compiles.items():
-            if phase == "evaluation" and name == "weights":
-                continue  # the rollout's
-            yield Program(
-                f"evaluation {name}" if phase == "evaluation" else name,
-                phase,
-                compile_now,
-                beside.get(name, lambda: state + reference)(),
-                runs.get(name, lambda _: 1),
-                (rollout.max_new_tokens * math.ceil(mine / slots), 1) if name == "decode" else (1, 1),
-                splash_of_prefill if name == "prefill" else lambda _: None,
-            )
-
-    yield from decoding("rollout", rollout.group_size, rollout.prompts * rollout.group_size, None)
-    if config.eval.every or config.eval.before or config.eval.after:
-        yield from decoding("evaluation", 1, config.eval.problems, SamplingLaw(temperature=0.0))
-
-    shape = plan.pack_shape
+def _learning(plan: Blueprint) -> Iterator[Program]:
+    rollout, loss = plan.settings.rollout, plan.settings.loss
+    shape, model, shards = plan.pack_shape, plan.model, plan.shards
+    params, state, frozen = (bytes_per_device(tree) for tree in (plan.state.params, plan.state, plan.reference))
     updates = loss.epochs * loss.minibatches
-    rows = rollout.prompts * -(-rollout.group_size // (shape.row_length // rollout.max_new_tokens))
-    chunks = head_chunks(shape.rows // shards * shape.row_length, model.vocab_size)
-    splash = Splash(shape.prompts // shards, model.query_heads // plan.tensor, model.head_size, shape.prompt_length)
-    passes = (updates > 1) + (plan.reference is not None)
+    # As in `make_batch` and `updates` of `grpo_trainer.learn`: each of the two is one scoring pass over the rollout.
+    in_reward = loss.kl_in == "reward" and plan.reference is not None
+    old, reference = updates > 1 or in_reward or loss.top_entropy is not None, plan.reference is not None
+    rows = rollout.prompts * math.ceil(rollout.group_size / (shape.row_length // rollout.max_new_tokens))
+    chunks = logit_chunks(shape.rows // shards * shape.row_length, model.vocab_size)
+
+    def flops(kernel: str, compiled: Compiled) -> float:
+        return splash_flops(
+            kernel,
+            rows=shape.prompts // shards,
+            heads=model.query_heads // plan.tensor,
+            head_size=model.head_size,
+            length=shape.prompt_length,
+        )
+
     yield Program(
         "scoring",
+        lambda **options: plan.score.lower(plan.state.params, _batch(plan)).compile(**options),
         "scoring",
-        lambda **options: plan.score.lower(plan.state.params, plan.batch()).compile(**options),
-        state - params + reference,
-        lambda _: passes,
-        (math.ceil(rows / shape.rows), chunks),
-        lambda _: splash,
+        beside=state - params + frozen,
+        runs=old + reference,
+        trips=(math.ceil(rows / shape.rows), chunks),
+        kernel_flops=flops,
     )
-    data = ["sampler_logp", "advantage"]
-    data += ["old_logp"] * (updates > 1) + ["reference_logp"] * (plan.reference is not None)
     yield Program(
         "update",
+        lambda **options: plan.update.lower(plan.state, _batch(plan, old=old, reference=reference)).compile(**options),
         "update",
-        lambda **options: plan.update.lower(plan.state, plan.batch(data)).compile(**options),
-        reference,
-        lambda _: updates,
-        (math.ceil(rows / loss.minibatches / shape.rows), chunks),
-        lambda _: splash,
+        beside=frozen,
+        runs=updates,
+        trips=(math.ceil(rows / loss.minibatches / shape.rows), chunks),
+        kernel_flops=flops,
     )
 
 
-def _compile(program: Program) -> Measured:
-    begin = time.process_time()
-    try:
-        compiled, text = compile_with_text(program.compile)
-    except jax.errors.JaxRuntimeError as error:
-        told = _REFUSED.search(str(error))
-        if told is None:
-            raise
-        needed = int(float(told[1]) * _UNITS[told[2]])
-        return Measured(program.name, program.phase, program.beside, time.process_time() - begin, None, needed, Work())
-    seconds = time.process_time() - begin
-    report, work = work_of(compiled, text, program.trips, program.splash(compiled))
-    return Measured(program.name, program.phase, program.beside, seconds, report, 0, work.times(program.runs(compiled)))
+def _batch(plan: Blueprint, *, old: bool = False, reference: bool = False) -> PackedBatch:
+    """A packed batch as `learn` places it."""
+    return abstract_batch(
+        plan.pack_shape,
+        rows_sharding=NamedSharding(plan.mesh, PartitionSpec(None, BATCH_AXES)),
+        count_sharding=replicated(plan.mesh),
+        old=old,
+        reference=reference,
+    )

@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from grpo_contracts import GrpoError
-from grpo_mesh import find_slice, make_mesh, slice_devices
+from grpo_mesh import Slice, bytes_per_device, find_slice, make_mesh, slice_devices
+from grpo_mesh.preflight import GIB, Measured, Verdict, measure
 from grpo_sampler import ModelConfig
-from grpo_trainer.assemble.blueprint import Blueprint, blueprint, bytes_per_device, model_config
-from grpo_trainer.assemble.preflight.programs import Measured, measure
-from grpo_trainer.assemble.preflight.verdict import GIB, Verdict, judge
-from grpo_trainer.settings.schema import Config
+from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.preflight.programs import judge_step, programs
+from grpo_trainer.settings.schema import Settings
 
-__all__ = ["Candidate", "candidates", "run_search"]
+__all__ = ["Candidate", "candidates", "search_layouts"]
 
 _ROWS_OF_A_SHARD = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout to try: sizes of the mesh's axes, and rows of a micro-batch."""
+    """A layout to try.
+
+    Args:
+        dp, fsdp, tp: sizes of the mesh's axes.
+        rows: of a micro-batch.
+    """
 
     dp: int
     fsdp: int
     tp: int
     rows: int
 
-    def apply(self, config: Config) -> Config:
-        """The config with this layout."""
-        loss = config.loss.model_copy(update={"rows": self.rows})
-        return config.model_copy(update={"mesh": self.mesh, "loss": loss})
+    def apply(self, settings: Settings) -> Settings:
+        """The settings with this layout."""
+        loss = settings.loss.model_copy(update={"rows": self.rows})
+        return settings.model_copy(update={"mesh": self.mesh, "loss": loss})
 
     @property
     def mesh(self) -> str:
-        """As in the config."""
+        """As in the settings."""
         return f"dp:{self.dp},fsdp:{self.fsdp},tp:{self.tp}"
 
     def __str__(self) -> str:
         return f"mesh={self.mesh} loss.rows={self.rows}"
 
 
-def candidates(config: Config, model: ModelConfig, chips: int) -> Iterator[Candidate]:
-    """Layouts that divide: fsdp before dp, few rows before many.
+def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[Candidate]:
+    """List the layouts whose sizes divide: fsdp before dp, few rows before many.
 
     Args:
-        config: of the run; a micro-batch never holds more rows than a step has sequences.
+        settings: of the run; a micro-batch never holds more rows than a step has sequences.
         model: `tp` must divide its heads of both kinds.
         chips: of the slice.
 
     Yields:
         Candidates, grouped by mesh.
     """
-    sequences = config.rollout.prompts * config.rollout.group_size
+    sequences = settings.rollout.prompts * settings.rollout.group_size
     for tp in (n for n in range(1, chips + 1) if chips % n == 0 and model.kv_heads % n == 0):
         shards = chips // tp
         for dp in (n for n in range(1, shards + 1) if shards % n == 0):
@@ -64,35 +70,47 @@ def candidates(config: Config, model: ModelConfig, chips: int) -> Iterator[Candi
                 yield Candidate(dp, shards // dp, tp, rows)
 
 
-def run_search(config: Config, slice_name: str) -> int:
+def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> int:
     """Compile every candidate and print those that fit, fastest first.
 
     Args:
-        config: the resolved settings.
-        slice_name: what to search layouts for.
+        settings: resolved.
+        model: dimensions of the policy.
+        slice_name: the slice to find layouts for.
 
     Returns:
         0 if any fits, 1 if none does.
     """
-    target = find_slice(slice_name)
-    devices = slice_devices(slice_name)
-    model = model_config(config.model.path)
-    fitting: list[tuple[Verdict, Candidate]] = []
-    rollouts: dict[str, list[Measured]] = {}
-    too_many_rows: set[str] = set()
-    layouts = list(candidates(config, model, target.chips))
+    target, devices = find_slice(slice_name), slice_devices(slice_name)
+    layouts = list(candidates(settings, model, target.chips))
     meshes = len({layout.mesh for layout in layouts})
     print(
         f"search   {len(layouts)} layouts of {meshes} meshes for {target.name}; a new mesh takes about as long as a "
         "preflight, each further size of its micro-batch the time of scoring and update",
         flush=True,
     )
+    fitting = list(_fitting(settings, model, target, devices, layouts))
+    if not fitting:
+        print(f"nothing fits {target.name}: take more chips, fewer rollout.slots, or a smaller model")
+        return 1
+    print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
+    for candidate, verdict in sorted(fitting, key=lambda pair: pair[1].seconds):
+        print(f"  {verdict.seconds:7.1f} s  {verdict.peak / GIB:6.2f} GiB  {candidate}")
+    return 0
+
+
+def _fitting(
+    settings: Settings, model: ModelConfig, target: Slice, devices: Sequence[Any], layouts: Sequence[Candidate]
+) -> Iterator[tuple[Candidate, Verdict]]:
+    """Try each layout, print a line on it, and yield it if it fits."""
+    rollouts: dict[str, list[Measured]] = {}
+    too_many_rows: set[str] = set()
     for candidate in layouts:
         if candidate.mesh in too_many_rows:
             print(f"  skipped  {candidate}: fewer rows did not fit already", flush=True)
             continue
         try:
-            plan = blueprint(candidate.apply(config), model, make_mesh(candidate.mesh, devices))
+            plan = blueprint(candidate.apply(settings), model, make_mesh(candidate.mesh, devices))
         except GrpoError as error:
             print(f"  skipped  {candidate}: {error}", flush=True)
             continue
@@ -102,9 +120,9 @@ def run_search(config: Config, slice_name: str) -> int:
             too_many_rows.add(candidate.mesh)
             continue
         try:
-            verdict = judge(plan, _measured(plan, candidate.mesh, rollouts), target)
+            verdict = judge_step(plan, _measured(plan, candidate.mesh, rollouts), target)
         except jax.errors.JaxRuntimeError as error:
-            # One layout that the compiler cannot do is no reason to forget the others.
+            # A layout that the compiler fails at is no reason to give up the others.
             print(f"  failed   {candidate}: {str(error).splitlines()[0]}", flush=True)
             continue
         print(
@@ -113,20 +131,13 @@ def run_search(config: Config, slice_name: str) -> int:
             flush=True,
         )
         if verdict.fits:
-            fitting.append((verdict, candidate))
+            yield candidate, verdict
         else:
             too_many_rows.add(candidate.mesh)
-    if not fitting:
-        print(f"nothing fits {target.name}: take more chips, fewer rollout.slots, or a smaller model")
-        return 1
-    print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
-    for verdict, candidate in sorted(fitting, key=lambda pair: pair[0].seconds):
-        print(f"  {verdict.seconds:7.1f} s  {verdict.peak / GIB:6.2f} GiB  {candidate}")
-    return 0
 
 
 def _measured(plan: Blueprint, mesh: str, rollouts: dict[str, list[Measured]]) -> list[Measured]:
     """Rollouts depend on the mesh alone, so they are compiled once for all its micro-batches."""
     if mesh not in rollouts:
-        rollouts[mesh] = list(measure(plan, phases=("start", "rollout", "evaluation")))
-    return [*rollouts[mesh], *measure(plan, phases=("scoring", "update"))]
+        rollouts[mesh] = list(measure(programs(plan, phases=("start", "rollout", "evaluation"))))
+    return [*rollouts[mesh], *measure(programs(plan, phases=("scoring", "update")))]

@@ -1,0 +1,68 @@
+"""What to change in a run that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo_mesh import bytes_per_device
+from grpo_mesh.preflight import Verdict, format_bytes, larger_slice
+from grpo_trainer.assemble.blueprint import Blueprint
+
+__all__ = ["advice"]
+
+
+def advice(plan: Blueprint, verdict: Verdict) -> list[str]:
+    """Say what would make a run smaller on each device.
+
+    Args:
+        plan: the run.
+        verdict: on its programs.
+
+    Returns:
+        Settings and what each does, the cheapest first; empty if the run fits.
+    """
+    if verdict.fits:
+        return []
+    return [*_smaller_programs(plan, verdict.fullest.phase), *_other_layouts(plan, verdict)]
+
+
+def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
+    settings, shards = plan.settings, plan.shards
+    if phase in ("update", "scoring"):
+        if not settings.model.remat:
+            yield "model.remat=true: keep one activation a layer instead of all of them"
+        if (rows := settings.loss.rows) > shards:
+            fewer = max(shards, rows // 2 // shards * shards)
+            yield f"loss.rows={fewer}: smaller micro-batches, the same update"
+        shortest = settings.rollout.max_new_tokens
+        shortest += -shortest % settings.loss.blocks
+        if settings.row_length > shortest:
+            yield f"loss.row_length={shortest}: shorter rows, the same update"
+    elif phase in ("rollout", "evaluation") and (slots := plan.sampler.slots) > shards:
+        yield f"rollout.slots={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
+    if settings.model.compute_dtype == "float32":
+        yield "model.compute_dtype=bfloat16: half the bytes of activations, decoding weights and cache"
+
+
+def _other_layouts(plan: Blueprint, verdict: Verdict) -> Iterator[str]:
+    target, tensor = verdict.target, plan.tensor
+    wider = next(
+        (
+            size
+            for size in range(tensor + 1, target.chips + 1)
+            if target.chips % size == 0 and plan.model.kv_heads % size == 0
+        ),
+        None,
+    )
+    if wider:
+        now = f"1/{tensor}" if tensor > 1 else "all of them"
+        yield f"mesh=dp:1,fsdp:-1,tp:{wider}: decoding holds 1/{wider} of the weights a device instead of {now}"
+    if plan.mesh.shape["dp"] > 1:
+        yield f"mesh=dp:1,fsdp:-1,tp:{tensor}: no second copy of parameters and optimizer state"
+    usable = target.chip.usable_bytes
+    if larger := larger_slice(target, verdict.peak / usable):
+        settled = bytes_per_device(plan.state) + bytes_per_device(plan.reference)
+        yield (
+            f"--slice {larger}: parameters and optimizer take {format_bytes(settled)} of a device here, and "
+            f"{format_bytes(verdict.peak - usable)} are missing"
+        )
