@@ -105,6 +105,11 @@ def test_an_unknown_version_is_refused(saved: Path, version: Any) -> None:
     assert (caught.value.field, caught.value.rule) == ("version", "version")
 
 
+def test_a_file_of_the_first_format_is_told_what_to_do(saved: Path) -> None:
+    with pytest.raises(ContractError, match="Format 1 was never released: make the batch again"):
+        load_batch(edit(saved, version="1.0"))
+
+
 def test_an_older_minor_version_is_read_with_what_it_lacked_at_default(
     saved: Path, batch: TrainBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,12 @@ def test_a_new_policy_does_not_recompile_and_is_not_mixed_up(batch: TrainBatch) 
     assert len(traces) == 2
 
 
+def test_an_unrecorded_digest_passes_through_jit(batch: TrainBatch) -> None:
+    out = jax.jit(lambda b: b)(with_policy(batch, PolicyVersion(3, "")))
+    assert out.scored.rollout.policy.concrete() == PolicyVersion(3, "")
+    validate(out, "values")
+
+
 def test_leaves_are_named_and_come_back(batch: TrainBatch) -> None:
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(batch)}
     assert {".scored.rollout.tokens_BT", ".scored.rollout.policy.digest", ".advantage", ".old_logp_BT"} <= paths

@@ -228,6 +228,47 @@ def test_corrupt_prompts_are_caught_and_named(field: str, change: Any, rule: str
     assert caught.value.index == index
 
 
+def test_prompts_from_ragged_ids() -> None:
+    prompts = Prompts.from_ids([[3, 4, 5], np.array([6])], vocab_size=20, pad_id=9)
+    validate(prompts, "values")
+    assert prompts.tokens_PT.tolist() == [[3, 4, 5], [6, 9, 9]]
+    assert prompts.length_P.tolist() == [3, 1]
+    assert prompts.prompt_id_P.tolist() == [0, 1]
+    wider = Prompts.from_ids([(3, 4), (6, 9)], vocab_size=20, pad_id=9, length=4, prompt_id_P=[7, 5])
+    validate(wider, "values")
+    assert wider.tokens_PT.tolist() == [[3, 4, 9, 9], [6, 9, 9, 9]]
+    assert wider.length_P.tolist() == [2, 2]
+    assert wider.prompt_id_P.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": []}, "argument.ids must be a list of rows, at least one: got 0 rows"),
+        ({"ids": "abc"}, "argument.ids must be a list of rows, at least one: got 'abc'"),
+        ({"ids": [[1], []]}, r"argument.ids\[1\] must be at least one token id: got an empty row"),
+        ({"ids": [[1], [0.5]]}, r"argument.ids\[1\] must be at least one token id: got float64\[1\]"),
+        ({"ids": [3, 4]}, r"argument.ids\[0\] must be at least one token id: got int64\[\]"),
+        ({"ids": [[1], [2, -1]]}, r"argument.ids\[1\] must be token ids in \[0, 2\*\*31\): got -1..2"),
+        ({"ids": [[1], [2, 20]]}, r"argument.ids\[1, 1\] must be in \[0, 20\): got 20"),
+        ({"length": 1}, r"argument.ids\[1\] must be at most 1 tokens long: got 2"),
+        ({"length": 0}, r"argument.length must be an int in \[1, 2\*\*31\): got 0"),
+        ({"pad_id": 20}, r"argument.pad_id must be in \[0, 20\): got 20"),
+        ({"vocab_size": "20"}, r"argument.vocab_size must be an int in \[1, 2\*\*31\): got '20'"),
+        ({"prompt_id_P": [1]}, r"argument.prompt_id_P must have shape \(2,\): got \(1,\)"),
+        ({"prompt_id_P": [1.0, 2.0]}, "argument.prompt_id_P must be of a dtype of kind"),
+    ],
+)
+def test_ragged_ids_that_are_no_prompts_are_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"ids": [[1], [2, 3]], "vocab_size": 20} | change
+    with pytest.raises(ContractError, match=message):
+        Prompts.from_ids(arguments.pop("ids"), **arguments)
+
+
+def test_a_digest_may_be_unrecorded(batch: TrainBatch) -> None:
+    validate(replace(batch, ROLLOUT + "policy.digest", lambda _: ""), "values")
+
+
 def test_shapes_level_leaves_values_alone(batch: TrainBatch) -> None:
     validate(replace(batch, "advantage", lambda x: x * np.nan))
 

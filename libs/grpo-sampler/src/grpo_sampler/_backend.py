@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout
 from grpo_sampler._errors import SamplerError
+from grpo_sampler._layout import check_params
 from grpo_sampler._sampler import Sampler
 
 
@@ -18,6 +19,11 @@ class SamplerBackend:
     """
 
     def __init__(self, sampler: Sampler) -> None:
+        if not isinstance(sampler, Sampler):
+            raise SamplerError(
+                f"sampler must be a Sampler: got a {type(sampler).__name__}. "
+                "Make one first: Sampler(config, sampling, max_prompt_length=..., max_new_tokens=...)."
+            )
         self._sampler = sampler
         self._held: tuple[Any, PolicyVersion] | None = None
 
@@ -30,7 +36,10 @@ class SamplerBackend:
         Args:
             params: as for `Sampler.generate`; may be donated afterwards.
             policy: which parameters they are.
+        Raises:
+            WeightsError: parameters of another model.
         """
+        check_params(params, self._sampler.config)
         self._held = None  # first, so that there are never two copies
         dtype = self._sampler.compute_dtype
         self._held = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params), policy

@@ -11,12 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_sampler._attention import attend, causal_mask
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError
+from grpo_sampler._partition import BATCH_AXES, TENSOR_AXIS
 
 Attention = Literal["xla", "cudnn", "splash"]
-# Splash works on tiles of 128 lanes; 512 is its authors' tile for queries and keys alike.
+# Splash works on tiles whose size is a multiple of 128 lanes; its authors use 512 for both queries and keys.
 _LANES, _TILE = 128, 512
+# Matrix products in each of splash's kernels; the backward ones compute the logits a second time.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _CUDNN_HEAD_SIZE = 128
-_BATCH_AXES, _HEAD_AXIS = ("dp", "fsdp"), "tp"
 
 
 def resolve_attention(choice: str, config: ModelConfig, compute_dtype: jnp.dtype, mesh: Mesh | None) -> Attention:
@@ -132,7 +134,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
     B, T, _, E = q_BTHE.shape
-    tile = min(_TILE, math.ceil(T / _LANES) * _LANES)
+    tile = _splash_tile(T)
     extra = -T % tile
 
     def local(q: Array, k: Array, v: Array, segment: Array) -> Array:
@@ -156,8 +158,8 @@ def splash_attention(
     segment = jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, extra)))
     if mesh is not None:
         done = set(jax.sharding.get_abstract_mesh().manual_axes)
-        rows = None if done else _dividing(mesh, _BATCH_AXES, B)
-        heads = _dividing(mesh, (_HEAD_AXIS,), k_BTKE.shape[2])
+        rows = None if done else _dividing(mesh, BATCH_AXES, B)
+        heads = _dividing(mesh, (TENSOR_AXIS,), k_BTKE.shape[2])
         spec = PartitionSpec(rows, None, heads, None)
         local = jax.shard_map(
             local,
@@ -168,6 +170,29 @@ def splash_attention(
             check_vma=False,
         )
     return local(q, k, v, segment)[:, :T]
+
+
+def splash_flops(kernel: str, *, rows: int, heads: int, head_size: int, length: int) -> float:
+    """Floating-point operations of one call of a splash kernel, which XLA's cost analysis does not count.
+
+    Args:
+        kernel: name of the kernel in the compiled program, such as `splash_mha_fwd_segmented_residuals`.
+        rows: rows on one device.
+        heads: query heads on one device.
+        head_size: size of a head.
+        length: tokens of a row, before the kernel pads it to whole tiles.
+
+    Returns:
+        The operations of its matrix products on the causal half of all pairs of tokens; 0 for any other kernel.
+    """
+    products = next((count for name, count in _SPLASH_PRODUCTS.items() if name in kernel), 0)
+    tile = _splash_tile(length)
+    padded = math.ceil(length / tile) * tile
+    return float(products * rows * heads * head_size * padded**2)
+
+
+def _splash_tile(length: int) -> int:
+    return min(_TILE, math.ceil(length / _LANES) * _LANES)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:

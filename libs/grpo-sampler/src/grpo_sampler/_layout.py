@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_sampler._config import ModelConfig
+from grpo_sampler._errors import WeightsError
 
 Index = tuple[slice, ...]
 
@@ -130,6 +134,58 @@ def leaves(config: ModelConfig) -> list[Leaf]:
             vector("k_norm", "self_attn.k_norm.weight", (config.head_size,)),
         ]
     return table
+
+
+def check_params(params: Any, config: ModelConfig) -> None:
+    """Checks that parameters, or their shapes, are those of a model.
+
+    Args:
+        params: a plain nested dictionary of arrays or `jax.ShapeDtypeStruct`s.
+        config: the model.
+
+    Raises:
+        WeightsError: no such dictionary; a parameter that is missing, unexpected, misshaped or not floating.
+    """
+    if not isinstance(params, Mapping):
+        raise WeightsError(
+            f"params must be a nested dictionary of arrays: got a {type(params).__name__}. "
+            "`graphdef, params = split(model)` takes them out of a network."
+        )
+    expected = {leaf.path: leaf for leaf in leaves(config)}
+    for path, leaf in expected.items():
+        name, value = "/".join(path), value_of(params, path)
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if shape is None or dtype is None:
+            raise WeightsError(f"params {name} must be an array: got a {type(value).__name__}.")
+        if tuple(shape) != leaf.shape:
+            raise WeightsError(
+                f"params {name} must have shape {leaf.shape}: got {tuple(shape)}. Do they belong to this configuration?"
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise WeightsError(f"params {name} must be of a floating type: got {dtype}.")
+    known = {"/".join(path) for path in expected}
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    unexpected = [path for path in paths if path not in known]
+    if unexpected:
+        raise WeightsError(f"params must hold only the configuration's parameters: got also {listed(unexpected)}.")
+
+
+def value_of(params: Any, path: tuple[str, ...]) -> Any:
+    """The parameter at a path; raises a WeightsError if it is missing."""
+    found: Any = params
+    for key in path:
+        if not isinstance(found, Mapping) or key not in found:
+            raise WeightsError(f"params must hold {'/'.join(path)}: it is missing.")
+        found = found[key]
+    return found
+
+
+def listed(names: list[str]) -> str:
+    """The first five of some names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _flat(parts: list[slice], sizes: tuple[int, ...]) -> slice:

@@ -9,19 +9,23 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_sampler._attention import causal_mask
 from grpo_sampler._config import ModelConfig
-from grpo_sampler._errors import SamplerError
-from grpo_sampler._kernels import Attention, masked_attention, resolve_attention, self_attention
+from grpo_sampler._kernels import Attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
-from grpo_sampler._rope import rope_constants, rope_tables
+from grpo_sampler._packed import (
+    attend_in_spans,
+    check_packed,
+    packed_angles,
+    prompt_gather,
+    query_spans,
+    span_masks,
+)
+from grpo_sampler._rope import rope_tables
 
 Params = dict[str, Any]
 _INITIAL_STD = 0.02
 # Deeper models are scanned over their layers, which compiles in the time of one.
 _MOST_UNROLLED = 8
-# Queries of a block attend in up to four spans of at least so many: shorter products lose what fewer keys save.
-_SHORTEST_SPAN = 64
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -40,14 +44,6 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.qk_norm:
         shapes |= {"q_norm": (E,), "k_norm": (E,)}
     return shapes | {"o": (H, E, D), "mlp_norm": (D,), "gate": (D, F), "up": (D, F), "down": (F, D)}
-
-
-class Blocks(nnx.Module):
-    """The parameters of all blocks, each stacked on a leading L axis."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        for name, shape in layer_shapes(config).items():
-            setattr(self, name, nnx.Param(_initial(name, (config.layers, *shape), rngs, dtype)))
 
 
 class Transformer(nnx.Module):
@@ -87,7 +83,12 @@ class Transformer(nnx.Module):
         if not config.tied:
             self.unembed = nnx.Param(_initial("unembed", (config.vocab_size, config.width), rngs, dtype))
         self.final_norm = nnx.Param(_initial("final_norm", (config.width,), rngs, dtype))
-        self.layers = Blocks(config, rngs=rngs, dtype=dtype)
+        self.layers = nnx.Dict(
+            {
+                name: nnx.Param(_initial(name, (config.layers, *shape), rngs, dtype))
+                for name, shape in layer_shapes(config).items()
+            }
+        )
 
     def __call__(
         self,
@@ -148,56 +149,25 @@ class Transformer(nnx.Module):
         Raises:
             SamplerError: rows or prompts do not divide by the shards, or a row's length by its blocks.
         """
-        config, T, blocks = self.config, tokens_RT.shape[1], prompt_RC.shape[1]
-        if T % blocks:
-            raise SamplerError(f"the blocks of a row must divide its length {T}: got prompt_RC with {blocks}.")
-        if prompt_tokens_PT.shape[0] % shards or tokens_RT.shape[0] % shards:
-            raise SamplerError(
-                f"prompts and rows must divide by shards={shards}: got {prompt_tokens_PT.shape[0]} prompts and "
-                f"{tokens_RT.shape[0]} rows."
-            )
-        slots = prompt_tokens_PT.shape[0] // shards
-        local_RC = prompt_RC.reshape(shards, -1, blocks) - slots * jnp.arange(shards, dtype=jnp.int32)[:, None, None]
-
-        def of_prompt(x_P: Array, block: int) -> Array:
-            # Indexed part by part: a batched gather is one that the partitioner keeps on each device.
-            parts = x_P.reshape(shards, slots, *x_P.shape[1:])
-            gathered = jax.vmap(lambda part, index: part[index])(parts, local_RC[..., block])
-            return gathered.reshape(-1, *x_P.shape[1:])
-
-        Tp = prompt_tokens_PT.shape[1]
-        place_T = jnp.arange(Tp, dtype=jnp.int32)
-        live_PT = place_T < prompt_length_P[:, None]
-        prompt_segment = live_PT.astype(jnp.int32)
-        cos, sin = map(jnp.asarray, rope_constants(Tp + T, config))
-        prompt_cos, prompt_sin = cos[None, :Tp], sin[None, :Tp]
-        # Padding may hold anything, and 0 times the NaN of a position too large would reach what attends around it.
-        place_RT = jnp.where(segment_RT > 0, positions_RT, 0)
-        row_cos, row_sin = cos[place_RT], sin[place_RT]
-        # Span by span of queries: what a span may see ends with itself. Of a 7B model's update on TPUs spans would save
-        # a hundredth of the arithmetic, and compile a quarter longer.
-        block_length = T // blocks
-        span_length = _span_length(block_length) if self.attention == "xla" else block_length
-        spans = [(start // block_length, slice(start, start + span_length)) for start in range(0, T, span_length)]
-        own_mask = causal_mask(segment_RT)
-        masks = []
-        for at, span in spans:
-            prompt_mask = jnp.broadcast_to(of_prompt(live_PT, at)[:, None], (len(tokens_RT), span_length, Tp))
-            masks.append(jnp.concatenate([prompt_mask, own_mask[:, span, : span.stop]], axis=2))
+        config, (R, T), (P, Tp) = self.config, tokens_RT.shape, prompt_tokens_PT.shape
+        check_packed(prompts=P, rows=R, length=T, blocks=prompt_RC.shape[1], shards=shards)
+        of_prompt = prompt_gather(prompt_RC, P, shards)
+        live_PT = jnp.arange(Tp, dtype=jnp.int32) < prompt_length_P[:, None]
+        prompt_segment_PT = live_PT.astype(jnp.int32)
+        prompt_angles, row_angles = packed_angles(positions_RT, segment_RT, Tp, config)
+        # Only plain XLA divides blocks: on TPUs spans would save a hundredth of a 7B model's arithmetic and add a
+        # quarter to its compile time.
+        spans = query_spans(T, prompt_RC.shape[1], divide=self.attention == "xla")
+        masks = span_masks(spans, of_prompt, live_PT, segment_RT)
 
         def block(streams: tuple[Array, Array], layer: Layer) -> tuple[Array, Array]:
             prompts, rows = streams
-            q, k, v = qkv(layer, prompts, prompt_cos, prompt_sin, config)
-            attended = self_attention(self.attention, q, k, v, prompt_segment, self.mesh)
-            prompts = attention_out(layer, prompts, attended)
-            row_q, row_k, row_v = qkv(layer, rows, row_cos, row_sin, config)
-            parts = []
-            for (at, span), mask in zip(spans, masks):
-                # One matrix product over prompt and row costs less than two, and the copy that it takes less than that.
-                seen_k = jnp.concatenate([of_prompt(k, at), row_k[:, : span.stop]], axis=1)
-                seen_v = jnp.concatenate([of_prompt(v, at), row_v[:, : span.stop]], axis=1)
-                parts.append(masked_attention(self.attention, row_q[:, span], seen_k, seen_v, mask))
-            attended = jnp.concatenate(parts, axis=1)
+            q, k, v = qkv(layer, prompts, *prompt_angles, config)
+            prompts = attention_out(
+                layer, prompts, self_attention(self.attention, q, k, v, prompt_segment_PT, self.mesh)
+            )
+            row_qkv = qkv(layer, rows, *row_angles, config)
+            attended = attend_in_spans(self.attention, spans, masks, of_prompt, (k, v), row_qkv)
             rows = attention_out(layer, rows, attended)
             return mlp(layer, prompts, config), mlp(layer, rows, config)
 
@@ -213,7 +183,7 @@ class Transformer(nnx.Module):
         return self.embed[...][tokens].astype(self.compute_dtype)
 
     def _through_layers(self, block: Callable[[Any, Layer], Any], stream: Any) -> Any:
-        layers = {name: getattr(self.layers, name)[...] for name in layer_shapes(self.config)}
+        layers = {name: self.layers[name][...] for name in layer_shapes(self.config)}
         if self.remat or self.config.layers > _MOST_UNROLLED:
             body = jax.checkpoint(block) if self.remat else block
             stream, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), stream, layers)
@@ -222,12 +192,6 @@ class Transformer(nnx.Module):
         for i in range(self.config.layers):
             stream = block(stream, {name: leaf[i] for name, leaf in layers.items()})
         return stream
-
-
-def _span_length(block_length: int) -> int:
-    """Queries that attend together: a block's, or a half or quarter of it where those are long enough to pay."""
-    halved = (block_length // n for n in (4, 2) if block_length % n == 0)
-    return next((length for length in halved if length >= _SHORTEST_SPAN), block_length)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:

@@ -7,8 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from grpo_sampler._errors import SamplerError
-
-TENSOR_AXIS = "tp"
+from grpo_sampler._partition import TENSOR_AXIS
 
 
 class Placement:

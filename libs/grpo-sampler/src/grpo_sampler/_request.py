@@ -70,6 +70,11 @@ def make_request(
     if not 0 <= step < 2**32:
         raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
     _check_prompts(tokens_PT, length_P, limits)
+    if prompts.vocab_size > limits.vocabulary:
+        raise SamplerError(
+            f"prompts.vocab_size must be at most the model's vocabulary, {limits.vocabulary}: got {prompts.vocab_size}. "
+            "Was the tokenizer made for this model?"
+        )
     limit_PG = _limits(max_new_tokens, len(length_P), group_size, limits)
     sampling_arrays(sampling, limits.vocabulary, limits.min_new)
     return Request(
@@ -98,7 +103,7 @@ def _check_prompts(tokens_PT: np.ndarray, length_P: np.ndarray, limits: Limits) 
         p, t = outside[0]
         raise SamplerError(
             f"token ids must lie in [0, {limits.vocabulary}), the model's vocabulary: got {tokens_PT[p, t]} "
-            f"at prompt {p}, position {t}. Is the tokenizer this model's?"
+            f"at prompt {p}, position {t}. Was the tokenizer made for this model?"
         )
 
 

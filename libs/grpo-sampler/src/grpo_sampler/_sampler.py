@@ -15,6 +15,7 @@ from grpo_sampler._config import ModelConfig
 from grpo_sampler._engine import Engine, Plan
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import resolve_attention
+from grpo_sampler._layout import check_params
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._request import Limits, Request, make_request
@@ -70,6 +71,11 @@ class Sampler:
         attention: str = "auto",
         mesh: Mesh | None = None,
     ) -> None:
+        if not isinstance(config, ModelConfig):
+            raise SamplerError(
+                f"config must be a ModelConfig: got a {type(config).__name__}. "
+                "Take the one that `load_pretrained` returns, or use ModelConfig.from_hf or ModelConfig.from_file."
+            )
         for name, value in (
             ("max_prompt_length", max_prompt_length),
             ("max_new_tokens", max_new_tokens),
@@ -132,6 +138,9 @@ class Sampler:
             sampling: sampling parameters that calls will use; only whether they filter matters. None is the sampler's own.
             streaming: whether batches may exceed the slots.
         """
+        if isinstance(sampling, SamplingParams):
+            raise SamplerError("sampling must be a sequence of SamplingParams: got one. Write sampling=[sampling].")
+        check_params(params, self.config)
         futures = []
         filters = sorted({is_filtered(one, self.min_new_tokens) for one in sampling or (self.sampling,)})
         for bucket in self._buckets:
@@ -164,6 +173,7 @@ class Sampler:
             end depends on the data), and `shrink` (the cache of a draining batch) where there is a smaller size. Each
             is the largest of its kind, for the longest prompt bucket.
         """
+        check_params(params, self.config)
         engine = self._engine(params, self._buckets[-1])
         filtered = is_filtered(self.sampling if sampling is None else sampling, self.min_new_tokens)
         return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
@@ -197,6 +207,7 @@ class Sampler:
             SamplerError: prompts or limits that do not fit, or a law that cannot be met.
             ContractError: `prompts` break the contract.
         """
+        check_params(params, self.config)
         request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
         completions = Completions(request, self.max_new_tokens)
         for chunk in self._chunks(params, request):
@@ -230,6 +241,7 @@ class Sampler:
         Raises:
             SamplerError: at the call, not at the first element: see `generate`.
         """
+        check_params(params, self.config)
         request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
         return self._finished(params, request)
 

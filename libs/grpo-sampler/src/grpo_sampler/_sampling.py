@@ -8,7 +8,7 @@ Draws invert the distribution function on two levels: a block of the vocabulary 
 block masses are the partial sums of the log-probability's own normaliser, so a draw costs one pass over the logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,8 +42,16 @@ class Draw(NamedTuple):
     policy_logp_B: Float[Array, "B"]
 
 
+def check_sampling(sampling: Any) -> None:
+    """Raises a SamplerError unless the argument is sampling parameters."""
+    if not isinstance(sampling, SamplingParams):
+        hint = "Write SamplingParams(**sampling)." if isinstance(sampling, Mapping) else "grpo_contracts has them."
+        raise SamplerError(f"sampling must be a SamplingParams: got a {type(sampling).__name__}. {hint}")
+
+
 def is_filtered(sampling: SamplingParams, min_new_tokens: int = 0) -> bool:
     """Whether the law cuts tokens off, which needs the program that looks for a threshold."""
+    check_sampling(sampling)
     filters = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
     return (sampling.temperature > 0.0 and filters) or (min_new_tokens > 0 and len(sampling.stop_ids) > 0)
 
@@ -60,6 +68,7 @@ def sampling_arrays(sampling: SamplingParams, vocab_size: int, min_new_tokens: i
     Raises:
         SamplerError: a stop id outside the vocabulary, too many stop ids, or nothing left to sample.
     """
+    check_sampling(sampling)
     stop = np.unique(np.asarray(sampling.stop_ids, np.int64))
     outside = stop[(stop < 0) | (stop >= vocab_size)]
     if outside.size:

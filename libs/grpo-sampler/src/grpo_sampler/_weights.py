@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import WeightsError
-from grpo_sampler._layout import Index, Leaf, leaves
+from grpo_sampler._layout import Index, Leaf, check_params, leaves, listed, value_of
 from grpo_sampler._network import Params
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMPARED_ROWS = 4096
 
@@ -32,7 +32,7 @@ ShardingChoice = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] 
 def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
     *,
-    dtype: Any,
+    dtype: Any = None,
     sharding: ShardingChoice = None,
     revision: str | None = None,
 ) -> tuple[ModelConfig, Params]:
@@ -44,7 +44,7 @@ def load_pretrained(
     Args:
         path_or_hub_id: a folder with config.json and safetensors, single or sharded; or, where there is no such
             folder, a Hub id, which needs `huggingface-hub`.
-        dtype: floating type of the parameters.
+        dtype: floating type of the parameters; None for the type that the checkpoint is stored in.
         sharding: one sharding for all, a function from a path like `layers/q` to a sharding, or a tree of shardings
             in the parameters' shape; None puts all on the default device.
         revision: branch, tag or commit of a Hub id.
@@ -58,14 +58,14 @@ def load_pretrained(
     """
     folder = _folder(path_or_hub_id, revision)
     config = ModelConfig.from_file(folder)
-    target = jnp.dtype(dtype)
-    if not jnp.issubdtype(target, jnp.floating):
-        raise WeightsError(f"dtype must be a floating type: got {target.name}.")
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise WeightsError(f"dtype must be a floating type: got {jnp.dtype(dtype).name}.")
     table = leaves(config)
     params: Params = {}
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
         _check(files, table, config, folder)
+        target = _stored_dtype(files, table, folder) if dtype is None else jnp.dtype(dtype)
         for leaf in table:
             branch = params
             for key in leaf.path[:-1]:
@@ -92,8 +92,8 @@ def save_pretrained(
         WeightsError: parameters that are not the configuration's.
     """
     table = leaves(config)
-    values = {leaf: _value(params, leaf) for leaf in table}
-    _check_saved(params, table)
+    check_params(params, config)
+    values = {leaf: value_of(params, leaf.path) for leaf in table}
     dtypes = {np.dtype(value.dtype).name for value in values.values()}
     if len(dtypes) > 1:
         raise WeightsError(f"params must all have one type: got {', '.join(sorted(dtypes))}. Cast them first.")
@@ -186,7 +186,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         files |= dict.fromkeys(file.keys(), file)
     lost = sorted(set(promised) - set(files))
     if lost:
-        raise WeightsError(f"{folder / _INDEX} promises tensors that no file holds: {_some(lost)}.")
+        raise WeightsError(f"{folder / _INDEX} promises tensors that no file holds: {listed(lost)}.")
     return files
 
 
@@ -195,7 +195,7 @@ def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, fol
     expected = {name: leaf for leaf in table for name in leaf.tensor_names()}
     missing = sorted(set(expected) - set(files))
     if missing:
-        raise WeightsError(f"{folder} must hold every tensor of its config.json: missing {_some(missing)}.")
+        raise WeightsError(f"{folder} must hold every tensor of its config.json: missing {listed(missing)}.")
     # Old checkpoints keep the rotary table; a tied one may keep its embedding a second time.
     unexpected = sorted(name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq"))
     if config.tied and "lm_head.weight" in unexpected:
@@ -209,13 +209,24 @@ def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, fol
                 'Set "tie_word_embeddings": false in config.json to use it.'
             )
     if unexpected:
-        raise WeightsError(f"{folder} must hold no tensors but its config.json's: got also {_some(unexpected)}.")
+        raise WeightsError(f"{folder} must hold no tensors but its config.json's: got also {listed(unexpected)}.")
     for name, leaf in expected.items():
         stored = files[name].get_slice(name)
         if tuple(stored.get_shape()) != leaf.stored_shape:
             raise WeightsError(f"{name} must have shape {leaf.stored_shape}: got {tuple(stored.get_shape())}.")
         if stored.get_dtype() not in _FLOATS:
             raise WeightsError(f"{name} must be one of {', '.join(sorted(_FLOATS))}: got {stored.get_dtype()}.")
+
+
+def _stored_dtype(files: Mapping[str, Any], table: list[Leaf], folder: Path) -> jnp.dtype:
+    """The one type that all weights of a checkpoint are stored in."""
+    stored = {files[name].get_slice(name).get_dtype() for leaf in table for name in leaf.tensor_names()}
+    if len(stored) > 1:
+        raise WeightsError(
+            f"{folder} must hold weights of one type to be loaded without dtype: got {', '.join(sorted(stored))}. "
+            "Pass the type you want, such as dtype=jnp.float32."
+        )
+    return jax.dtypes.canonicalize_dtype(_FLOATS[stored.pop()])
 
 
 def _place(leaf: Leaf, files: Mapping[str, Any], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -256,28 +267,6 @@ def _pick(sharding: ShardingChoice, leaf: Leaf) -> jax.sharding.Sharding | None:
     return sharding("/".join(leaf.path))
 
 
-def _value(params: Params, leaf: Leaf) -> jax.Array:
-    found: Any = params
-    for key in leaf.path:
-        if not isinstance(found, Mapping) or key not in found:
-            raise WeightsError(f"params must hold {'/'.join(leaf.path)}: it is missing.")
-        found = found[key]
-    if tuple(found.shape) != leaf.shape:
-        raise WeightsError(f"params {'/'.join(leaf.path)} must have shape {leaf.shape}: got {tuple(found.shape)}.")
-    return found
-
-
-def _check_saved(params: Params, table: list[Leaf]) -> None:
-    known = {leaf.path for leaf in table}
-    odd = [
-        "/".join(path)
-        for path in (tuple(str(key.key) for key in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
-        if path not in known
-    ]
-    if odd:
-        raise WeightsError(f"params must hold nothing but the configuration's parameters: got also {_some(odd)}.")
-
-
 def _on_host(value: jax.Array) -> np.ndarray:
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
@@ -288,7 +277,3 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     part = file.with_name(f"{file.name}.part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(part, file)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
