@@ -14,7 +14,7 @@ __all__ = ["Countdown", "Term", "combine", "generate", "split_of", "stream"]
 
 OPERATORS = "+-*/"
 _NUMBERS = range(1, 11)  # the small numbers of the television game
-_LARGEST = 50  # of targets and of what is calculated on the way
+_LARGEST = 20  # of targets and of what is calculated on the way
 _TEST_SHARE = 8  # one problem in eight belongs to the test split
 
 
@@ -51,7 +51,7 @@ class Countdown:
     """A problem and one of its solutions.
 
     Args:
-        numbers: two to four, in falling order; a number may come twice.
+        numbers: two to four different ones, in falling order.
         target: what to reach; none of the numbers.
         solution: a term that uses each number at most once and comes to the target.
     """
@@ -88,7 +88,7 @@ def stream(split: Split, *, seed: int = 0, repeat: bool = False) -> Iterator[Cou
     rng = random.Random(f"grpo-countdown/{split}/{seed}")
     seen: set[tuple[tuple[int, ...], int]] = set()
     while True:
-        numbers = tuple(sorted(rng.choices(_NUMBERS, k=rng.randint(2, 4)), reverse=True))
+        numbers = tuple(sorted(rng.sample(_NUMBERS, rng.randint(2, 4)), reverse=True))
         solution = _draw(numbers, rng)
         if solution is None or solution.value in numbers:
             continue

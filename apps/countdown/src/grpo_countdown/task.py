@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TASK"]
 
-_EMBEDDED_SIZE: Mapping[Split, int] = {"train": 4_096, "test": 512}
+_EMBEDDED_SIZE: Mapping[Split, int] = {"train": 2_048, "test": 512}
 _MARK = "answer:"
 _ARITHMETIC = re.compile(r"[0-9 ()+*/×÷−-]+")
 _GOAL = re.compile(r"(\d{1,6}(?: \d{1,6})*) = (\d{1,6})", re.ASCII)

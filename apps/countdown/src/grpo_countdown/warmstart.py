@@ -79,7 +79,7 @@ def texts() -> list[str]:
 def main(task: Task, arguments: Sequence[str]) -> int:
     """``warmstart``: make the tokenizer and the policy and write them in Hugging Face layout."""
     folder = Path(__file__).parent / "policy"
-    recipe = Recipe(steps=800)
+    recipe = Recipe(steps=700)
     return warmstart(task, arguments, folder=folder, texts=texts, teacher=Teacher, lessons=lessons, recipe=recipe)
 
 
