@@ -91,7 +91,7 @@ def test_without_a_dtype_weights_keep_theirs(tmp_path, stored):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(stored)}
     assert params["embed"].tobytes() == tensors["model.embed_tokens.weight"].tobytes()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
-    with pytest.raises(WeightsError, match="one type to be loaded without dtype: got .*F64"):
+    with pytest.raises(WeightsError, match=r"one type to be loaded without dtype: got .*F64"):
         load_pretrained(write(tmp_path / "mixed", LLAMA, tensors))
 
 
