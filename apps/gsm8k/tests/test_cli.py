@@ -10,7 +10,7 @@ import pytest
 
 from grpo_contracts import ContractError, GrpoError
 from grpo_gsm8k import cli
-from grpo_trainer.run import startup
+from grpo_trainer.settings import startup
 from grpo_trainer.settings.errors import ConfigError
 from runs import load
 from grpo_trainer.settings.layers import dump
@@ -129,10 +129,10 @@ def test_usage(arguments, capsys):
 
 
 def test_own_commands_get_their_arguments(monkeypatch):
-    module = types.ModuleType("grpo_trainer.run.replay")
+    module = types.ModuleType("grpo_trainer.report.replay")
     seen = []
     module.main = lambda arguments: seen.append(arguments) or 4  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grpo_trainer.run.replay", module)
+    monkeypatch.setitem(sys.modules, "grpo_trainer.report.replay", module)
     assert cli.main(["replay", "capsule.npz", "--anything"]) == 4
     assert seen == [["capsule.npz", "--anything"]]
 
@@ -188,7 +188,7 @@ def test_unwritable_cache(quiet_environment, tmp_path):
 def test_jax_sees_devices_and_cache(tmp_path):
     script = (
         "from runs import load
-from grpo_trainer.settings.layers import \nfrom grpo_trainer.run.startup import prepare_process\nimport sys\n"
+from grpo_trainer.settings.layers import \nfrom grpo_trainer.settings.startup import prepare_process\nimport sys\n"
         "prepare_process(load([], ['cpu_devices=3', 'compilation_cache=' + sys.argv[1]]))\n"
         "import jax, json\njax.jit(lambda x: x + 1)(1.0)\nprint(json.dumps([jax.device_count('cpu')]))\n"
     )

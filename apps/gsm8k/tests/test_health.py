@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from grpo_contracts import PolicyVersion
-from grpo_trainer.run import replay
+from grpo_trainer.report import replay
 from grpo_trainer.rewards.functions import RewardError
 from runs import assemble
 from grpo_trainer.run.capsule import CapsuleError, read_capsule

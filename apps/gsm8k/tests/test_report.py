@@ -9,7 +9,7 @@ import pytest
 
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
-from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.folder import RunFolder
 from runs import load
 

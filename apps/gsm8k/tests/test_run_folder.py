@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.files import read_lines
 from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.settings.errors import ConfigError, RunFolderError

@@ -36,7 +36,7 @@ from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefu
 from grpo_trainer.run.folder import RunFolder, versions
 from grpo_trainer.run.health import Health, StaleWeights
 from grpo_trainer.run.progress import Progress
-from grpo_trainer.run.startup import prepare_process
+from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from runs import load
 from grpo_trainer.settings.schema import Settings

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from grpo_trainer.run.startup import prepare_process
 from grpo_trainer.settings.layers import dump, load, preset_files
+from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
 
 __all__ = ["Command", "main", "run_app"]
@@ -27,7 +27,7 @@ _CONFIGURED = {
     ),
 }
 _OWN: dict[str, Command] = {
-    "replay": ("grpo_trainer.run.replay:main", "run a failed step again from its capsule and say what was not finite"),
+    "replay": ("grpo_trainer.report.replay:main", "run a failed step again and say what was not finite"),
 }
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from grpo_contracts import FinishReason, PolicyVersion
 from grpo_mesh import digest
 from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.rewards.scoring import transcribe
-from grpo_trainer.run.accuracy import Accuracy
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task

@@ -15,9 +15,9 @@ from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.data.stream import Asked
 from grpo_trainer.evaluate import evaluate
 from grpo_trainer.learn import learn, make_batch
-from grpo_trainer.report import write_report
+from grpo_trainer.report.accuracy import verdict
+from grpo_trainer.report.page import write_report
 from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal, transcribe
-from grpo_trainer.run.accuracy import verdict
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
 from grpo_trainer.run.folder import RunFolder

@@ -1,5 +1,1 @@
-"""The page that shows a run."""
-
-from grpo_trainer.report.page import write_report
-
-__all__ = ["write_report"]
+"""The page that shows a run, and the second look at a step that failed."""

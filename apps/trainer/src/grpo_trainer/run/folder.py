@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from grpo_trainer.run.accuracy import Accuracy
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import changed_keys, dump, load_saved

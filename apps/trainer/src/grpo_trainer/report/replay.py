@@ -16,7 +16,7 @@ import numpy as np
 
 from grpo_contracts import TrainBatch
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
-from grpo_trainer.run.startup import prepare_process
+from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
 
 if TYPE_CHECKING:
