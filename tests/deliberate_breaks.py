@@ -1,7 +1,7 @@
 """Three deliberate breaks of each library, and copies of the tree that contain them.
 
-Each is a replacement in one source file. If that line is rewritten, `break_tree` fails: adapt the break to the new line,
-so that it still proves that the release tools find breaks.
+Each is a replacement in one source file. If that line is rewritten, `break_tree` fails: adapt the break to the new
+line, so that it still proves that the release tools find breaks.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_each_package_may_be_swapped_under_the_released_apps(tmp_path: Path) -> 
 
 
 def test_the_matrix_names_three_deliberate_breaks(tmp_path: Path) -> None:
-    """A keyword that the trainer passes, a meaning that no app sees, a shape that breaks them; one library is unbroken."""
+    """A keyword that the trainer passes, a meaning that no app sees, a shape that breaks them; one library is whole."""
     broken = {b.library: b for b in BREAKS if (b.library, b.what) in THREE}
     # A history of its own, so that only the breaks differ, whatever was tagged here.
     repository = extract(ROOT, "HEAD", tmp_path / "repository")
