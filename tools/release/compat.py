@@ -142,7 +142,7 @@ def compatibility(
             continue
         forward, verdict = old.swap(after), Verdict((), (), ())
         if after.is_library:
-            verdict = judge(before.folder.parents[1], candidate, name, python=old.python)
+            verdict = judge(before.folder.parents[1], candidate, name, python=old.environment[0])
         yield Row(name, before.version, after.version, verdict, forward, new.swap(before) if reverse else None)
 
 
@@ -178,34 +178,29 @@ class _Installed:
     progress: Callable[[str], None]
 
     @cached_property
-    def python(self) -> Path:
-        """The interpreter."""
+    def environment(self) -> tuple[Path, dict[str, Path]]:
+        """The interpreter, and folders of the tests by package, once all tests passed."""
         build(self.workspace.libraries, self.scratch, wheels_only=True)
         build(self.workspace.assemblies, self.scratch)
         python = fresh.create(self.scratch / "environment")
         fresh.install_packages(python, self.workspace, self.workspace.assemblies, self.scratch)
         fresh.install(python, self.tools.test_requirements(self.tools.assemblies[0]))
-        return python
-
-    @cached_property
-    def tests(self) -> dict[str, Path]:
-        """Folders of the tests by package, once all pass with their own pins."""
         tests = {
             package.name: fresh.unpack_tests(self.scratch / package.sdist, self.scratch / package.name)
             for package in self.workspace.assemblies
         }
         self.progress(f"{self.origin} with its own pins")
-        for name, outcome in self.run(tests).items():
+        for name, outcome in self.run(python, tests).items():
             if not outcome.passed:
                 raise ReleaseError(f"{name} must pass with its own pins:\n{outcome.output}")
-        return tests
+        return python, tests
 
-    def run(self, tests: Mapping[str, Path]) -> Outcomes:
+    def run(self, python: Path, tests: Mapping[str, Path]) -> Outcomes:
         """Run the loop of each package that tests it, and all fast tests of the others."""
         file, name = LOOP_TEST
         return {
             package: fresh.run_tests(
-                self.python,
+                python,
                 folder,
                 [f"{file}::{name}" if (folder / file).exists() else "tests"],
                 compiled=self.compiled,
@@ -215,13 +210,13 @@ class _Installed:
 
     def swap(self, package: Package) -> Outcomes:
         """Install another version of one package, run the tests of its users, and put the old one back."""
+        python, tests = self.environment
         users = [user.name for user in self.workspace.assemblies if package.name in self.workspace.own(user)]
-        folders = {name: folder for name, folder in self.tests.items() if name in users}
         self.progress(f"{self.origin} with {package.name} {package.version}")
         (wheel,) = build([package], self.scratch / "swapped", wheels_only=True)
-        fresh.swap(self.python, wheel)
-        outcomes = self.run(folders)
-        fresh.swap(self.python, self.scratch / self.workspace[package.name].wheel)
+        fresh.swap(python, wheel)
+        outcomes = self.run(python, {name: tests[name] for name in users})
+        fresh.swap(python, self.scratch / self.workspace[package.name].wheel)
         return outcomes
 
 
