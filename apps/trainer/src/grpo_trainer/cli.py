@@ -27,7 +27,7 @@ _CONFIGURED = {
     ),
 }
 _OWN: dict[str, Command] = {
-    "replay": ("grpo_trainer.report.replay:main", "run a failed step again from its capsule and say what was not finite"),
+    "replay": ("grpo_trainer.report.replay:main", "run a failed step again and say what was not finite"),
 }
 
 

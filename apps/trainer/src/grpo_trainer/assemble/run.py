@@ -79,7 +79,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         The run.
 
     Raises:
-        GrpoError: a setting, file, model or data set does not do; the message says which and why.
+        GrpoError: a setting, file, model or data set cannot be used; the message says which and why.
     """
     mesh = make_mesh(settings.mesh, devices)
     folder = policy_folder("model.path", settings.model.path, task.policies)

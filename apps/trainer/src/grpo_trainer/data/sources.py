@@ -42,7 +42,7 @@ def read_problems(source: str, split: Split, *, limit: int = 0) -> list[Problem]
 
 
 def digest(problems: Iterable[Problem]) -> str:
-    """Identify a data set by what it says, wherever it was read.
+    """Identify a data set by its contents, wherever it was read.
 
     Args:
         problems: in order.

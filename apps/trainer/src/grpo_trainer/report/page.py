@@ -76,7 +76,7 @@ class _Plan:
     """One chart: which metrics, under which names."""
 
     title: str
-    says: str
+    caption: str
     metrics: Mapping[str, str]
     form: Callable[[float], str] = number
     log: bool = False
@@ -91,7 +91,7 @@ class _Plan:
             for metric in self.metrics
         }
         present = {metric: points for metric, points in found.items() if points}
-        says = self.says
+        caption = self.caption
         if self.stack:
             steps = [record["step"] for record in records if record["step"] > 0]
             amounts = {metric: dict(points) for metric, points in present.items()}
@@ -104,7 +104,7 @@ class _Plan:
                 return None
             svg, beyond = stacked(series, form=self.form)
             if beyond:
-                says += f" Beyond the axis: {beyond} of {len(steps)} steps, such as the first, which compiles."
+                caption += f" Beyond the axis: {beyond} of {len(steps)} steps, such as the first, which compiles."
         else:
             series = [Series(self.metrics[m], points, dots=m in self.dots) for m, points in present.items()]
             if not series:
@@ -113,7 +113,7 @@ class _Plan:
         latest = next(iter(present.values()))[-1][1]
         return {
             "title": self.title,
-            "says": says,
+            "caption": caption,
             "latest": None if self.stack else self.form(latest),
             "legend": [one.label for one in series] if len(series) > 1 else [],
             "svg": Markup(svg),  # our own, its labels escaped

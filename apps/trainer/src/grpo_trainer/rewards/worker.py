@@ -49,7 +49,7 @@ def receive(pipe: IO[bytes]) -> Any:
 def main() -> None:
     """Load the function that the first request names, then answer requests until there are no more."""
     pipe_in, pipe_out = _claim_pipes()
-    faulthandler.enable()  # a segmentation fault says where, on standard error
+    faulthandler.enable()  # a segmentation fault leaves a traceback on standard error
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C asks the run to finish its step, which needs this process
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe_in, requests), daemon=True).start()
@@ -72,7 +72,7 @@ def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[s
         given: its keyword arguments.
 
     Returns:
-        `values` (a number, None where unscored) and `wrong` (row -> what stood there, for values that are no numbers);
+        `values` (a number, None where unscored) and `wrong` (row -> what was returned, for values that are not numbers);
         or `kind` (`exception` or `shape`) and `message`, where there are no values.
     """
     rows = len(given["completions"])

@@ -1,10 +1,10 @@
-"""Reward functions of a user's, each in a process of its own: they may raise, hang or crash, and the run goes on.
+"""Reward functions of a user's own, each in its own process: they may raise, hang or crash, and the run goes on.
 
-A function gets a step's completions in one call of at most `reward.timeout` seconds. If that fails, each completion is
-put to it alone, for an eighth of the timeout each and the timeout in all: so that one completion that a function cannot
-stomach costs that completion, not the step, and a step at most twice the timeout (and the restarts of a process that
-died). What fails alone, or is not reached in time, stays unscored. A function must therefore judge each completion by
-itself, whatever else is in the list.
+A function gets all completions of a step in one call, which may take `reward.timeout` seconds. If that call fails, the
+function is called again with one completion at a time, for an eighth of the timeout each and the timeout in total. So
+each completion that makes the function fail costs that completion and not the step, and a step takes at most twice the
+timeout (plus the restarts of a process that died). A completion that fails alone, or is not reached in time, stays
+unscored. A function must therefore judge each completion by itself, whatever else is in the list.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _ABOUT, _BATCH = "capsule.json", "batch.npz"
 
 
 class CapsuleError(GrpoError, ValueError):
-    """A file is no capsule, or a damaged one."""
+    """A file is not a capsule, or it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_capsule(path: Path) -> tuple[Capsule, TrainBatch]:
         path: a file that `write_capsule` wrote.
 
     Returns:
-        What it says, and the batch.
+        What it records, and the batch.
 
     Raises:
         CapsuleError: no such file, or it is damaged, or of another version of this program.
@@ -94,7 +94,7 @@ def read_capsule(path: Path) -> tuple[Capsule, TrainBatch]:
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, CapsuleError):
             raise
-        raise CapsuleError(f"{path} must be a capsule that a run left when it stopped: {error}") from error
+        raise CapsuleError(f"{path} must be a capsule, written by a run that stopped: {error}") from error
     if not isinstance(batch, TrainBatch):
         raise CapsuleError(f"{path} must hold a TrainBatch: it holds a {type(batch).__name__}")
     return capsule, batch

@@ -28,7 +28,7 @@ FORMAT = 2
 # What of a run's identity may change under a checkpoint, where that is asked for.
 _DATA = ("problems", "held_out")
 
-# What orbax, tensorstore and zarr raise on bytes that are missing, cut short or changed.
+# What orbax, tensorstore and zarr raise for bytes that are missing, cut short or changed.
 _DAMAGE = (ValueError, OSError, KeyError, TypeError)
 
 log = logging.getLogger(__name__)
@@ -263,10 +263,10 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
         found = read()
     except Exception as error:
         # orbax wraps what tensorstore says of an array's bytes into a bare Exception.
-        said = error.__cause__ if type(error) is Exception else error
-        if not isinstance(said, _DAMAGE):
+        cause = error.__cause__ if type(error) is Exception else error
+        if not isinstance(cause, _DAMAGE):
             raise
-        damage = (str(said).strip() or type(said).__name__).splitlines()[0]
+        damage = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     if jax.process_count() > 1:
         bad = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(damage))))
         if len(bad) and not damage:

@@ -40,7 +40,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What summary.json of a run folder says; empty while the run is not finished.
+    """Read summary.json of a run folder; empty while the run is not finished.
 
     Args:
         folder: of the run.
@@ -101,7 +101,7 @@ def replace(file: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says against writing into a sentence about the run folder."""
+    """Turn an operating system error while writing into a sentence about the run folder."""
     try:
         yield
     except OSError as error:

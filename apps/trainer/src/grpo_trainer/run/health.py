@@ -1,4 +1,4 @@
-"""Is the run still learning? What is wrong is said once, kept in the summary, or stops the run with a sentence."""
+"""Is the run still learning? A fault is reported once, kept in the summary, or stops the run with a sentence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Diverged(GrpoError, RuntimeError):
 
 
 class StaleWeights(GrpoError, RuntimeError):
-    """A rollout was drawn from other parameters than the trainer holds."""
+    """A rollout was drawn from parameters other than the trainer's."""
 
 
 class Health:
@@ -53,7 +53,7 @@ class Health:
         self._settings, self._folder, self._progress = settings, folder, progress
         self._failures: Counter[str] = Counter()
         rollout = settings.rollout
-        # Filters make the sampler's law another one than the trainer's: their gap then says nothing about arithmetic.
+        # With filters, sampler and trainer have different distributions: their gap then measures no rounding error.
         self._compares = rollout.top_k == 0 and rollout.top_p == 1 and rollout.min_p == 0
         self._max_gap = settings.health.max_logp_gap or _USUAL_GAP[settings.model.compute_dtype]
 
