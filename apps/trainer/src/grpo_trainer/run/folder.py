@@ -248,19 +248,24 @@ def versions(distribution: str) -> dict[str, str]:
     """Installed versions of Python, the trainer, an app, and everything they declare.
 
     Args:
-        distribution: of the app, such as `grpo-trainer` itself where there is none.
+        distribution: of the app; one that is not installed, such as a script's, has no version to record.
     """
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     ours = [distribution, "grpo-trainer"]
-    declared = [
-        re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for name in ours for line in metadata.requires(name) or []
-    ]
+    declared = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for name in ours for line in _requirements(name)]
     for name in sorted({*ours, *declared, "jaxlib", "libtpu"}):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
     return found
+
+
+def _requirements(distribution: str) -> list[str]:
+    try:
+        return metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _refuse_other(path: Path, settings: Settings) -> None:
@@ -295,8 +300,8 @@ def _auto(settings: Settings, root: Path) -> Path:
         except (ConfigError, RunFolderError):
             continue
         return path
-    settings = sha256(dump(settings).encode()).hexdigest()[:6]
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings}"
+    name = sha256(dump(settings).encode()).hexdigest()[:6]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     taken = sum(1 for _ in root.glob(f"{stem}*"))
     return root / (f"{stem}-{taken}" if taken else stem)
 
