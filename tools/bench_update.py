@@ -66,7 +66,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def rollout(vocabulary: int, lengths: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, prompt lengths, total lengths, groups and advantages of one batch; the same for both sides."""
+    """Tokens, prompt lengths, total lengths, groups and advantages of one batch; both sides get the same."""
     rng = np.random.default_rng(0)
     B = GROUPS * GROUP_SIZE
     prompt_length_B = np.repeat(rng.integers(64, LONGEST_PROMPT + 1, GROUPS), GROUP_SIZE)
@@ -79,6 +79,39 @@ def rollout(vocabulary: int, lengths: str) -> tuple[np.ndarray, np.ndarray, np.n
     tokens_BT = np.where(place_T < total_length_B[:, None], tokens_BT, PAD)
     group_B = np.repeat(np.arange(GROUPS), GROUP_SIZE)
     return tokens_BT, prompt_length_B, total_length_B, group_B, rng.normal(size=B).astype(np.float32)
+
+
+def train_batch(
+    tokens_BT: np.ndarray,
+    prompt_length_B: np.ndarray,
+    total_length_B: np.ndarray,
+    group_B: np.ndarray,
+    advantage_B: np.ndarray,
+) -> Any:
+    """A rollout with advantages whose completion tokens all count."""
+    from grpo_contracts import PolicyIdentity, Rollout, SamplingLaw, Scored, TrainBatch
+
+    B, T = tokens_BT.shape
+    place_T = np.arange(T)
+    zero_B, zero_BT = np.zeros(B, np.float32), np.zeros((B, T), np.float32)
+    rollout = Rollout(
+        tokens_BT=tokens_BT,
+        prompt_length_B=prompt_length_B.astype(np.int32),
+        total_length_B=total_length_B.astype(np.int32),
+        loss_mask_BT=(place_T >= prompt_length_B[:, None]) & (place_T < total_length_B[:, None]),
+        logp_BT=zero_BT,
+        policy_logp_BT=zero_BT,
+        finish_B=np.zeros(B, np.int8),
+        prompt_id_B=group_B.astype(np.int32),
+        sample_B=np.zeros(B, np.int32),
+        group_B=group_B.astype(np.int32),
+        group_size=B // len(np.unique(group_B)),
+        law=SamplingLaw(),
+        policy=PolicyIdentity(0, "00"),
+        vocab_size=int(tokens_BT.max()) + 1,
+        pad_id=PAD,
+    )
+    return TrainBatch(Scored.from_rewards(rollout, {"none": zero_B.tolist()}), advantage_B)
 
 
 def timed(call, repeats: int) -> list[float]:
@@ -116,18 +149,8 @@ def make_policy_update(config, **options):
         )
         return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT)
 
-    def loss(logp_RT, entropy_RT, micro):
-        return grpo_loss.policy_loss(
-            logp_RT,
-            old_logp_RT=None,
-            advantage_RT=micro.data["advantage"],
-            mask_RT=micro.mask_RT,
-            segment_RT=micro.segment_RT,
-            entropy_RT=entropy_RT,
-        )
-
     optimizer = optax.adamw(1e-6)
-    return grpo_loss.make_update(forward, loss, optimizer), optimizer, params
+    return grpo_loss.make_update(forward, grpo_loss.make_loss(), optimizer), optimizer, params
 
 
 def ours(name: str, lengths: str, repeats: int) -> dict:
@@ -140,11 +163,11 @@ def ours(name: str, lengths: str, repeats: int) -> dict:
     config = ModelConfig(family="qwen3", tied=True, qk_norm=True, **MODELS[name])
     update, optimizer, _ = make_policy_update(config)
     _, params = split(Transformer(config, rngs=nnx.Rngs(0)))
-    tokens_BT, prompt_length_B, total_length_B, group_B, advantage_B = rollout(config.vocab_size, lengths)
+    data = train_batch(*rollout(config.vocab_size, lengths))
 
     def shape(rows: int, prompts: int, blocks: int) -> grpo_loss.PackShape:
         return grpo_loss.PackShape.for_rollout(
-            sequences=len(group_B),
+            sequences=GROUPS * GROUP_SIZE,
             groups=GROUPS,
             max_prompt_length=LONGEST_PROMPT,
             max_new_tokens=NEW_TOKENS,
@@ -157,16 +180,12 @@ def ours(name: str, lengths: str, repeats: int) -> dict:
     shapes = [shape(rows=8, prompts=1, blocks=1), shape(rows=6, prompts=2, blocks=2)]
     state = grpo_loss.init_state(params, optimizer)
 
-    def batch() -> grpo_loss.PackedBatch:
-        packed = grpo_loss.pack(tokens_BT, prompt_length_B, total_length_B, group_B, shape=shapes)
-        return packed.with_sequences(advantage=advantage_B)
-
-    first = batch()
+    first = grpo_loss.pack(data, shape=shapes)
     compiled = update.lower(state, first).compile()
 
     def step() -> None:
         nonlocal state
-        state, metrics = compiled(state, batch())
+        state, metrics = compiled(state, grpo_loss.pack(data, shape=shapes))
         jax.block_until_ready((state, metrics))
 
     micro = first.micro
@@ -253,7 +272,6 @@ def tunix_example(
 def real_size_bytes(rows: int) -> int:
     """Temporaries of a whole update at the shape of a 0.5B model: 8 sequences of 1,024 tokens, 256 of them prompt."""
     import jax
-    import jax.numpy as jnp
 
     import grpo_loss
     from grpo_sampler import ModelConfig
@@ -274,13 +292,8 @@ def real_size_bytes(rows: int) -> int:
     shape = grpo_loss.PackShape.for_rollout(
         sequences=8, groups=1, max_prompt_length=256, max_new_tokens=768, rows=rows, prompts=1
     )
-    tokens_BT = np.ones((8, 1024), np.int32)
-    lengths = np.full(8, 256), np.full(8, 1024)
-    batch = grpo_loss.pack(tokens_BT, *lengths, np.zeros(8, int), shape=shape)
-    batch = batch.with_sequences(advantage=np.ones(8, np.float32))
     state = jax.eval_shape(lambda params: grpo_loss.init_state(params, optimizer), params)
-    abstract_batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype), batch)
-    return temporary_bytes(update.lower(state, abstract_batch).compile())
+    return temporary_bytes(update.lower(state, grpo_loss.abstract_batch(shape)).compile())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from grpo_loss_laws import values
 from jax.typing import ArrayLike
 
 VOCABULARY, LONGEST, STOP, GROUP = 4, 3, 3, 2
@@ -124,7 +125,7 @@ class Estimator:
 
     Attributes:
         advantage: (rewards of a group [G], masks [G, T], sequence numbers [G]) -> advantages [G, T].
-        loss: arguments of `policy_loss`.
+        loss: arguments of `grpo_loss_laws.values`, and which arrays `policy_loss` is given.
         target: the claimed expectation of minus the loss's gradient.
         claim: the same in words.
         sampler: logits that the group is drawn from.
@@ -159,7 +160,7 @@ def expectation(library, estimator):
                 reference_logp_RT=logp_of(REFERENCE)[tuple_G] if needs["reference"] else None,
                 entropy_RT=entropy_of(logits)[tuple_G] if needs["entropy"] else None,
                 sampler_logp_RT=logp_of(sampler)[tuple_G] if needs["from_sampler"] else None,
-                **loss,
+                **values(library, **loss),
             )
             return -terms.loss()
 

@@ -25,11 +25,44 @@ CASES = [
     {"kl_coefficient": 0.3, "kl_ratio": True},
     {"entropy_coefficient": 0.2, "aggregation": "sequence-mean-token-mean"},
     {"weighted": True, "kl_coefficient": 0.3, "entropy_coefficient": 0.2},
+    {"weighted": True, "dual_clip": 1.3, "aggregation": "sequence-mean-token-mean"},
+    {"weighted": True, "kind": "gspo-token", "clip_low": 0.1, "clip_high": 0.1},
+    {"weighted": True, "kind": "cispo"},
+    {"weighted": True, "kind": "sapo"},
+    {"weighted": True, "kind": "reinforce"},
     {"correction": "truncate", "correction_high": 1.2, "kl_coefficient": 0.3},
     {"correction": "mask", "correction_low": 0.7, "correction_high": 1.3},
     {"kind": "reinforce", "correction": "truncate", "correction_level": "sequence", "correction_low": 0.5},
     {"kind": "cispo", "correction": "mask", "correction_level": "sequence", "correction_high": 1.5},
 ]
+
+
+def values(
+    library,
+    *,
+    kind="ppo",
+    sapo_temperatures=(),
+    aggregation="token-mean",
+    horizon=None,
+    kl="k3",
+    kl_coefficient=None,
+    kl_ratio=False,
+    entropy_coefficient=0.0,
+    correction=None,
+    **rest,
+):
+    """What the plain loops and the stored references are told, as the library's values."""
+    bounds = {name: rest.pop(name) for name in ("clip_low", "clip_high", "dual_clip") if name in rest}
+    limits = {name: rest.pop(f"correction_{name}") for name in ("high", "low", "level") if f"correction_{name}" in rest}
+    assert not rest, f"unknown: {rest}"
+    corrections = {"truncate": library.truncate, "mask": library.drop_outside}
+    return {
+        "objective": getattr(library, kind.replace("-", "_"))(*sapo_temperatures, **bounds),
+        "aggregation": library.fixed(horizon) if horizon else getattr(library, aggregation.replace("-", "_")),
+        "kl": None if kl_coefficient is None else library.KL(kl, kl_coefficient, ratio=kl_ratio),
+        "entropy_coefficient": entropy_coefficient,
+        "correction": None if correction is None else corrections[correction](**limits),
+    }
 
 
 def evaluate(library, sequences, layout, width=16, dtype=np.float64, weighted=False, **arguments):
@@ -54,14 +87,14 @@ def _compiled(library, weighted, arguments):
             terms = library.policy_loss(
                 logp,
                 old_logp_RT=arrays["old"],
-                advantage_RT=arrays["advantage"],
+                # Every objective is proportional to the advantage's size: a token's weight is a factor on it.
+                advantage_RT=arrays["advantage"] * (arrays["weight"] if weighted else 1),
                 mask_RT=mask,
                 segment_RT=segment,
                 reference_logp_RT=arrays["reference"],
                 entropy_RT=entropy,
                 sampler_logp_RT=arrays["sampler"],
-                weight_RT=arrays["weight"] if weighted else None,
-                **dict(arguments),
+                **values(library, **dict(arguments)),
             )
             return terms.numerator, terms
 
@@ -129,15 +162,54 @@ def check_first_update(library):
     logp, advantage = jnp.asarray(arrays["logp"]), jnp.asarray(arrays["advantage"])
 
     def gradient(**arguments):
-        return jax.grad(lambda x: library.policy_loss(x, advantage_RT=advantage, mask_RT=mask, **arguments).numerator)(
-            logp
-        )
+        old = arguments.pop("old")
+        return jax.grad(
+            lambda x: (
+                library.policy_loss(
+                    x, old_logp_RT=old, advantage_RT=advantage, mask_RT=mask, **values(library, **arguments)
+                ).numerator
+            )
+        )(logp)
 
     expected = jnp.where(mask, -advantage, 0)
     for kind in ("ppo", "cispo", "sapo", "reinforce", "gspo", "gspo-token"):
-        close(gradient(kind=kind, old_logp_RT=None), expected)
-        close(gradient(kind=kind, old_logp_RT=logp), expected)
-    close(gradient(clip_low=0.0, clip_high=0.0, old_logp_RT=None), expected)
+        close(gradient(kind=kind, old=None), expected)
+        close(gradient(kind=kind, old=logp), expected)
+    close(gradient(clip_low=0.0, clip_high=0.0, old=None), expected)
+
+
+def check_far_off_policy(library):
+    """A ratio beyond float32 leaves every gradient finite, 0 for a clipped token, and the other tokens' as they are."""
+    # An ordinary token; far above with either sign of the advantage; far below; the largest ratio without a bound.
+    log_ratio = jnp.array([[0.1], [100.0], [100.0], [-100.0], [19.5]], jnp.float32)
+    advantage = jnp.array([[1.0], [1.0], [-1.0], [1.0], [-1.0]], jnp.float32)
+    kinds = ("ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce")
+    cases = [{"kind": kind, "kl_coefficient": 0.1, "kl_ratio": ratio} for kind in kinds for ratio in (False, True)]
+    cases.append({"dual_clip": 3.0})
+
+    @jax.jit
+    def gradients(log_ratio, advantage):
+        def numerator(x, case):
+            return library.policy_loss(
+                x,
+                old_logp_RT=jnp.zeros_like(x),
+                advantage_RT=advantage,
+                mask_RT=jnp.ones(x.shape, bool),
+                reference_logp_RT=x,
+                **values(library, **case),
+            ).numerator
+
+        return [jax.grad(lambda x, case=case: numerator(x, case))(log_ratio)[:, 0] for case in cases]
+
+    for case, together, alone in zip(
+        cases, gradients(log_ratio, advantage), gradients(log_ratio[:1], advantage[:1]), strict=True
+    ):
+        assert np.isfinite(together).all(), f"{case}: {together}"
+        close(together[0], alone[0], rtol=1e-6)
+        if case.get("kind") in ("ppo", "gspo", "gspo-token"):
+            assert together[1] == 0, f"{case}: a clipped token has a gradient"
+            close(together[4], np.exp(19.5), rtol=1e-6)
+    assert together[2] == 0, "the dual clip leaves a gradient"
 
 
 def check_group_advantages(library):
@@ -196,7 +268,6 @@ def check_other_advantages(library):
         library.overlong_penalty(np.array([1, 60, 70, 80, 100, 130]), max_tokens=100, buffer_tokens=40),
         [0, 0, -0.25, -0.5, -1, -1],
     )
-    close(library.clip_advantage(np.array([-3.0, 0.5, 9.0]), 2.0), [-2, 0.5, 2])
     mask = np.array([[True, True, False, True, False], [True, False, False, False, False]])
     logp, reference = np.full((2, 5), -1.0), np.full((2, 5), -1.5)
     rewards = library.token_reward(
@@ -242,7 +313,7 @@ def check_kl_gradient_kinds(library):
     logp, reference = jnp.array([-1.0, -2.0, -0.3]), jnp.array([-1.5, -1.0, -0.3])
 
     def both(kl):
-        return jax.value_and_grad(lambda x, y: library.kl_estimate(x[None], y[None], kl=kl).sum(), argnums=(0, 1))(
+        return jax.value_and_grad(lambda x, y: library.kl_estimate(x[None], y[None], kl).sum(), argnums=(0, 1))(
             logp, reference
         )
 
@@ -264,6 +335,7 @@ CHECKS = [
     check_metrics,
     check_adds_up,
     check_first_update,
+    check_far_off_policy,
     check_group_advantages,
     check_other_advantages,
     check_token_masks,

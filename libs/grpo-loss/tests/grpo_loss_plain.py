@@ -74,7 +74,7 @@ def plain_policy_loss(
     correction_low=0.0,
     correction_high=2.0,
 ):
-    """Same arguments as the library's `policy_loss`; arrays come as `sequences`."""
+    """The loss of `sequences`; `grpo_loss_laws.values` turns the other arguments into the library's."""
     defaults = {"ppo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "gspo-token": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
     low, high = defaults.get(kind, (0, 0)) if clip_low is None or clip_high is None else (clip_low, clip_high)
     out = Plain(sums={"clip_ratio/low": 0.0, "clip_ratio/high": 0.0, "kl": 0.0, "importance_ratio/mean": 0.0})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_loss
+from grpo_contracts import PolicyIdentity, Rollout, SamplingLaw, Scored, TrainBatch
 
 VOCABULARY = 24
 WIDTH = 8
@@ -14,32 +15,50 @@ WIDTH = 8
 
 @dataclass(frozen=True)
 class Ragged:
-    """What a packer needs of a rollout."""
+    """What a packer needs of a train batch."""
 
     tokens_BT: np.ndarray
     prompt_length_B: np.ndarray
     total_length_B: np.ndarray
     group_B: np.ndarray
     loss_mask_BT: np.ndarray
+    scored_B: np.ndarray
+    advantage: np.ndarray
+    sampler_logp_BT: np.ndarray
+    old_logp_BT: np.ndarray | None
+
+    def train_batch(self):
+        """As a TrainBatch; what packing does not read is empty."""
+        B = len(self.tokens_BT)
+        empty_B = np.zeros(B, np.float32)
+        rollout = Rollout(
+            tokens_BT=self.tokens_BT,
+            prompt_length_B=self.prompt_length_B,
+            total_length_B=self.total_length_B,
+            loss_mask_BT=self.loss_mask_BT,
+            logp_BT=self.sampler_logp_BT,
+            policy_logp_BT=self.sampler_logp_BT,
+            finish_B=np.zeros(B, np.int8),
+            prompt_id_B=self.group_B,
+            sample_B=np.zeros(B, np.int32),
+            group_B=self.group_B,
+            group_size=1,
+            law=SamplingLaw(),
+            policy=PolicyIdentity(0, "00"),
+            vocab_size=VOCABULARY,
+            pad_id=0,
+        )
+        scored = Scored(rollout, empty_B[:, None], self.scored_B[:, None], ("r",), np.ones(1), empty_B, self.scored_B)
+        return TrainBatch(scored, self.advantage, self.old_logp_BT)
 
     def pack(self, shape, **arguments):
-        return grpo_loss.pack(
-            self.tokens_BT,
-            self.prompt_length_B,
-            self.total_length_B,
-            self.group_B,
-            self.loss_mask_BT,
-            shape=shape,
-            **arguments,
-        )
+        return grpo_loss.pack(self.train_batch(), shape=shape, **arguments)
 
     def pad(self, rows, **arguments):
-        return grpo_loss.pad(
-            self.tokens_BT, self.prompt_length_B, self.total_length_B, self.loss_mask_BT, rows=rows, **arguments
-        )
+        return grpo_loss.pad(self.train_batch(), rows=rows, **arguments)
 
 
-def ragged(seed, groups, group_size, longest_prompt, longest, length_of=None):
+def ragged(seed, groups, group_size, longest_prompt, longest, length_of=None, dtype=np.float32):
     """Groups with prompts of 1 to `longest_prompt` tokens; completions of 0 to `longest`, or drawn by `length_of`."""
     rng = np.random.default_rng(seed)
     B, T = groups * group_size, longest_prompt + longest
@@ -54,7 +73,21 @@ def ragged(seed, groups, group_size, longest_prompt, longest, length_of=None):
     in_completion_BT = (place_T >= prompt_length_B[:, None]) & (place_T < total_length_B[:, None])
     loss_mask_BT = in_completion_BT & (rng.random((B, T)) < 0.9)
     group_B = np.repeat(np.arange(groups), group_size)
-    return Ragged(tokens_BT, prompt_length_B, total_length_B, group_B, loss_mask_BT)
+    targets = np.random.default_rng(11)
+    advantage_B = targets.normal(size=B).astype(dtype)
+    old_logp_BT = (-np.log(VOCABULARY) + 0.3 * targets.normal(size=(B, T))).astype(dtype)
+    sampler_logp_BT = (old_logp_BT + 0.1 * targets.normal(size=(B, T))).astype(dtype)
+    return Ragged(
+        tokens_BT,
+        prompt_length_B,
+        total_length_B,
+        group_B,
+        loss_mask_BT,
+        np.ones(B, bool),
+        advantage_B,
+        sampler_logp_BT,
+        old_logp_BT,
+    )
 
 
 def toy_params(dtype):
@@ -90,22 +123,13 @@ def toy_forward(params, micro, shards=1):
 def toy_loss(logp_RT, entropy_RT, micro):
     """A clipped ratio with an entropy bonus: token-mean."""
     mask_RT = micro.mask_RT
-    ratio_RT = jnp.exp(jnp.where(mask_RT, logp_RT - micro.data["old_logp"], 0))
-    advantage_RT = micro.data["advantage"]
+    ratio_RT = jnp.exp(jnp.where(mask_RT, logp_RT - micro.old_logp_RT, 0))
+    advantage_RT = micro.advantage_RT
     surrogate_RT = jnp.minimum(ratio_RT * advantage_RT, jnp.clip(ratio_RT, 0.8, 1.2) * advantage_RT)
     value_RT = jnp.where(mask_RT, -surrogate_RT - 0.01 * entropy_RT, 0)
     count = mask_RT.sum().astype(value_RT.dtype)
     return grpo_loss.LossTerms(
         value_RT.sum(), count, {"entropy": (entropy_RT.sum(), count)}, {"ratio_max": (ratio_RT * mask_RT).max()}
-    )
-
-
-def with_targets(batch, data, dtype):
-    """Advantages and old log-probabilities that do not depend on how the batch is laid out."""
-    rng = np.random.default_rng(11)
-    B, T = data.tokens_BT.shape
-    return batch.with_sequences(advantage=rng.normal(size=B).astype(dtype)).with_tokens(
-        old_logp=(-np.log(VOCABULARY) + 0.3 * rng.normal(size=(B, T))).astype(dtype)
     )
 
 

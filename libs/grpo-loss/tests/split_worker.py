@@ -34,17 +34,17 @@ def main():
 
 def gradients(dtype, rows, layout, devices=1):
     """Loss, denominator and the gradient of every parameter, divided once, on `devices` devices."""
-    from grpo_loss_ragged import ragged, toy_forward, toy_loss, toy_params, with_targets
+    from grpo_loss_ragged import ragged, toy_forward, toy_loss, toy_params
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     import grpo_loss
 
-    data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12)
+    data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12, dtype=np.dtype(dtype))
     sizes = {"sequences": 20, "groups": 5, "max_prompt_length": 6, "max_new_tokens": 12, "row_length": 16}
     shape = grpo_loss.PackShape.for_rollout(
         rows=rows, shards=devices, blocks=4 if layout == "blocks" else 1, prompts=rows, **sizes
     )
-    batch = with_targets(data.pad(rows) if layout == "padded" else data.pack(shape), data, np.dtype(dtype))
+    batch = data.pad(rows) if layout == "padded" else data.pack(shape)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))

@@ -1,4 +1,4 @@
-"""The library satisfies the laws, and says what is wrong when asked for something that would do nothing."""
+"""The library satisfies the laws, and says what is wrong when asked for something it cannot do."""
 
 import grpo_loss_laws as laws
 import jax
@@ -8,6 +8,7 @@ import pytest
 from grpo_loss_plain import packed, padded, random_sequences
 
 import grpo_loss
+from grpo_loss import KL, LossError, Surrogate, drop_outside, fixed, gspo, ppo, sapo, truncate
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +48,13 @@ def test_float32_and_any_split_agree_to_1e_6(kind):
 
 def test_accepts_bfloat16_and_computes_in_float32():
     logp = jnp.full((2, 3), -1.0, jnp.bfloat16)
-    terms = grpo_loss.policy_loss(logp, old_logp_RT=None, advantage_RT=jnp.ones((2, 1)), mask_RT=jnp.ones((2, 3), bool))
+    terms = grpo_loss.policy_loss(logp, advantage_RT=jnp.ones((2, 1)), mask_RT=jnp.ones((2, 3), bool))
     assert terms.numerator.dtype == jnp.float32
 
 
 def test_a_batch_without_tokens_has_loss_and_metrics_zero():
     terms = grpo_loss.policy_loss(
         jnp.full((2, 3), jnp.nan),
-        old_logp_RT=None,
         advantage_RT=jnp.full((2, 1), jnp.nan),
         mask_RT=jnp.zeros((2, 3), bool),
     )
@@ -94,47 +94,82 @@ def test_group_advantages_compile():
     )
 
 
-BASE = {
-    "old_logp_RT": jnp.zeros((2, 3)),
-    "advantage_RT": jnp.ones((2, 1)),
-    "mask_RT": jnp.ones((2, 3), bool),
-}
+BASE = {"advantage_RT": jnp.ones((2, 1)), "mask_RT": jnp.ones((2, 3), bool)}
+ARRAY_RT = jnp.zeros((2, 3))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "gsp"}, "Did you mean kind='gspo'"),
-        ({"kind": "dapo"}, "clip_high=0.28"),
-        ({"aggregation": "token_mean"}, "Did you mean aggregation='token-mean'"),
-        ({"aggregation": "fixed"}, "horizon"),
-        ({"horizon": 5}, "horizon"),
-        ({"aggregation": "fixed", "horizon": 0}, "positive"),
-        ({"kl_coefficient": 0.1}, "needs reference_logp_RT"),
-        ({"kl_coefficient": -0.1, "reference_logp_RT": jnp.zeros((2, 3))}, "negative"),
-        ({"kl": "k1", "reference_logp_RT": jnp.zeros((2, 3))}, "does not see the reference"),
-        ({"kl": "k4"}, "k3"),
-        ({"kl_ratio": True}, "kl_ratio"),
-        ({"entropy_coefficient": 0.1}, "needs entropy_RT"),
-        ({"correction": "mask"}, "needs sampler_logp_RT"),
-        ({"correction": "mask", "sampler_logp_RT": jnp.zeros((2, 3)), "correction_low": 1.5}, "low <= 1 <= high"),
-        ({"correction_high": 3.0}, "correction_high has no effect"),
-        ({"dual_clip": 0.5}, "greater than 1"),
-        ({"kind": "gspo", "dual_clip": 3.0}, "no effect"),
-        ({"kind": "reinforce", "clip_low": 0.2, "clip_high": 0.2}, "no effect"),
-        ({"clip_low": 0.2}, "both"),
-        ({"clip_low": 1.2, "clip_high": 0.2}, "clip_low"),
-        ({"sapo_temperatures": (1.0, 1.0)}, "no effect"),
-        ({"kind": "sapo", "sapo_temperatures": (0.0, 1.0)}, "positive"),
+        ({"kl": KL("k3", 0.1)}, "kl needs reference_logp_RT"),
+        ({"entropy_coefficient": 0.1}, "entropy_coefficient needs entropy_RT"),
+        ({"entropy_coefficient": -0.1, "entropy_RT": ARRAY_RT}, "negative"),
+        ({"correction": drop_outside()}, "correction needs sampler_logp_RT"),
         ({"mask_RT": jnp.ones((3, 2), bool)}, "mask_RT must have shape"),
+        ({"mask_RT": jnp.full((2, 3), 0.5)}, "mask_RT must be boolean: got float"),
         ({"advantage_RT": jnp.ones(2)}, "advantage_B"),
         ({"segment_RT": jnp.ones((2, 3), int)}, "advantage_RT"),
+        ({"objective": "gspo"}, r"such as ppo\(\).*got 'gspo'"),
+        ({"objective": gspo}, r"Call it: objective=gspo\(...\)"),
+        ({"objective": lambda tokens: tokens.logp_RT}, "must return a Surrogate"),
+        ({"aggregation": "token-mean"}, "such as token_mean"),
+        ({"aggregation": fixed}, r"Call it: aggregation=fixed\(...\)"),
+        ({"correction": truncate, "sampler_logp_RT": ARRAY_RT}, r"Call it: correction=truncate\(...\)"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
-def test_refuses_what_would_do_nothing_or_does_not_fit(arguments, message):
-    with pytest.raises(grpo_loss.LossError, match=message):
-        grpo_loss.policy_loss(jnp.zeros((2, 3)), **BASE | arguments)
+def test_policy_loss_refuses(arguments, message):
+    with pytest.raises(LossError, match=message):
+        grpo_loss.policy_loss(ARRAY_RT, **BASE | arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ppo(1.2, 0.2), "clip_low"),
+        (lambda: ppo(0.2, float("nan")), "clip_high"),
+        (lambda: ppo(dual_clip=0.5), "greater than 1"),
+        (lambda: gspo(clip_low=-0.1), "clip_low"),
+        (lambda: sapo(0.0, 1.0), "positive"),
+        (lambda: fixed(0), "positive number of tokens"),
+        (lambda: KL("k4", 0.1), "k3"),  # pyright: ignore[reportArgumentType]
+        (lambda: KL("k1", 0.1), "does not see the reference"),
+        (lambda: KL("k3", -0.1), "negative"),
+        (lambda: truncate(low=1.5), "low <= 1 <= high"),
+        (lambda: drop_outside(level="word"), "Did you mean"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_no_value_is_nonsense(make, message):
+    with pytest.raises(LossError, match=message):
+        make()
+
+
+def test_an_objective_of_your_own():
+    def doubled(tokens):
+        return Surrogate(2 * tokens.advantage_RT * tokens.logp_RT, tokens.ratio_RT)
+
+    sequences = random_sequences(np.random.default_rng(4), 5, 8)
+    arrays, mask, segment, _ = packed(sequences, 16)
+    logp, advantage = jnp.asarray(arrays["logp"]), jnp.asarray(arrays["advantage"])
+    gradient = jax.grad(
+        lambda x: (
+            grpo_loss.policy_loss(
+                x, advantage_RT=advantage, mask_RT=jnp.asarray(mask), segment_RT=jnp.asarray(segment), objective=doubled
+            ).numerator
+        )
+    )(logp)
+    laws.close(gradient, np.where(mask, -2 * arrays["advantage"], 0))
+
+
+def test_a_kl_of_coefficient_zero_is_only_a_metric():
+    sequences = random_sequences(np.random.default_rng(6), 3, 5)
+    arrays, mask, _, _ = padded(sequences, 5)
+    given = {"advantage_RT": jnp.asarray(arrays["advantage"]), "mask_RT": jnp.asarray(mask)}
+    logp, reference = jnp.asarray(arrays["logp"]), jnp.asarray(arrays["reference"])
+    plain = grpo_loss.policy_loss(logp, **given)
+    shown = grpo_loss.policy_loss(logp, **given, reference_logp_RT=reference, kl=KL("k2", 0.0))
+    assert float(shown.loss()) == float(plain.loss())
+    laws.close(shown.means()["kl"], ((arrays["logp"] - arrays["reference"])[mask] ** 2 / 2).mean())
 
 
 @pytest.mark.parametrize(
@@ -145,13 +180,20 @@ def test_refuses_what_would_do_nothing_or_does_not_fit(arguments, message):
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=3), "divide"),
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scale="std"), "sample"),  # pyright: ignore[reportArgumentType]
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scored_B=np.ones(3, bool)), "scored_B"),
+        (lambda: grpo_loss.group_advantage([1, np.nan, 0, 1], group_size=2), r"got nan at \[1\]"),
+        (lambda: grpo_loss.rloo_advantage(np.array([1, 2, np.inf, 1]), group_size=2), r"got inf at \[2\]"),
         (lambda: grpo_loss.overlong_penalty(np.ones(4, int), max_tokens=10, buffer_tokens=0), "buffer"),
-        (lambda: grpo_loss.clip_advantage(np.ones(4), 0.0), "positive"),
         (lambda: grpo_loss.token_reward(np.ones(2), np.ones((2, 3), bool), kl_coefficient=0.1), "go together"),
         (lambda: grpo_loss.gae(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3), bool), discount=1.5), "discount"),
         (lambda: grpo_loss.top_entropy_mask(np.ones((2, 3)), np.ones((2, 3), bool), fraction=0.0), "fraction"),
     ],
 )
 def test_advantages_refuse(call, message):
-    with pytest.raises(grpo_loss.LossError, match=message):
+    with pytest.raises(LossError, match=message):
         call()
+
+
+def test_a_reward_that_could_not_be_computed_may_be_anything():
+    scored = np.array([True, False, True, True])
+    advantage = grpo_loss.group_advantage([1, np.nan, 0, 1], scored_B=scored, group_B=[0, 0, 0, 1], scale="none")
+    laws.close(advantage, [0.5, 0, -0.5, 0])

@@ -24,29 +24,29 @@ MUTATIONS = [
     (
         "sign of the KL term",
         "_policy_loss.py",
-        "loss_RT + kl_coefficient",
-        "loss_RT - kl_coefficient",
+        "loss_RT + kl.coefficient",
+        "loss_RT - kl.coefficient",
         {"kl_coefficient": 0.3},
     ),
     (
         "KL computed and thrown away",
         "_policy_loss.py",
-        "loss_RT = loss_RT + kl_coefficient",
-        "_ = loss_RT + kl_coefficient",
+        "loss_RT = loss_RT + kl.coefficient",
+        "_ = loss_RT + kl.coefficient",
         {"kl_coefficient": 0.3},
     ),
     (
         "KL always times the ratio",
         "_policy_loss.py",
-        "if kl_ratio else kl_RT)",
+        "if kl.ratio else kl_RT)",
         "if True else kl_RT)",
         {"kl_coefficient": 0.3},
     ),
     (
         "ratio in KL without gradient",
         "_policy_loss.py",
-        "kl_RT * jnp.exp(log_ratio_RT)",
-        "kl_RT * constant(jnp.exp(log_ratio_RT))",
+        "kl_RT * bounded_exp(log_ratio_RT)",
+        "kl_RT * stop_gradient(bounded_exp(log_ratio_RT))",
         {"kl_coefficient": 0.3, "kl_ratio": True},
     ),
     (
@@ -66,7 +66,7 @@ MUTATIONS = [
     (
         "old log-probabilities without stop-gradient",
         "_policy_loss.py",
-        "constant(logp_RT if old_logp_RT is None",
+        "stop_gradient(logp_RT if old_logp_RT is None",
         "(logp_RT if old_logp_RT is None",
         "check_first_update",
     ),
@@ -78,17 +78,17 @@ MUTATIONS = [
         {"aggregation": "sequence-mean-token-mean", "clip_low": 0.1, "clip_high": 0.3},
     ),
     (
-        "weight also on the KL term",
-        "_policy_loss.py",
-        "    if entropy_RT is not None:\n        report",
-        "    loss_RT *= 1 if weight_RT is None else kept(weight_RT)\n    if entropy_RT is not None:\n        report",
-        {"weighted": True, "kl_coefficient": 0.3, "entropy_coefficient": 0.2},
+        "ratios without a bound",
+        "_objectives.py",
+        "jax.lax.clamp(-bound, log_ratio_RT, bound)",
+        "log_ratio_RT",
+        "check_far_off_policy",
     ),
     (
         "correction against the current policy upside down",
         "_policy_loss.py",
-        "loss_RT = loss_RT * correction_RT",
-        "loss_RT = loss_RT / correction_RT",
+        "loss_RT = loss_RT * weight_RT",
+        "loss_RT = loss_RT / weight_RT",
         {"correction": "truncate", "correction_high": 1.2, "kl_coefficient": 0.3},
     ),
     (
@@ -101,44 +101,44 @@ MUTATIONS = [
     ("signed gap to the sampler", "_policy_loss.py", "gap_RT = jnp.abs(", "gap_RT = (", "check_metrics"),
     (
         "clipping inverted for negative advantages",
-        "_surrogates.py",
+        "_objectives.py",
         "(ratio_RT < low) & (advantage_RT < 0)",
         "(ratio_RT > high) & (advantage_RT < 0)",
         {},
     ),
     (
         "clipping whatever the advantage's sign",
-        "_surrogates.py",
+        "_objectives.py",
         "(ratio_RT > high) & (advantage_RT > 0)",
         "(ratio_RT > high)",
         {},
     ),
     (
         "low and high exchanged",
-        "_surrogates.py",
-        "low, high = 1 - clip[0], 1 + clip[1]",
-        "low, high = 1 - clip[1], 1 + clip[0]",
+        "_objectives.py",
+        "return 1 - clip_low, 1 + clip_high",
+        "return 1 - clip_high, 1 + clip_low",
         {"clip_low": 0.1, "clip_high": 0.3, "aggregation": "sequence-mean-token-mean"},
     ),
     (
         "dual clip for positive advantages",
-        "_surrogates.py",
+        "_objectives.py",
         "(ratio_RT > dual_clip) & (advantage_RT < 0)",
         "(ratio_RT > dual_clip) & (advantage_RT > 0)",
         {"dual_clip": 1.3, "aggregation": "fixed", "horizon": 11},
     ),
     (
         "CISPO without stop-gradient",
-        "_surrogates.py",
-        "constant(bounded_RT) * advantage_RT * logp_RT",
-        "bounded_RT * advantage_RT * logp_RT",
+        "_objectives.py",
+        "stop_gradient(bounded_RT) * tokens.advantage_RT",
+        "bounded_RT * tokens.advantage_RT",
         {"kind": "cispo"},
     ),
     (
         "GSPO-token without stop-gradient",
-        "_surrogates.py",
-        "constant(log_ratio_RT) + (logp_RT",
-        "log_ratio_RT + (logp_RT",
+        "_objectives.py",
+        "stop_gradient(mean_RT) + (logp_RT",
+        "mean_RT + (logp_RT",
         {"kind": "gspo-token", "clip_low": 0.1, "clip_high": 0.1, "aggregation": "sequence-mean-token-sum"},
     ),
     (
@@ -162,10 +162,10 @@ MUTATIONS = [
         "if True:\n        return",
         {"aggregation": "sequence-mean-token-mean", "clip_low": 0.1, "clip_high": 0.3},
     ),
-    ("SAPO normaliser", "_surrogates.py", "* 4 / temperature_RT", "* 2 / temperature_RT", {"kind": "sapo"}),
+    ("SAPO normaliser", "_objectives.py", "* 4 / temperature_RT", "* 2 / temperature_RT", {"kind": "sapo"}),
     (
         "SAPO temperatures exchanged",
-        "_surrogates.py",
+        "_objectives.py",
         "jnp.where(advantage_RT > 0, positive, negative)",
         "jnp.where(advantage_RT > 0, negative, positive)",
         {"kind": "sapo"},
@@ -173,8 +173,8 @@ MUTATIONS = [
     (
         "token-mean over all positions",
         "_aggregate.py",
-        "return weight_RT, weight_RT.sum()",
-        "return weight_RT, jnp.asarray(1.0 * weight_RT.size)",
+        "return mask_RT, mask_RT.sum()",
+        "return mask_RT, jnp.asarray(1.0 * mask_RT.size)",
         {},
     ),
     (
@@ -187,8 +187,8 @@ MUTATIONS = [
     (
         "horizon left out",
         "_aggregate.py",
-        "sequences * horizon",
-        "sequences",
+        "mask_RT) * horizon",
+        "mask_RT)",
         {"dual_clip": 1.3, "aggregation": "fixed", "horizon": 11},
     ),
     (
@@ -359,6 +359,7 @@ MUTATIONS = [
 
 
 def _mutant(folder, file, text, replacement):
+    """A copy of the library under another name, with one change."""
     source = Path(grpo_loss.__file__).parent
     name = f"grpo_loss_mutant_{abs(hash((file, text, replacement)))}"
     shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -366,6 +367,8 @@ def _mutant(folder, file, text, replacement):
     original = module.read_text()
     assert original.count(text) >= 1, f"{file} no longer contains {text!r}: bring the mutation up to date"
     module.write_text(original.replace(text, replacement))
+    for part in (folder / name).glob("*.py"):
+        part.write_text(part.read_text().replace("from grpo_loss.", f"from {name}."))
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)

@@ -1,5 +1,8 @@
 """Packed rows hold every kept completion once, next to its own prompt, in the fewest rows that a group allows."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +10,17 @@ from grpo_loss_ragged import ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_loss import LossError, PackShape, pack_tokens, split_minibatches, unpack_tokens
+import grpo_loss
+from grpo_contracts import TrainBatch
+from grpo_loss import (
+    LossError,
+    PackShape,
+    abstract_batch,
+    iterate_minibatches,
+    pack_tokens,
+    split_minibatches,
+    unpack_tokens,
+)
 
 
 def shape_for(groups, group_size, longest, *, rows=4, **sizes):
@@ -108,7 +121,7 @@ def test_the_plain_layout_has_whole_sequences_and_no_shared_prompt(rows):
 def test_the_same_rollout_packs_the_same_way():
     first, second = (ragged(1, 5, 4, 6, 12).pack(shape_for(5, 4, 12)) for _ in range(2))
     for name, value in vars(first.micro).items():
-        if name != "data":
+        if value is not None:
             np.testing.assert_array_equal(value, getattr(second.micro, name))
 
 
@@ -153,17 +166,134 @@ def test_of_several_shapes_the_cheapest_is_used():
     assert data.pack([wide]).fill == pytest.approx(10 / 19)
 
 
-def test_tokens_go_into_rows_and_back():
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_advantages_and_log_probabilities_go_into_rows_and_back(layout, per_token):
     data = ragged(5, 4, 3, 6, 9)
-    values_BT = np.random.default_rng(0).normal(size=data.tokens_BT.shape).astype(np.float32)
-    batch = data.pack(shape_for(4, 3, 9)).with_tokens(value=values_BT).with_sequences(row=np.arange(12))
-    source = batch.micro.source_RT
-    packed = batch.micro.data["value"]
-    np.testing.assert_array_equal(packed, np.asarray(pack_tokens(jnp.asarray(values_BT), jnp.asarray(source))))
-    in_completion = np.arange(values_BT.shape[1]) >= data.prompt_length_B[:, None]
-    in_completion &= np.arange(values_BT.shape[1]) < data.total_length_B[:, None]
-    np.testing.assert_array_equal(unpack_tokens(packed, source, values_BT.shape), np.where(in_completion, values_BT, 0))
-    np.testing.assert_array_equal(batch.micro.data["row"], np.maximum(batch.micro.sequence_RT, 0))
+    B, T = data.tokens_BT.shape
+    advantage = np.random.default_rng(0).normal(size=(B, T) if per_token else B).astype(np.float32)
+    data = replace(data, advantage=advantage)
+    micro = (data.pack(shape_for(4, 3, 9)) if layout == "packed" else data.pad(5)).micro
+    advantage_BT = advantage if per_token else np.repeat(advantage[:, None], T, axis=1)
+    in_completion = np.arange(T) >= data.prompt_length_B[:, None]
+    in_completion &= np.arange(T) < data.total_length_B[:, None]
+    for packed, values_BT in (
+        (micro.advantage_RT, advantage_BT),
+        (micro.sampler_logp_RT, data.sampler_logp_BT),
+        (micro.old_logp_RT, data.old_logp_BT),
+    ):
+        back_BT = unpack_tokens(packed, micro.source_RT, (B, T))
+        np.testing.assert_array_equal(back_BT, np.where(in_completion, values_BT, 0))
+        again = pack_tokens(jnp.asarray(values_BT), jnp.asarray(micro.source_RT))
+        np.testing.assert_array_equal(np.where(micro.source_RT >= 0, packed, 0), again)
+    assert micro.reference_logp_RT is None
+
+
+def test_numpy_jax_and_lists_are_packed_alike():
+    batch = ragged(5, 4, 3, 6, 9).train_batch()
+    shape = shape_for(4, 3, 9)
+    expected = jax.tree.leaves(grpo_loss.pack(batch, shape=shape))
+
+    def converted(stage, convert):
+        arrays = {name: convert(value) for name, value in vars(stage).items() if isinstance(value, np.ndarray)}
+        return replace(stage, **arrays)
+
+    for convert in (jnp.asarray, np.ndarray.tolist):
+        rollout = converted(batch.scored.rollout, convert)
+        other = replace(converted(batch, convert), scored=replace(converted(batch.scored, convert), rollout=rollout))
+        leaves = jax.tree.leaves(grpo_loss.pack(other, shape=shape, keep_B=convert(np.ones(12, bool))))
+        for actual, wanted in zip(leaves, expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            np.testing.assert_array_equal(actual, wanted)
+
+
+def test_an_unscored_sequence_is_never_packed():
+    data = ragged(3, 4, 3, 6, 9, lambda rng, B: np.full(B, 9))
+    scored_B, keep_B = np.arange(12) != 2, np.arange(12) < 6
+    data = replace(data, scored_B=scored_B)
+    for batch, kept in (
+        (data.pack(shape_for(4, 3, 9)), scored_B),
+        (data.pack(shape_for(4, 3, 9), keep_B=keep_B), scored_B & keep_B),
+        (data.pad(4), scored_B),
+    ):
+        there = np.unique(batch.micro.sequence_RT)
+        np.testing.assert_array_equal(there[there >= 0], np.flatnonzero(kept))
+
+
+@pytest.mark.parametrize(("old", "reference"), [(False, False), (True, True)])
+def test_the_abstract_batch_is_what_pack_returns(old, reference):
+    data = ragged(5, 4, 3, 6, 9)
+    shape = shape_for(4, 3, 9, row_length=12, blocks=2)
+    logp_BT = np.zeros(data.tokens_BT.shape, np.float32)
+    batch = replace(
+        data.train_batch(), old_logp_BT=logp_BT if old else None, reference_logp_BT=logp_BT if reference else None
+    )
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = abstract_batch(shape, rows_sharding=device, count_sharding=device, old=old, reference=reference)
+    packed = grpo_loss.pack(batch, shape=shape)
+    assert jax.tree.structure(abstract) == jax.tree.structure(packed)
+    for expected, leaf in zip(jax.tree.leaves(packed), jax.tree.leaves(abstract), strict=True):
+        assert (expected.shape, expected.dtype, device) == (leaf.shape, leaf.dtype, leaf.sharding)
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_minibatches_carry_log_probabilities_scored_once_before_the_first(epochs, minibatches, carried):
+    data = replace(ragged(8, 6, 2, 6, 9), old_logp_BT=None, scored_B=np.arange(12) != 4)
+    B, T = data.tokens_BT.shape
+    batch, shape, calls = data.train_batch(), shape_for(6, 2, 9), []
+    known_BT = np.full((B, T), -7.0, np.float32)
+    if carried:
+        batch = replace(batch, old_logp_BT=known_BT, reference_logp_BT=known_BT)
+
+    def scorer(name, sign):
+        def score(packed):
+            calls.append(name)
+            assert packed.micro.old_logp_RT is packed.micro.reference_logp_RT is None
+            # A different number for each token of the rollout, so that none can be mistaken for another.
+            return jnp.asarray(sign * packed.micro.source_RT, jnp.float32)
+
+        return score
+
+    parts = list(
+        iterate_minibatches(
+            batch,
+            shape=shape,
+            epochs=epochs,
+            minibatches=minibatches,
+            seed=3,
+            step=2,
+            old=scorer("old", 1),
+            reference=scorer("reference", -1),
+        )
+    )
+    several = epochs * minibatches > 1
+    assert calls == ([] if carried else ["old"] * several + ["reference"])
+    keeps = [
+        keep for e in range(epochs) for keep in split_minibatches(data.group_B, minibatches, seed=3, step=2, epoch=e)
+    ]
+    assert len(parts) == len(keeps) == epochs * minibatches
+    for part, keep_B in zip(parts, keeps, strict=True):
+        micro = part.micro
+        there = np.unique(micro.sequence_RT)
+        np.testing.assert_array_equal(
+            there[there >= 0], np.flatnonzero(keep_B & data.scored_B & (data.total_length_B > data.prompt_length_B))
+        )
+        token = micro.source_RT >= 0
+        if carried or several:
+            np.testing.assert_array_equal(micro.old_logp_RT[token], -7 if carried else micro.source_RT[token])
+        else:
+            assert micro.old_logp_RT is None
+        np.testing.assert_array_equal(micro.reference_logp_RT[token], -7 if carried else -micro.source_RT[token])
+
+
+def test_several_steps_need_old_log_probabilities():
+    data = replace(ragged(8, 6, 2, 6, 9), old_logp_BT=None)
+    arguments = {"shape": shape_for(6, 2, 9), "seed": 0, "step": 0}
+    with pytest.raises(LossError, match="got neither old nor old_logp_BT"):
+        next(iterate_minibatches(data.train_batch(), epochs=2, **arguments))
+    with pytest.raises(LossError, match="What old returns must have shape"):
+        next(iterate_minibatches(data.train_batch(), epochs=2, old=lambda packed: np.zeros((2, 3)), **arguments))
 
 
 @pytest.mark.parametrize("whole_groups", [True, False])
@@ -202,3 +332,31 @@ def test_errors_say_what_to_do():
     data.prompt_length_B[2] = 0
     with pytest.raises(LossError, match="sequence 2 has prompt_length 0"):
         data.pack(PackShape(9, 4, 4, 5, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"advantage": np.ones(5, np.float32)}, "advantage must have shape"),
+        ({"sampler_logp_BT": np.ones(6, np.float32)}, "logp_BT must have shape"),
+        ({"loss_mask_BT": np.ones((6, 15), np.float32)}, "loss_mask_BT must be boolean"),
+        ({"scored_B": np.ones(6, np.int32)}, "scored_B must be boolean"),
+        ({"total_length_B": np.full(6, 99)}, "sequence 0 has prompt_length"),
+    ],
+)
+def test_what_cannot_be_packed_is_named(change, message):
+    data = replace(ragged(3, 3, 2, 6, 9), **change)
+    with pytest.raises(LossError, match=message):
+        data.pack(shape_for(3, 2, 9))
+    with pytest.raises(LossError, match=message):
+        data.pad(2)
+
+
+def test_only_a_train_batch_is_packed():
+    scored = ragged(3, 3, 2, 6, 9).train_batch().scored
+    with pytest.raises(LossError, match="TrainBatch: got a Scored"):
+        grpo_loss.pack(scored, shape=shape_for(3, 2, 9))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(LossError, match="keep_B must be boolean"):
+        grpo_loss.pad(TrainBatch(scored, np.ones(6, np.float32)), rows=2, keep_B=np.arange(6))
+    with pytest.raises(LossError, match="rows must be at least 1"):
+        grpo_loss.pad(TrainBatch(scored, np.ones(6, np.float32)), rows=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grpo_loss_laws import values
 
 import grpo_loss
 
@@ -43,21 +44,17 @@ def test_equals_the_reference(file, name, arguments):
 
 
 def _check_loss(batch, stored, tolerance, *, advantage=True, weight=False, **arguments):
-    if "sapo_temperatures" in arguments:
-        arguments["sapo_temperatures"] = tuple(arguments["sapo_temperatures"])
-
     @jax.jit
     def compiled(logp, entropy):
         terms = grpo_loss.policy_loss(
             logp,
             old_logp_RT=jnp.asarray(batch["old"]),
             # KL alone is compared with the advantages at zero.
-            advantage_RT=jnp.asarray(batch["advantage"])[:, None] * advantage,
+            advantage_RT=jnp.asarray(batch["advantage"])[:, None] * advantage * (batch["weights"] if weight else 1),
             mask_RT=jnp.asarray(batch["mask"]),
-            weight_RT=jnp.asarray(batch["weights"]) if weight else None,
             reference_logp_RT=jnp.asarray(batch["reference"]),
             entropy_RT=entropy,
-            **arguments,
+            **values(grpo_loss, **arguments),
         )
         return terms.loss()
 

@@ -12,7 +12,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from jaxtyping import install_import_hook
-modules = ("advantages", "aggregate", "importance", "kl", "policy_loss", "returns", "sequences", "token_masks")
+modules = "advantages aggregate importance kl objectives policy_loss returns sequences token_masks".split()
 install_import_hook([f"grpo_loss._{name}" for name in modules], "beartype.beartype")
 import grpo_loss, grpo_loss_laws, jax
 with jax.enable_x64(True):

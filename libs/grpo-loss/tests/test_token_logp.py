@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_loss import LossError, token_logp
+from grpo_loss import LossError, logit_chunks, token_logp
 from grpo_loss._token_logp import _default_chunk
 
 
@@ -135,6 +135,17 @@ def test_what_lies_at_masked_positions_never_matters(problem, chunk):
         np.testing.assert_array_equal(actual, wanted)
 
 
+def test_a_masked_target_may_be_outside_the_vocabulary(problem):
+    hidden, unembed, target, mask, _ = problem
+    padded = jnp.where(mask, target, -1)
+    for actual, wanted in zip(
+        token_logp(hidden, unembed, padded, mask_RT=mask),
+        token_logp(hidden, unembed, target, mask_RT=mask),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, wanted)
+
+
 def test_no_position_counts(problem):
     hidden, unembed, target, mask, _ = problem
     logp_RT, entropy_RT = token_logp(hidden, unembed, target, mask_RT=jnp.zeros_like(mask))
@@ -157,7 +168,8 @@ def test_logits_that_make_one_chunk_are_computed_once(problem, chunk, products):
 @pytest.mark.parametrize("tokens", [1, 511, 700, 1024, 1100, 5000, 100_000])
 def test_chunks_are_few_and_the_last_is_hardly_emptier(tokens, vocabulary):
     chunk = _default_chunk(tokens, vocabulary)
-    chunks = -(-tokens // chunk)
+    chunks = logit_chunks(tokens, vocabulary)
+    assert chunks == -(-tokens // chunk)
     assert chunk <= 512 or chunk * vocabulary <= 2**26
     assert chunks == 1 or chunks * chunk - tokens < 128 * chunks
     assert chunks == 1 or chunk > 256
@@ -171,7 +183,13 @@ def test_chunks_are_few_and_the_last_is_hardly_emptier(tokens, vocabulary):
         ({"shards": 3}, "divide the 4 rows"),
         ({"target_RT": jnp.zeros((4, 9), int)}, "target_RT must have shape"),
         ({"mask_RT": jnp.zeros((3, 10), bool)}, "mask_RT must have shape"),
-        ({"unembed_VD": jnp.zeros((50, 8))}, "unembed_VD must have shape"),
+        ({"mask_RT": jnp.ones((4, 10))}, "mask_RT must be boolean"),
+        ({"unembed_VD": jnp.zeros((50, 8))}, r"must have shape \(vocabulary, 16\), a row per token: got \(50, 8\)"),
+        ({"unembed_VD": jnp.zeros((16, 50))}, r"Transpose it \(`unembed.T`\)"),
+        ({"hidden_RTD": jnp.zeros((10, 16))}, "three axes"),
+        ({"target_RT": jnp.zeros((4, 10))}, "integers: got float32"),
+        ({"target_RT": jnp.zeros((4, 10), int).at[1, 2].set(50)}, r"in \[0, 50\), the vocabulary: got 50 at \[1, 2\]"),
+        ({"target_RT": np.full((4, 10), -1)}, r"got -1 at \[0, 0\]"),
     ],
 )
 def test_refuses_what_it_cannot_compute(problem, change, message):

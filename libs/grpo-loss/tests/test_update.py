@@ -1,13 +1,25 @@
 """One optimizer step: what it applies, what it refuses, and what it reports."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from grpo_loss_ragged import ragged, toy_forward, toy_loss, toy_params, tree_difference, with_targets
+from grpo_loss_ragged import ragged, toy_forward, toy_loss, toy_params, tree_difference
 
-from grpo_loss import LossError, PackShape, constant, init_state, make_score, make_update, unpack_tokens, warmup_cosine
+from grpo_loss import (
+    KL,
+    LossError,
+    PackShape,
+    init_state,
+    make_loss,
+    make_score,
+    make_update,
+    truncate,
+    unpack_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +30,7 @@ def data():
 @pytest.fixture(scope="module")
 def batch(data):
     shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
-    return with_targets(data.pack(shape), data, np.float32)
+    return data.pack(shape)
 
 
 OPTIMIZER = optax.adamw(0.01)
@@ -34,7 +46,7 @@ def copied(tree):
 
 
 def test_one_step_is_that_of_the_whole_batch_at_once(data, batch):
-    whole = with_targets(data.pad(20), data, np.float32)
+    whole = data.pad(20)
     micro = jax.tree.map(lambda x: jnp.asarray(x[0]), whole.micro)
 
     def mean_loss(params):
@@ -66,7 +78,8 @@ def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
     before = copied((state.params, state.opt_state))
     broken = batch
     if poison == "advantage":
-        broken = batch.with_data(advantage=np.where(batch.micro.sequence_RT == 3, np.inf, 1).astype(np.float32))
+        infinite_RT = np.where(batch.micro.sequence_RT == 3, np.inf, 1).astype(np.float32)
+        broken = replace(batch, micro=replace(batch.micro, advantage_RT=infinite_RT))
     if poison == "nothing counts":
         broken = jax.tree.map(lambda x: np.zeros_like(x) if x.dtype == bool else x, batch)
     state, metrics = UPDATE(state, broken)
@@ -93,7 +106,7 @@ def test_one_program_serves_every_fill_and_donates_its_state(data):
     update = make_update(forward, toy_loss, OPTIMIZER)
     state, counts, traces = fresh(), [], []
     for groups in (5, 2, 0):
-        part = with_targets(data.pack(shape, keep_B=data.group_B < groups), data, np.float32)
+        part = data.pack(shape, keep_B=data.group_B < groups)
         counts.append(int(part.count))
         previous = state
         state, _ = update(state, part)
@@ -123,7 +136,7 @@ def test_scores_are_those_of_the_forward_and_find_their_way_back(data, batch):
     params = toy_params(jnp.float32)
     logp_MRT, entropy_MRT = make_score(toy_forward)(params, batch)
     shape = data.tokens_BT.shape
-    plain = with_targets(data.pad(20), data, np.float32)
+    plain = data.pad(20)
     expected = toy_forward(params, jax.tree.map(lambda x: jnp.asarray(x[0]), plain.micro))
     for values, wanted in zip((logp_MRT, entropy_MRT), expected, strict=True):
         np.testing.assert_allclose(
@@ -133,20 +146,50 @@ def test_scores_are_those_of_the_forward_and_find_their_way_back(data, batch):
         )
 
 
-def test_schedules_count_applied_steps():
-    def rates(schedule, *steps):
-        return np.array([np.asarray(schedule(step)) for step in steps])
-
-    cosine = warmup_cosine(1.0, warmup_steps=4, steps=12, end=0.1)
-    np.testing.assert_allclose(rates(cosine, 0, 2, 4, 8, 12, 99), [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
-    cold = warmup_cosine(1.0, warmup_steps=0, steps=2)
-    np.testing.assert_allclose(rates(cold, 0, 1, 2), [1, 0.5, 0], atol=1e-6)
-    np.testing.assert_allclose(rates(constant(0.3, warmup_steps=2), 0, 1, 2, 9), [0, 0.15, 0.3, 0.3], atol=1e-6)
-    np.testing.assert_allclose(rates(constant(0.3), 0, 7), [0.3, 0.3])
-    with pytest.raises(LossError, match="warmup_steps < steps"):
-        warmup_cosine(1.0, warmup_steps=3, steps=3)
-
-
 def test_a_limit_that_stops_everything_is_refused():
     with pytest.raises(LossError, match="Use None for no limit"):
         make_update(toy_forward, toy_loss, OPTIMIZER, max_grad_norm=0.0)
+
+
+def test_the_loss_of_a_packed_batch_reads_its_fields(data, batch):
+    """Packed or padded, the same terms; a field that a term needs and the batch lacks is named."""
+    loss = make_loss(correction=truncate(1.05), kl=KL("k3", 0.1))
+    params = toy_params(jnp.float32)
+
+    def terms(packed):
+        micro = jax.tree.map(lambda x: jnp.asarray(x[0]), packed.micro)
+        micro = replace(micro, reference_logp_RT=micro.sampler_logp_RT)
+        return loss(*toy_forward(params, micro), micro)
+
+    wide = data.pack(PackShape(row_length=60, rows=20, prompts=20, prompt_length=5, micro_batches=1))
+    packed, padded = terms(wide).means(), terms(data.pad(20)).means()
+    for name, value in padded.items():
+        np.testing.assert_allclose(packed[name], value, rtol=1e-4, err_msg=name)
+    assert float(padded["sampling_logp_difference/mean"]) > 0
+    for name, missing in (("sampler_logp_RT", make_loss(correction=truncate())), ("reference_logp_RT", loss)):
+        without = replace(batch, micro=replace(batch.micro, **{name: None}))
+        with pytest.raises(LossError, match=f"needs {name}: got None"):
+            make_update(toy_forward, missing, OPTIMIZER).lower(fresh(), without)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda batch: UPDATE(toy_params(jnp.float32), batch), "state must be a TrainState: got a dict"),
+        (
+            lambda batch: make_update(toy_forward, lambda *_: 1.0, OPTIMIZER)(fresh(), batch),
+            "loss must return LossTerms",
+        ),
+        (
+            lambda batch: make_update(lambda *a: toy_forward(*a)[0], toy_loss, OPTIMIZER)(fresh(), batch),
+            r"forward must return \(logp_RT, entropy_RT\)",
+        ),
+        (lambda batch: make_score(lambda *a: toy_forward(*a)[0])(fresh().params, batch), "forward must return"),
+        (lambda batch: init_state(OPTIMIZER, toy_params(jnp.float32)), r"Call init_state\(params, optimizer\)"),
+        (lambda batch: init_state({"a": jnp.ones(2), "n": jnp.ones(2, int)}, OPTIMIZER), r"got int32 at \['n'\]"),
+        (lambda batch: init_state({}, OPTIMIZER), "empty tree"),
+    ],
+)
+def test_what_is_passed_by_mistake_is_named(batch, call, message):
+    with pytest.raises(LossError, match=message):
+        call(batch)

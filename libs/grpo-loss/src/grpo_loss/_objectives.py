@@ -72,7 +72,7 @@ class Surrogate(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A function from the tokens of a micro-batch to what is maximised; write your own, or call `ppo()` and the like."""
+    """A function from the tokens of a micro-batch to what is maximised: your own, or what `ppo()` and others return."""
 
     def __call__(self, tokens: TokenTerms, /) -> Surrogate:
         """The objective of each token."""
@@ -80,11 +80,12 @@ class Objective(Protocol):
 
 
 def bounded_exp(log_ratio_RT: Float[Array, "R T"]) -> Float[Array, "R T"]:
-    """`exp`, with its argument bounded to ±20, where it is already 0 or beyond every clip range.
+    """`exp`, with its argument bounded to ±20, where it is almost 0 or beyond every clip range.
 
     In float32 `exp(100)` is infinite, and the gradient of a token that the clip range excludes would be 0 × inf = NaN.
     """
-    return jnp.exp(jax.lax.clamp(-_LARGEST_LOG_RATIO, log_ratio_RT, _LARGEST_LOG_RATIO))
+    bound = log_ratio_RT.dtype.type(_LARGEST_LOG_RATIO)
+    return jnp.exp(jax.lax.clamp(-bound, log_ratio_RT, bound))
 
 
 def ppo(clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> Objective:
