@@ -1,4 +1,4 @@
-"""Bumping, checking and drawing, on small repositories made for it."""
+"""Checks, bumps and the graph, on small repositories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.release.fresh import Outcome
 from tools.release.graph import graph
 from tools.release.history import extract, git, releases
 from tools.release.verdict import Level, raised
-from tools.release.workspace import ROOT, ReleaseError, Workspace, read_workspace
+from tools.release.workspace import ROOT, ReleaseError, read_workspace
 
 DAY = datetime.date(2026, 12, 1)
 LOG = "# Changelog\n\n## [0.1.0] - 2026-11-23\n\n### Added\n- First release.\n"
@@ -46,11 +46,14 @@ def git_commit(root: Path, *tags: str) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two libraries and an app, in git, nothing tagged."""
+    """Two libraries, a trainer and two apps, in git, without tags."""
     root = tmp_path / "repository"
     write_package(root / "libs" / "toy-base", "toy-base", ["numpy>=2.0"])
     write_package(root / "libs" / "toy-loss", "toy-loss", ["numpy>=2.0", "jax>=0.10", "toy-base~=0.1.0"])
-    write_package(root / "apps" / "toy", "toy-app", ["toy-base==0.1.0", "toy-loss==0.1.0", "numpy>=2.0", "rich>=13"])
+    libraries = ["toy-base==0.1.0", "toy-loss==0.1.0"]
+    write_package(root / "apps" / "toy", "toy-app", [*libraries, "toy-trainer==0.1.0", "numpy>=2.0", "rich>=13"])
+    write_package(root / "apps" / "more", "more-app", [*libraries, "toy-trainer==0.1.0"])
+    write_package(root / "apps" / "trainer", "toy-trainer", [*libraries, "pyyaml>=6"])
     subprocess.run(["git", "init", "--quiet", str(root)], check=True)
     git_commit(root)
     return root
@@ -62,8 +65,8 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def say_unreleased(root: Path, name: str) -> None:
-    edit(root / "libs" / name / "CHANGELOG.md", "# Changelog\n", "# Changelog\n\n## [Unreleased]\n- Something.\n")
+def add_unreleased(log: Path) -> None:
+    edit(log, "# Changelog\n", "# Changelog\n\n## [Unreleased]\n- Something.\n")
 
 
 def source_of(root: Path, name: str) -> Path:
@@ -81,26 +84,29 @@ def test_a_tree_that_agrees(tree: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "told"),
+    ("file", "old", "new", "finding"),
     [
         ("apps/toy/pyproject.toml", "toy-loss==0.1.0", "toy-loss==0.1.1", "must be toy-loss==0.1.0"),
         ("apps/toy/pyproject.toml", "toy-loss==0.1.0", "toy-loss~=0.1.0", "must be toy-loss==0.1.0"),
+        ("apps/toy/pyproject.toml", "toy-trainer==0.1.0", "toy-trainer>=0.1.0", "must be toy-trainer==0.1.0"),
+        ("apps/trainer/pyproject.toml", "toy-loss==0.1.0", "toy-loss==0.1.1", "toy-trainer: pins toy-loss==0.1.1"),
+        ("apps/toy/pyproject.toml", '"toy-base==0.1.0", ', "", "must also pin toy-base, which toy-trainer requires"),
         ("apps/toy/pyproject.toml", "rich>=13", "rich>=13,<15", "must be a floor"),
         ("apps/toy/pyproject.toml", "rich>=13", "rich", "must be a floor"),
-        ("apps/toy/pyproject.toml", "numpy>=2.0", "numpy>=2.1", "numpy: one floor for all"),
-        ("libs/toy-loss/pyproject.toml", "toy-base~=0.1.0", "toy-base~=0.2.0", "does not admit toy-base 0.1.0"),
+        ("apps/toy/pyproject.toml", "numpy>=2.0", "numpy>=2.1", "numpy must have one floor in all packages"),
+        ("libs/toy-loss/pyproject.toml", "toy-base~=0.1.0", "toy-base~=0.2.0", "excludes toy-base 0.1.0"),
         ("libs/toy-loss/pyproject.toml", "toy-base~=0.1.0", "toy-base>=0.1.0", "admits 0.2.0"),
         ("libs/toy-loss/pyproject.toml", "toy-base~=0.1.0", "toy-base~=0.1", "admits 0.2.0"),
         ("libs/toy-base/pyproject.toml", '"0.1.0"', '"0.1.1"', "newest section must be [0.1.1]"),
         ("libs/toy-base/pyproject.toml", '"0.1.0"', '"0.1"', "must be MAJOR.MINOR.PATCH"),
         ("libs/toy-base/CHANGELOG.md", "2026-11-23", "soon", "must have a date"),
-        ("libs/toy-base/CHANGELOG.md", "- First release.", "", "says nothing"),
+        ("libs/toy-base/CHANGELOG.md", "- First release.", "", "is empty"),
         ("libs/toy-base/CHANGELOG.md", "## [0.1.0]", "## 0.1.0", "has no section"),
     ],
 )
-def test_disagreements_are_named(tree: Path, file: str, old: str, new: str, told: str) -> None:
+def test_disagreements_are_named(tree: Path, file: str, old: str, new: str, finding: str) -> None:
     edit(tree / file, old, new)
-    assert any(told in text for text in disagreements(read_workspace(tree))), disagreements(read_workspace(tree))
+    assert any(finding in text for text in disagreements(read_workspace(tree))), disagreements(read_workspace(tree))
 
 
 def test_tags_disagree(tree: Path) -> None:
@@ -109,8 +115,8 @@ def test_tags_disagree(tree: Path) -> None:
     found = disagreements(read_workspace(tree))
     assert "toy-base: tag toy-base-v0.3.0 has no section [0.3.0] in CHANGELOG.md" in found
     assert "toy-base: tag toy-base-v0.3.0 is newer than the version in pyproject.toml, 0.1.0" in found
-    assert any("src/ differs from toy-loss-v0.1.0, and nothing stands under [Unreleased]" in text for text in found)
-    say_unreleased(tree, "toy-loss")
+    assert any("src/ differs from toy-loss-v0.1.0, and CHANGELOG.md has nothing" in text for text in found)
+    add_unreleased(tree / "libs" / "toy-loss" / "CHANGELOG.md")
     assert not any("src/ differs" in text for text in disagreements(read_workspace(tree)))
 
 
@@ -137,13 +143,13 @@ def head(root: Path) -> str:
 
 
 def test_without_tags_a_release_is_the_last_commit_with_nothing_unreleased(tree: Path) -> None:
-    edit(source_of(tree, "toy-base"), "return x + y", "return y + x")  # still what 0.1.0 is: nothing says otherwise
+    edit(source_of(tree, "toy-base"), "return x + y", "return y + x")  # still 0.1.0: nothing is under [Unreleased]
     git_commit(tree)
     released = head(tree)
     edit(source_of(tree, "toy-base"), "y: int", "z: int")
-    say_unreleased(tree, "toy-base")
+    add_unreleased(tree / "libs" / "toy-base" / "CHANGELOG.md")
     git_commit(tree)
-    with pytest.raises(ReleaseError, match="The change demands minor"):
+    with pytest.raises(ReleaseError, match="The change requires minor"):
         bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
     assert bump(read_workspace(tree), "toy-base", Level.MINOR, day=DAY).since == released
 
@@ -156,12 +162,12 @@ def test_the_matrix_compares_with_the_last_release(tree: Path) -> None:
     assert last() == first
     edit(source_of(tree, "toy-base"), "return x + y", "return y + x")
     assert last() == first
-    say_unreleased(tree, "toy-base")
+    add_unreleased(tree / "libs" / "toy-base" / "CHANGELOG.md")
     git_commit(tree)
     assert last() == first
     bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
     git_commit(tree)
-    assert last() == first, "the version just raised is what is to be judged"
+    assert last() == first, "a version just raised is compared with the one before it"
     second = head(tree)
     edit(source_of(tree, "toy-loss"), "return x + y", "return y + x")
     assert last() == second
@@ -169,9 +175,9 @@ def test_the_matrix_compares_with_the_last_release(tree: Path) -> None:
     assert last() == "toy-app-v0.1.0"
     git(tree, "tag", "--delete", "toy-app-v0.1.0")
     git(tree, "checkout", "--quiet", "--orphan", "another-history")
-    say_unreleased(tree, "toy-loss")
+    add_unreleased(tree / "libs" / "toy-loss" / "CHANGELOG.md")
     git_commit(tree)
-    with pytest.raises(ReleaseError, match=r"neither a tag toy-app-v0.1.0 nor a commit whose changelogs"):
+    with pytest.raises(ReleaseError, match=r"neither a tag such as toy-app-v0.1.0 nor a commit whose changelogs"):
         last()
 
 
@@ -187,11 +193,11 @@ def test_the_matrix_compares_with_the_last_release(tree: Path) -> None:
 def test_a_bump_is_refused_where_the_change_demands_more(tree: Path, old: str, new: str, needed: Level) -> None:
     git_commit(tree, "toy-base-v0.1.0")
     edit(source_of(tree, "toy-base"), old, new)
-    say_unreleased(tree, "toy-base")
+    add_unreleased(tree / "libs" / "toy-base" / "CHANGELOG.md")
     before = {path: path.read_bytes() for path in tree.rglob("*.*") if path.is_file()}
     for level in Level:
         if level < needed:
-            with pytest.raises(ReleaseError, match=r"The change demands minor:\n  signature  add\(y\)"):
+            with pytest.raises(ReleaseError, match=r"The change requires minor:\n  signature  add\(y\)"):
                 bump(read_workspace(tree), "toy-base", level, day=DAY)
             assert {path: path.read_bytes() for path in before} == before
     done = bump(read_workspace(tree), "toy-base", needed, day=DAY)
@@ -199,30 +205,36 @@ def test_a_bump_is_refused_where_the_change_demands_more(tree: Path, old: str, n
     assert done.verdict.demands(Version("0.1.0")) == needed
 
 
-def test_a_bump_writes_version_changelog_and_pin(tree: Path) -> None:
+def test_a_bump_of_a_library_writes_version_changelog_and_pins(tree: Path) -> None:
     git_commit(tree, "toy-base-v0.1.0")
-    say_unreleased(tree, "toy-base")
+    add_unreleased(tree / "libs" / "toy-base" / "CHANGELOG.md")
     done = bump(read_workspace(tree), "toy-base", Level.MINOR, day=DAY)
     workspace = read_workspace(tree)
     assert workspace["toy-base"].version == Version("0.2.0")
-    assert str(workspace.own(workspace.app)["toy-base"]) == "toy-base==0.2.0"
+    assert {str(workspace.own(user)["toy-base"]) for user in workspace.assemblies} == {"toy-base==0.2.0"}
     titles = [(s.title, s.date) for s in changelog.sections(workspace["toy-base"].changelog.read_text())]
     assert titles == [("Unreleased", ""), ("0.2.0", "2026-12-01"), ("0.1.0", "2026-11-23")]
-    # The range of the sister shuts the new minor out. That is said, and stays wrong until somebody decides.
-    assert done.left == ("toy-loss requires toy-base~=0.1.0, which shuts 0.2.0 out: widen it and bump it too",)
-    assert any("does not admit toy-base 0.2.0" in text for text in disagreements(workspace))
+    # The sister's range excludes the new minor. The bump reports it, and the check fails until somebody decides.
+    expected = "toy-loss requires toy-base~=0.1.0, which excludes 0.2.0: widen the range and bump toy-loss too"
+    assert done.left == (expected,)
+    assert any("excludes toy-base 0.2.0" in text for text in disagreements(workspace))
 
 
-def test_a_bump_needs_something_to_say(tree: Path) -> None:
+def test_a_bump_needs_a_changelog_entry(tree: Path) -> None:
     with pytest.raises(ReleaseError, match=r"libs/toy-base/CHANGELOG.md must say under '## \[Unreleased\]'"):
         bump(read_workspace(tree), "toy-base", Level.PATCH, day=DAY)
 
 
-def test_an_app_is_bumped_without_comparing(tree: Path) -> None:
-    git_commit(tree, "toy-app-v0.1.0")
-    log = tree / "apps" / "toy" / "CHANGELOG.md"
-    log.write_text(log.read_text().replace("# Changelog\n", "# Changelog\n\n## [Unreleased]\n- Something.\n"))
-    assert str(bump(read_workspace(tree), "toy-app", Level.PATCH, day=DAY).version) == "0.1.1"
+@pytest.mark.parametrize(("name", "users"), [("toy-trainer", {"toy-app", "more-app"}), ("toy-app", set())])
+def test_the_trainer_and_the_apps_are_bumped_without_comparing(tree: Path, name: str, users: set[str]) -> None:
+    git_commit(tree, f"{name}-v0.1.0")
+    add_unreleased(read_workspace(tree)[name].changelog)
+    done = bump(read_workspace(tree), name, Level.PATCH, day=DAY)
+    assert (str(done.version), done.verdict) == ("0.1.1", None)
+    workspace = read_workspace(tree)
+    pins = {user.name: workspace.own(user).get(name) for user in workspace.assemblies}
+    assert {user for user, pin in pins.items() if str(pin) == f"{name}==0.1.1"} == users
+    assert disagreements(workspace) == []
 
 
 def test_levels() -> None:
@@ -239,13 +251,20 @@ def test_an_extracted_tree_is_the_commit(tree: Path, tmp_path: Path) -> None:
 
 def test_the_graph(tree: Path) -> None:
     assert graph(read_workspace(tree)).splitlines() == [
-        "toy-app 0.1.0",
+        "more-app 0.1.0",
         "├── toy-base ==0.1.0",
         "│   └── numpy >=2.0",
         "├── toy-loss ==0.1.0",
         "│   ├── toy-base ~=0.1.0",
-        "│   │   └── numpy >=2.0",
         "│   └── jax >=0.10",
+        "└── toy-trainer ==0.1.0",
+        "    ├── toy-base ==0.1.0",
+        "    ├── toy-loss ==0.1.0",
+        "    └── pyyaml >=6",
+        "toy-app 0.1.0",
+        "├── toy-base ==0.1.0",
+        "├── toy-loss ==0.1.0",
+        "├── toy-trainer ==0.1.0",
         "└── rich >=13",
     ]
 
@@ -261,7 +280,7 @@ def test_the_graph(tree: Path) -> None:
         ("no error shown\n", "1 failed in 2 s"),
     ],
 )
-def test_a_failed_run_says_why(output: str, reason: str) -> None:
+def test_a_failed_run_has_a_reason(output: str, reason: str) -> None:
     assert Outcome(False, "1 failed in 2 s", output).reason.startswith(reason)
 
 
@@ -272,15 +291,11 @@ def test_commands_end_with_a_code(tree: Path, capsys: pytest.CaptureFixture[str]
     assert main(["--root", str(tree), "check"]) == 1
     assert "toy-app: pins toy-loss==9.9.9" in capsys.readouterr().out
     assert main(["--root", str(tree), "bump", "toy-nothing", "patch"]) == 1
-    assert "There are toy-base, toy-loss, toy-app" in capsys.readouterr().err
+    assert "There are toy-base, toy-loss, toy-trainer, more-app, toy-app" in capsys.readouterr().err
 
 
-def test_names_of_this_workspace() -> None:
-    workspace: Workspace = read_workspace(ROOT)
-    assert [library.name for library in workspace.libraries] == [
-        "grpo-contracts",
-        "grpo-loss",
-        "grpo-mesh",
-        "grpo-sampler",
-    ]
-    assert workspace.app.name == "grpo-gsm8k"
+def test_packages_follow_what_they_require(tree: Path) -> None:
+    assert list(read_workspace(tree).packages) == ["toy-base", "toy-loss", "toy-trainer", "more-app", "toy-app"]
+    edit(tree / "libs/toy-base/pyproject.toml", '"numpy>=2.0"', '"toy-loss~=0.1.0"')
+    with pytest.raises(ReleaseError, match="in a circle: more-app, toy-app, toy-base, toy-loss, toy-trainer do"):
+        read_workspace(tree)

@@ -53,7 +53,7 @@ def _rollout(
         tokens_BT=tokens_BT,
         prompt_length_B=start_B,
         total_length_B=total_B,
-        loss_mask_BT=completion_BT & (rng.random((rows, 1)) < 0.8),  # some rows kept out of the loss
+        loss_mask_BT=completion_BT & (rng.random((rows, 1)) < 0.8),  # some rows stay out of the loss
         logp_BT=logp_BT,
         policy_logp_BT=plain_BT.astype(np.float32),
         finish_B=finish_B,
@@ -104,7 +104,7 @@ def make_prompts() -> Callable[[int], Prompts]:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[[int], TrainBatch]:
-    """A valid training batch for a seed, of any size, law and mixture of the optional parts."""
+    """A valid training batch for a seed, of any size, sampling parameters and mixture of optional parts."""
 
     def make(seed: int) -> TrainBatch:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Records of TRL and verl become valid rollouts, whatever side they are padded on."""
+"""Records of TRL and verl become valid rollouts, whichever side they are padded on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KNOWN: dict[str, Any] = {name: GIVEN[name] for name in ("sampling", "policy", "g
 
 
 def trl_record(*, left: bool = True, late: bool = False, fill: float = 0.0) -> dict[str, Any]:
-    """A record as TRL makes it: prompts padded on the left, completions on the right; or otherwise."""
+    """A record as TRL makes it, with prompts padded on the left and completions on the right, or the other way round."""
     return {
         "prompt_ids": padded(PROMPTS, 4, PAD, left=left),
         "prompt_mask": padded(ones(PROMPTS), 4, 0, left=left),
@@ -104,7 +104,7 @@ def test_lists_and_arrays_of_other_dtypes_are_read() -> None:
 
 
 class Tensor:
-    """What a torch tensor does: it converts only once detached and on the host."""
+    """Like a torch tensor: numpy can read it only when it is detached and on the host."""
 
     def __init__(self, array: np.ndarray, state: str = "gpu, tracked") -> None:
         self._array, self._state = array, state
@@ -121,7 +121,7 @@ class Tensor:
         return self._array
 
 
-def test_tensors_that_look_like_torchs_are_read() -> None:
+def test_tensors_like_those_of_torch_are_read() -> None:
     check(from_trl({key: Tensor(value) for key, value in trl_record().items()}, **GIVEN))
 
 
@@ -143,7 +143,7 @@ def test_shuffled_rows_find_their_groups() -> None:
     trl = {key: value[order] for key, value in trl_record().items()}
     rollout = from_trl(trl, **GIVEN, group=["b", "a", "b", "a"], prompt_id=[11, 10, 11, 10])
     assert rollout.prompt_id_B.tolist() == [11, 10, 11, 10]
-    with pytest.raises(ContractError, match="prompt"):  # taken as adjacent, groups would mix prompts
+    with pytest.raises(ContractError, match="prompt"):  # as adjacent rows, groups would mix prompts
         from_trl(trl, **GIVEN)
 
 
@@ -155,7 +155,7 @@ def test_a_masked_truncated_completion_stays_out_of_the_loss() -> None:
     assert rollout.loss_mask_BT.any(1).tolist() == [True, False, True, True]
 
 
-def test_the_trainers_own_logps_will_do_only_without_filters() -> None:
+def test_the_trainers_own_logps_suffice_only_without_filters() -> None:
     record = trl_record()
     record["old_per_token_logps"] = record.pop("sampling_per_token_logps")
     check(from_trl(record, **GIVEN))

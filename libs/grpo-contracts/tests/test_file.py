@@ -1,4 +1,4 @@
-"""Files: round trips, versions, refusals, and nothing but ContractError from damaged or forged ones."""
+"""Files: round trips, versions, and ContractError and nothing else from damaged or forged ones."""
 
 from __future__ import annotations
 
@@ -105,7 +105,12 @@ def test_an_unknown_version_is_refused(saved: Path, version: Any) -> None:
     assert (caught.value.field, caught.value.rule) == ("version", "version")
 
 
-def test_an_older_minor_version_is_read_with_what_it_lacked_at_default(
+def test_a_file_of_format_1_is_refused_with_advice(saved: Path) -> None:
+    with pytest.raises(ContractError, match="Format 1 was never released: make the batch again"):
+        load_batch(edit(saved, version="1.0"))
+
+
+def test_an_older_minor_version_is_read_with_defaults_for_newer_fields(
     saved: Path, batch: TrainBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -118,7 +123,7 @@ def test_an_older_minor_version_is_read_with_what_it_lacked_at_default(
     arrays = {name[:-4]: file_module._read_npy(name, data) for name, data in members(saved).items() if name[-1] == "y"}
     newer = file_module._decode(TrainBatchNext, header["batch"], (2, 0), dict(arrays))
     assert newer.temperature_BT is None
-    with pytest.raises(ContractError, match="temperature_BT"):  # in a file of its own version nothing may be absent
+    with pytest.raises(ContractError, match="temperature_BT"):  # a file of the current version must be complete
         file_module._decode(TrainBatchNext, header["batch"], (2, 1), dict(arrays))
 
 
@@ -169,7 +174,7 @@ def test_a_forged_file_is_refused(saved: Path, how: str) -> None:
         load_batch(write(saved, forged))
 
 
-def test_other_zips_and_no_files_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_other_zips_and_missing_files_are_refused(saved: Path, tmp_path: Path) -> None:
     content = members(saved)
     path: Any
     for path in (
@@ -185,7 +190,7 @@ def test_other_zips_and_no_files_are_refused(saved: Path, tmp_path: Path) -> Non
             load_batch(path)
     with zipfile.ZipFile(saved, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("advantage.npy", content["advantage.npy"])
-    with pytest.raises(ContractError, match="each name once"):
+    with pytest.raises(ContractError, match="without duplicate names"):
         load_batch(saved)
 
 
@@ -206,7 +211,7 @@ def test_damage_is_found_or_harmless(make_batch: Any, tmp_path_factory: Any, dat
         back = load_batch(path)
     except ContractError:
         return
-    assert same(back, batch)  # what is read is what was written: the damage hit bytes that mean nothing
+    assert same(back, batch)  # the damage hit bytes that have no meaning
 
 
 @given(content=st.binary(max_size=200))
@@ -218,7 +223,7 @@ def test_any_bytes_are_refused(tmp_path_factory: Any, content: bytes) -> None:
         load_batch(path)
 
 
-def test_a_wrong_batch_can_be_saved_and_looked_at(batch: TrainBatch, tmp_path: Path) -> None:
+def test_a_wrong_batch_can_be_saved_for_inspection(batch: TrainBatch, tmp_path: Path) -> None:
     wrong = dataclasses.replace(batch, advantage=batch.advantage + np.float32(1))
     save_batch(wrong, tmp_path / "wrong.npz")
     assert same(wrong, load_batch(tmp_path / "wrong.npz", level="shapes"))
@@ -242,7 +247,7 @@ def test_the_module_runs_as_a_program(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-30])
     damaged = run("check", str(saved))
     assert damaged.returncode == 1
-    assert damaged.stderr.startswith("file must be a zip file that can be read whole")
+    assert damaged.stderr.startswith("file must be a complete zip file")
     assert "Traceback" not in damaged.stderr
 
 

@@ -1,4 +1,4 @@
-"""jax: batches as pytrees, and nothing compiled twice because the policy moved on. Needs the `jax` extra."""
+"""jax: batches as pytrees, and a new policy version recompiles nothing. Needs the `jax` extra."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_new_policy_does_not_recompile_and_is_not_mixed_up(batch: TrainBatch) 
         assert out.scored.rollout.policy.concrete() == PolicyVersion(step, digest)
         assert jax.device_get(out).scored.rollout.policy == PolicyVersion(step, digest)
         np.testing.assert_array_equal(out.advantage, 2 * batch.advantage)
-        double(out)  # what a jitted function returned is of the same type as what it took
+        double(out)  # what a jitted function returns can be passed to it again
     assert len(traces) == 1
     rollout = batch.scored.rollout
     sampling = dataclasses.replace(rollout.sampling, top_k=19)
@@ -47,6 +47,12 @@ def test_a_new_policy_does_not_recompile_and_is_not_mixed_up(batch: TrainBatch) 
         )
     )
     assert len(traces) == 2
+
+
+def test_an_unrecorded_digest_passes_through_jit(batch: TrainBatch) -> None:
+    out = jax.jit(lambda b: b)(with_policy(batch, PolicyVersion(3, "")))
+    assert out.scored.rollout.policy.concrete() == PolicyVersion(3, "")
+    validate(out, "values")
 
 
 def test_leaves_are_named_and_come_back(batch: TrainBatch) -> None:
@@ -73,7 +79,7 @@ def test_jax_arrays_validate_and_save(batch: TrainBatch, tmp_path: Any) -> None:
         validate(wrong, "values")
 
 
-def test_values_cannot_be_looked_at_while_tracing(batch: TrainBatch) -> None:
+def test_values_cannot_be_checked_while_tracing(batch: TrainBatch) -> None:
     @jax.jit
     def look(b: TrainBatch) -> Any:
         with pytest.raises(ContractError) as caught:

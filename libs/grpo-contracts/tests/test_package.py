@@ -19,11 +19,11 @@ before = set(sys.modules)
 import grpo_contracts
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
-# With all they bring, they cost as much as the rest of the package several times over; `save_batch` and `load_batch` import them.
+# With their own imports they cost several times as much as the package; `save_batch` and `load_batch` import them.
 LATE = {"argparse", "json", "pathlib", "uuid", "zipfile"}
 
 
-def test_the_import_brings_numpy_alone_and_nothing_that_waits_for_a_file() -> None:
+def test_the_import_brings_only_numpy_and_defers_what_files_need() -> None:
     words = subprocess.run(
         [sys.executable, "-I", "-c", PROBE], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,6 +1,6 @@
-"""Records that TRL and verl really made become rollouts that say what their engines drew.
+"""Real records of TRL and verl become rollouts that hold what their engines drew.
 
-The records were stored by `oracles/write_trainer_records.py`; `hatch run oracles:test` makes them anew.
+The records were stored by `oracles/write_trainer_records.py`; `hatch run oracles:test` makes new ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check(name: str, case: dict[str, Any]) -> None:
         start, end = rollout.prompt_length_B[b], rollout.total_length_B[b]
         assert rollout.tokens_BT[b, :start].tolist() == prompt
         assert rollout.tokens_BT[b, start:end].tolist() == completion
-        # TRL masks a truncated row before it scores it, and records 0 for each of its tokens: the truth is lost there.
+        # TRL masks a truncated row before scoring it and records 0 for each of its tokens.
         logp = case["logp"][b] if case["in_loss"][b] else [0.0] * len(completion)
         np.testing.assert_allclose(rollout.logp_BT[b, start:end], logp, rtol=0, atol=ROUNDING)
         np.testing.assert_allclose(rollout.policy_logp_BT[b, start:end], case["policy_logp"][b], rtol=0, atol=ROUNDING)

@@ -1,4 +1,4 @@
-"""Every valid batch passes; every corruption is caught and named; nothing but ContractError comes out."""
+"""Every valid batch passes, every corruption is caught and named, and only ContractError is ever raised."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def replace(stage: Any, path: str, change: Any) -> Any:
 
 
 ROLLOUT, SCORED = "scored.rollout.", "scored."
-# Where it is broken, how, the stage and field and rule that must be named, the first bad index.
+# What is broken, how, the field and rule that must be named, and the first bad index.
 CORRUPTIONS: list[tuple[str, Any, str, str, tuple[int, ...] | None]] = [
     (ROLLOUT + "tokens_BT", lambda x: x.astype(np.int64), "tokens_BT", "dtype", None),
     (ROLLOUT + "tokens_BT", lambda x: x[None], "tokens_BT", "shape", None),
@@ -173,7 +173,7 @@ def test_there_are_corruptions_of_every_rule_and_every_field() -> None:
     assert len(HARMFUL) >= 30
     caught = {(field, rule) for _, _, field, rule, _ in HARMFUL}
     stages = (Rollout, Scored, TrainBatch)
-    # Two rules that one field alone cannot break without breaking an earlier one have tests of their own below.
+    # Two rules cannot be broken by one field without breaking an earlier rule; they have their own tests below.
     missing = {(rule.field, rule.name) for rule in RULES if rule.stage in stages} - caught
     assert missing == {("scored_B", "scored"), ("prompt_length_B", "same_prompt")}
     assert {field for stage in stages for field in stage.specs()} <= {p.split(".")[-1] for p, *_ in HARMFUL} | {
@@ -228,6 +228,47 @@ def test_corrupt_prompts_are_caught_and_named(field: str, change: Any, rule: str
     assert caught.value.index == index
 
 
+def test_prompts_from_ragged_ids() -> None:
+    prompts = Prompts.from_ids([[3, 4, 5], np.array([6])], vocab_size=20, pad_id=9)
+    validate(prompts, "values")
+    assert prompts.tokens_PT.tolist() == [[3, 4, 5], [6, 9, 9]]
+    assert prompts.length_P.tolist() == [3, 1]
+    assert prompts.prompt_id_P.tolist() == [0, 1]
+    wider = Prompts.from_ids([(3, 4), (6, 9)], vocab_size=20, pad_id=9, length=4, prompt_id_P=[7, 5])
+    validate(wider, "values")
+    assert wider.tokens_PT.tolist() == [[3, 4, 9, 9], [6, 9, 9, 9]]
+    assert wider.length_P.tolist() == [2, 2]
+    assert wider.prompt_id_P.tolist() == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": []}, "argument.ids must be a list of rows, at least one: got 0 rows"),
+        ({"ids": "abc"}, "argument.ids must be a list of rows, at least one: got 'abc'"),
+        ({"ids": [[1], []]}, r"argument.ids\[1\] must be at least one token id: got an empty row"),
+        ({"ids": [[1], [0.5]]}, r"argument.ids\[1\] must be at least one token id: got float64\[1\]"),
+        ({"ids": [3, 4]}, r"argument.ids\[0\] must be at least one token id: got int64\[\]"),
+        ({"ids": [[1], [2, -1]]}, r"argument.ids\[1\] must be token ids in \[0, 2\*\*31\): got -1..2"),
+        ({"ids": [[1], [2, 20]]}, r"argument.ids\[1, 1\] must be in \[0, 20\): got 20"),
+        ({"length": 1}, r"argument.ids\[1\] must be at most 1 tokens long: got 2"),
+        ({"length": 0}, r"argument.length must be an int in \[1, 2\*\*31\): got 0"),
+        ({"pad_id": 20}, r"argument.pad_id must be in \[0, 20\): got 20"),
+        ({"vocab_size": "20"}, r"argument.vocab_size must be an int in \[1, 2\*\*31\): got '20'"),
+        ({"prompt_id_P": [1]}, r"argument.prompt_id_P must have shape \(2,\): got \(1,\)"),
+        ({"prompt_id_P": [1.0, 2.0]}, "argument.prompt_id_P must be of a dtype of kind"),
+    ],
+)
+def test_ragged_ids_that_are_no_prompts_are_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"ids": [[1], [2, 3]], "vocab_size": 20} | change
+    with pytest.raises(ContractError, match=message):
+        Prompts.from_ids(arguments.pop("ids"), **arguments)
+
+
+def test_a_digest_may_be_unrecorded(batch: TrainBatch) -> None:
+    validate(replace(batch, ROLLOUT + "policy.digest", lambda _: ""), "values")
+
+
 def test_shapes_level_leaves_values_alone(batch: TrainBatch) -> None:
     validate(replace(batch, "advantage", lambda x: x * np.nan))
 
@@ -243,7 +284,7 @@ class Raising(np.ndarray):
 
 
 @pytest.mark.parametrize("kind", [np.ma.MaskedArray, np.matrix, Raising])
-def test_arrays_that_compute_otherwise_are_refused(batch: TrainBatch, kind: type[np.ndarray]) -> None:
+def test_arrays_that_compute_differently_are_refused(batch: TrainBatch, kind: type[np.ndarray]) -> None:
     for level in ("shapes", "values"):
         with pytest.raises(ContractError, match=f"must be a numpy or jax array: got a {kind.__name__}"):
             validate(replace(batch, "old_logp_BT", lambda x: x.view(kind)), level)
@@ -254,14 +295,14 @@ def test_arrays_of_a_file_are_arrays(batch: TrainBatch, tmp_path: Path) -> None:
     validate(replace(batch, "old_logp_BT", lambda _: np.load(tmp_path / "logp.npy", mmap_mode="r")), "values")
 
 
-def test_groups_left_unflattened_are_told_what_to_do(batch: TrainBatch) -> None:
+def test_unflattened_groups_get_advice(batch: TrainBatch) -> None:
     with pytest.raises(ContractError) as caught:
         validate(replace(batch, SCORED + "reward_B", lambda x: x.reshape(2, 2)))
     expected = "Scored.reward_B must have shape (4,) [B]: got (2, 2) (rule 'shape'). "
     assert str(caught.value) == expected + "Flatten groups first (`reward_B.reshape(-1)`)."
 
 
-def test_errors_are_what_the_stack_promises(batch: TrainBatch) -> None:
+def test_errors_are_grpo_errors_and_survive_pickling(batch: TrainBatch) -> None:
     with pytest.raises(ContractError) as caught:
         validate(replace(batch, "advantage", lambda x: put(x, 3, 0.5)), "values")
     assert isinstance(caught.value, GrpoError)
@@ -342,7 +383,9 @@ def test_the_batch_may_be_anything(batch: Any, level: Any) -> None:
 
 @given(*[ANYTHING] * 5)
 @settings(max_examples=200, deadline=None)
-def test_a_law_is_possible_or_refused(temperature: Any, top_k: Any, top_p: Any, min_p: Any, stop_ids: Any) -> None:
+def test_sampling_parameters_are_valid_or_refused(
+    temperature: Any, top_k: Any, top_p: Any, min_p: Any, stop_ids: Any
+) -> None:
     for arguments in (
         {"temperature": temperature},
         {"top_k": top_k, "top_p": top_p},
@@ -357,7 +400,7 @@ def test_a_law_is_possible_or_refused(temperature: Any, top_k: Any, top_p: Any, 
             assert hash(sampling) == hash(dataclasses.replace(sampling))
 
 
-def test_laws_are_the_same_whoever_made_them() -> None:
+def test_equal_sampling_parameters_are_equal_whatever_types_they_came_as() -> None:
     ids: Any = [2, 3]
     top_k: Any = np.int32(3)
     sampling = SamplingParams(np.float64(0.5), top_k, 1, 0, ids)
@@ -373,7 +416,7 @@ def test_rewards_that_could_not_be_computed_are_unscored(batch: TrainBatch) -> N
     np.testing.assert_allclose(scored.reward_B, [1.1, 0.1, 0.2, 0.0], rtol=1e-6)
     rollout = scored.rollout
     watched = Scored.from_rewards(rollout, {"a": [None] * 4, "b": [1, 2, 3, 4]}, {"a": 0, "b": 1})
-    assert watched.scored_B.all()  # a function of weight 0 is only watched
+    assert watched.scored_B.all()  # a function of weight 0 does not count
     for rewards, weights in [
         ({}, None),
         ({"a": [1.0]}, None),

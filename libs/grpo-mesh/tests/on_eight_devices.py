@@ -105,8 +105,8 @@ def test_rows_that_do_not_divide_are_refused():
 def test_a_mesh_in_place_of_a_sharding_is_refused():
     mesh = make_mesh("auto")
     for call in (
-        lambda: to_global(np.zeros((8, 2)), mesh),
-        lambda: local_rows(3, mesh),
+        lambda: to_global(np.zeros((8, 2)), mesh),  # type: ignore[arg-type]
+        lambda: local_rows(3, mesh),  # type: ignore[arg-type]
     ):
         with pytest.raises(
             MeshError, match=r"must be a NamedSharding such as `batch_sharding\(mesh\)`: got (Mesh|int)"

@@ -34,7 +34,7 @@ def test_a_slice_name_tells_chips_and_hosts(name, topology, chips, hosts):
 
 def test_a_slice_is_named_by_text():
     with pytest.raises(MeshError, match="a slice is named by text such as 'v5e-16': got 16"):
-        find_slice(16)
+        find_slice(16)  # type: ignore[arg-type]
     with pytest.raises(MeshError, match="slices must be at least 1: got 0"):
         slice_devices("v5e-4", slices=0)
 

@@ -79,7 +79,7 @@ def test_a_program_from_a_cache_is_read_back():
 def test_a_program_at_another_stage_is_refused():
     lowered = jax.jit(jnp.sin).lower(1.0)
     with pytest.raises(MeshError, match=r"needs a compiled program: got a lowered one. Pass `lowered.compile\(\)`"):
-        compile_report(lowered)
+        compile_report(lowered)  # type: ignore[arg-type]
     with pytest.raises(MeshError, match=r"pass `lowered.compile`, not what it returns"):
         compile_with_text(lowered.compile())
 

@@ -169,7 +169,7 @@ def test_arguments_in_another_order_are_refused(function):
 
 def test_state_shardings_refuses_arguments_in_another_order():
     with pytest.raises(MeshError, match=r"mesh must be .*: got Rules"):
-        state_shardings(PARAMS, PARAMS, RULES, MESH)
+        state_shardings(PARAMS, PARAMS, RULES, MESH)  # type: ignore[arg-type]
 
 
 def test_bytes_of_a_device_follow_the_shardings():

@@ -1,6 +1,7 @@
 """The network against kept logits of transformers, and against itself in every way it can be run."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from grpo_sampler import ModelConfig, SamplerError, Transformer, abstract, load_pretrained, merge, split
+from grpo_sampler import ModelConfig, SamplerError, Transformer, abstract, load_pretrained, merge, splash_flops, split
 from grpo_sampler._kernels import resolve_attention, self_attention, splash_attention
 from grpo_sampler._layout import leaves
 from grpo_sampler._rope import rope_constants, rope_tables
@@ -268,3 +269,47 @@ def test_splash_computes_the_same_attention(heads):
     segment = jnp.asarray(np.stack([np.where(at < 50, 1, np.where(at < 120, 2, 0)), np.ones(130)]), jnp.int32)
     expected = self_attention("xla", q, k, v, segment)
     np.testing.assert_allclose(splash_attention(q, k, v, segment, interpret=True), expected, atol=3e-6)
+
+
+def _jaxprs(value):
+    if hasattr(value, "eqns"):
+        yield value
+    elif hasattr(value, "jaxpr"):
+        yield from _jaxprs(value.jaxpr)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _jaxprs(part)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in equation.params.values():
+            for inner in _jaxprs(parameter):
+                yield from _equations(inner)
+
+
+def _product_flops(equation):
+    """2 times the elements of a matrix product's result times the length that it sums over."""
+    (axes, _), _ = equation.params["dimension_numbers"]
+    summed = math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
+    return 2 * summed * math.prod(equation.outvars[0].aval.shape)
+
+
+@pytest.mark.parametrize("length", [100, 300, 700])
+def test_splash_flops_are_the_products_of_its_kernels(length):
+    """Counted in the kernels that a gradient runs: products in a tile, times the tiles of the grid, half of them causal."""
+    rows, heads, size = 2, 3, 64
+    q = jnp.zeros((rows, length, heads, size))
+    segment = jnp.ones((rows, length), jnp.int32)
+    loss = jax.grad(lambda q, k, v: splash_attention(q, k, v, segment, interpret=True).sum(), argnums=(0, 1, 2))
+    counted = {}
+    for equation in _equations(jax.make_jaxpr(loss)(q, q, q).jaxpr):
+        if equation.primitive.name == "pallas_call":
+            products = [e for e in _equations(equation.params["jaxpr"]) if e.primitive.name == "dot_general"]
+            name = str(equation.params["name_and_src_info"])
+            counted[name] = sum(map(_product_flops, products)) * math.prod(equation.params["grid_mapping"].grid)
+    assert len(counted) == 3
+    for name, flops in counted.items():
+        assert splash_flops(name, rows=rows, heads=heads, head_size=size, length=length) == flops / 2
+    assert splash_flops("another_kernel", rows=rows, heads=heads, head_size=size, length=length) == 0

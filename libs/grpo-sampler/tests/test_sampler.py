@@ -12,7 +12,7 @@ from flax import nnx
 from scipy import stats
 
 from grpo_contracts import ContractError, FinishReason, PolicyVersion, Prompts, Rollout, SamplingParams, validate
-from grpo_sampler import ModelConfig, Sampler, SamplerError, Transformer, merge, split
+from grpo_sampler import ModelConfig, Sampler, SamplerBackend, SamplerError, Transformer, merge, split
 from grpo_sampler._slots import few_rows, shapes_for
 
 POLICY = PolicyVersion(3, "ab12")
@@ -310,6 +310,14 @@ def test_a_ring_that_wraps_and_many_waves(model, params):
             },
             "model's vocabulary: got 23",
         ),
+        (
+            {"prompts": Prompts.from_ids([[1, 2]], vocab_size=24)},
+            "prompts.vocab_size must be at most the model's vocabulary, 23: got 24",
+        ),
+        (
+            {"sampling": {"temperature": 0.5}},
+            r"must be a SamplingParams: got a dict. Write SamplingParams\(\*\*sampling\)",
+        ),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"seed": -1}, "seed must lie in"),
         ({"step": -1}, "step must lie in"),
@@ -321,6 +329,60 @@ def test_a_ring_that_wraps_and_many_waves(model, params):
 def test_requests_that_cannot_be_met_are_refused(params, options, message):
     with pytest.raises(SamplerError, match=message):
         generate(sampler_of(), params, **{"prompts": prompts_of([4])} | options)
+
+
+def other(**changes: Any) -> Any:
+    """Parameters of another model."""
+    return split(Transformer(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0)))[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: Transformer(CONFIG, rngs=nnx.Rngs(0)), r"dictionary of arrays: got a Transformer. .*split\(model\)"),
+        (lambda: other(width=32), r"params embed must have shape \(23, 16\): got \(23, 32\)"),
+        (lambda: other(vocab_size=24), r"params embed must have shape \(23, 16\): got \(24, 16\)"),
+        (lambda: other(layers=3), r"params layers/attn_norm must have shape \(2, 16\): got \(3, 16\)"),
+        (lambda: other(tied=False), "got also unembed"),
+        (lambda: {k: v for k, v in other().items() if k != "layers"}, "must hold layers/attn_norm: it is missing"),
+        (lambda: other() | {"embed": 1.5}, "params embed must be an array: got a float"),
+        (lambda: other() | {"embed": jnp.zeros((23, 16), int)}, "params embed must be of a floating type: got int32"),
+    ],
+)
+def test_parameters_of_another_model_are_refused_before_anything_compiles(given, message):
+    sampler, prompts, wrong = Sampler(CONFIG, max_prompt_length=12, max_new_tokens=16), prompts_of([4]), given()
+    identity = {"group_size": 4, "seed": 0, "step": 0}
+    for call in (
+        lambda: sampler.generate(wrong, prompts, **identity),
+        lambda: sampler.stream(wrong, prompts, **identity),
+        lambda: sampler.warmup(wrong),
+        lambda: sampler.programs(wrong, group_size=4),
+        lambda: SamplerBackend(sampler).update_weights(wrong, POLICY),
+    ):
+        with pytest.raises(SamplerError, match=message):
+            call()
+    assert sampler.compile_count == 0
+
+
+def test_arguments_of_another_type_are_refused():
+    wrong: Any = dataclasses.asdict(CONFIG)
+    with pytest.raises(SamplerError, match="config must be a ModelConfig: got a dict"):
+        Sampler(wrong, max_prompt_length=12, max_new_tokens=16)
+    wrong = {"temperature": 0.5}
+    with pytest.raises(SamplerError, match="sampling must be a SamplingParams: got a dict"):
+        Sampler(CONFIG, wrong, max_prompt_length=12, max_new_tokens=16)
+    wrong = CONFIG
+    with pytest.raises(SamplerError, match="sampler must be a Sampler: got a ModelConfig"):
+        SamplerBackend(wrong)
+    wrong = STOPPING
+    with pytest.raises(SamplerError, match="a sequence of SamplingParams"):
+        sampler_of().warmup({}, sampling=wrong)
+
+
+def test_a_policy_version_need_not_be_given(params):
+    rollout = sampler_of().generate(params, prompts_of([4]), group_size=4, seed=0, step=5)
+    assert rollout.policy == PolicyVersion(5, "")
+    validate(rollout, level="values")
 
 
 def test_an_empty_prompt_is_refused(params):

@@ -146,6 +146,16 @@ def test_greedy_takes_the_first_maximum(filtered):
     np.testing.assert_allclose(result.policy_logp_B, expected, atol=2e-6)
 
 
+def test_greedy_and_forbidden_rows_have_whole_distributions_too():
+    logits_BV = jnp.array([[1.0, 3.0, 3.0, 0.0]] * 2)
+    forbid_B = jnp.array([False, True])
+    found_BV = np.exp(log_probabilities(logits_BV, SamplingParams(temperature=0.0, stop_ids=(1,)), forbid_B))
+    assert found_BV.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    found_BV = np.exp(log_probabilities(logits_BV, SamplingParams(stop_ids=(1,)), forbid_B))
+    weight_BV = np.exp(np.asarray(logits_BV, np.float64)) * [[1, 1, 1, 1], [1, 0, 1, 1]]
+    np.testing.assert_allclose(found_BV, weight_BV / weight_BV.sum(1, keepdims=True), rtol=1e-6)
+
+
 def test_forbidden_stop_ids_leave_a_renormalised_law(record_property):
     logits_V = np.random.default_rng(5).normal(0, 1, 12).astype(np.float32)
     sampling = SamplingParams(stop_ids=(0, 11))

@@ -84,6 +84,17 @@ def test_any_floating_type_becomes_the_one_asked_for(tmp_path, stored):
     assert np.array_equal(params["embed"], expected)
 
 
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_without_a_dtype_weights_keep_theirs(tmp_path, stored):
+    tensors = tensors_of(LLAMA, stored)
+    _, params = load_pretrained(write(tmp_path / "m", LLAMA, tensors))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(stored)}
+    assert params["embed"].tobytes() == tensors["model.embed_tokens.weight"].tobytes()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
+    with pytest.raises(WeightsError, match="one type to be loaded without dtype: got .*F64"):
+        load_pretrained(write(tmp_path / "mixed", LLAMA, tensors))
+
+
 def test_every_block_of_a_parameter_can_be_read_by_itself():
     """What a device of a mesh asks for, over every axis of every parameter."""
     for config in (QWEN2, LLAMA, QWEN3):

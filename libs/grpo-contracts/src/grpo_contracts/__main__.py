@@ -1,4 +1,4 @@
-"""`python -m grpo_contracts schema` prints the contract as JSON; `check FILE` says whether a file keeps it."""
+"""`python -m grpo_contracts schema` prints the contract as JSON; `check FILE` says whether a file is valid."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: the words after the program's name; those of the process where None.
+        arguments: the arguments after the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0, or 1 where the file breaks the contract.
+        The exit code: 0, or 1 if the file breaks the contract.
     """
     parser = argparse.ArgumentParser(prog="python -m grpo_contracts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("schema", help="print stages, fields, rules and file header as JSON")
-    check = commands.add_parser("check", help="say OK, or the first rule a batch file breaks, with exit code 1")
+    check = commands.add_parser(
+        "check", help="print OK, or the first rule that a batch file breaks and exit with code 1"
+    )
     check.add_argument("file")
     chosen = parser.parse_args(arguments)
     if chosen.command == "schema":

@@ -1,4 +1,4 @@
-"""Rollout records of TRL and verl, as a Rollout. Neither they nor torch are imported."""
+"""Records of TRL and verl as a Rollout, without importing them or torch."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ def from_trl(
     prompt_id: Sequence[int] | None = None,
     policy_logp: Any = None,
 ) -> Rollout:
-    """Turn a record of TRL's GRPOTrainer (what `_generate_and_score_completions` returns) into a Rollout.
+    """Turn a record of TRL's GRPOTrainer (returned by `_generate_and_score_completions`) into a Rollout.
 
     Args:
         record: `prompt_ids` and `prompt_mask` [B, any], `completion_ids` and `completion_mask` [B, C], padded on either
-            side; `sampling_per_token_logps` or, under a law without filters, `old_per_token_logps` [B, C]; a
-            `tool_mask` where there is one. Numpy arrays, jax arrays, lists or torch tensors.
-        sampling: the law the completions were drawn from, its stop ids included; the record does not say.
-        policy: the parameters that drew them; nor does it say that.
+            side; `sampling_per_token_logps` or, if nothing was filtered, `old_per_token_logps` [B, C]; optionally
+            `tool_mask`. Numpy arrays, jax arrays, lists or torch tensors.
+        sampling: how the completions were drawn, including stop ids; the record does not contain it.
+        policy: version of the parameters that drew them; not in the record either.
         vocab_size: size of the vocabulary.
         pad_id: token id of the padding.
         group_size: completions of each prompt (`num_generations`).
-        group: a label a row, equal where rows share a group; adjacent rows where None. TRL shuffles its buffer.
-        prompt_id: which problem each row answers; the group's number where None.
-        policy_logp: [B, C] log-probabilities at temperature 1 without filters; needed unless the law is that.
+        group: a label per row, equal for rows of one group; if None, adjacent rows form groups. TRL shuffles its
+            buffer, so pass labels there.
+        prompt_id: which problem each row answers; the group's number if None.
+        policy_logp: [B, C] log-probabilities at temperature 1 without filters; needed unless sampling was plain.
 
     Returns:
-        A valid Rollout with T = prompt width + C. A row whose completion mask is all 0 (a truncated completion masked)
-        keeps its tokens, up to its trailing padding, and stays out of the loss. TRL scores such a row with 0 at every
-        token, so average log-probabilities over `loss_mask_BT`, not over `completion_BT`.
+        A valid Rollout with T = prompt width + C. A row whose completion mask is all 0 (a masked truncated completion)
+        keeps its tokens, without trailing padding, and stays out of the loss. TRL records 0 as the log-probability of
+        each of its tokens, so average log-probabilities over `loss_mask_BT`, not over `completion_BT`.
 
     Raises:
         ContractError: the record lacks a key, its arrays disagree, or the result would not be valid.
@@ -80,20 +81,20 @@ def from_verl(
     prompt_id: Sequence[int] | None = None,
     policy_logp: Any = None,
 ) -> Rollout:
-    """Turn a record of verl (a DataProto's `batch`, with `non_tensor_batch["uid"]` beside it if wanted) into a Rollout.
+    """Turn a record of verl (a DataProto's `batch`, optionally with `non_tensor_batch["uid"]`) into a Rollout.
 
     Args:
         record: `prompts` [B, any], `responses` [B, C] and `attention_mask` [B, any + C], padded on either side;
-            `rollout_log_probs` or, under a law without filters, `old_log_probs` [B, C]; `response_mask` [B, C] and
-            `uid` [B] where there are any. Numpy arrays, jax arrays, lists or torch tensors.
-        sampling: the law the responses were drawn from, its stop ids included; the record does not say.
-        policy: the parameters that drew them; nor does it say that.
+            `rollout_log_probs` or, if nothing was filtered, `old_log_probs` [B, C]; optionally `response_mask` [B, C]
+            and `uid` [B]. Numpy arrays, jax arrays, lists or torch tensors.
+        sampling: how the responses were drawn, including stop ids; the record does not contain it.
+        policy: version of the parameters that drew them; not in the record either.
         vocab_size: size of the vocabulary.
         pad_id: token id of the padding.
         group_size: responses of each prompt (`rollout.n`).
-        group: a label a row, equal where rows share a group; `uid` where None, adjacent rows where there is none.
-        prompt_id: which problem each row answers; the group's number where None.
-        policy_logp: [B, C] log-probabilities at temperature 1 without filters; needed unless the law is that.
+        group: a label per row, equal for rows of one group; if None, `uid`, or adjacent rows without it.
+        prompt_id: which problem each row answers; the group's number if None.
+        policy_logp: [B, C] log-probabilities at temperature 1 without filters; needed unless sampling was plain.
 
     Returns:
         A valid Rollout with T = prompt width + C.
@@ -125,5 +126,5 @@ def from_verl(
 
 
 def _until_padding(ids_BC: np.ndarray, pad_id: int) -> np.ndarray:
-    """Positions up to each row's last token that is no padding."""
+    """Positions up to the last token of each row that is not padding."""
     return np.flip(np.logical_or.accumulate(np.flip(ids_BC != pad_id, 1), axis=1), 1)

@@ -1,4 +1,4 @@
-"""What counts as an array, and how to read one on the host, without importing jax."""
+"""What counts as an array or an int, and how to read one on the host, without importing jax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._errors import broken
 
 def is_array(value: Any) -> bool:
     """Whether a value is a numpy or a jax array (tracers included)."""
-    # No other subclass: masked arrays and matrices compute otherwise, and what somebody overrides may raise anything.
+    # No other subclass: masked arrays and matrices compute differently, and an overridden method may raise anything.
     if isinstance(value, np.ndarray):
         return type(value) in (np.ndarray, np.memmap)
     jax = sys.modules.get("jax")  # a jax array can only exist where jax has been imported
@@ -25,20 +25,20 @@ def to_numpy(value: Any, stage: str, field: str) -> np.ndarray:
 
     Args:
         value: anything numpy can read.
-        stage, field: where it belongs, for the error.
+        stage, field: where it belongs, for errors.
 
     Returns:
-        The numpy array, a view where that is possible.
+        The numpy array, a view if possible.
 
     Raises:
-        ContractError: it cannot be read here.
+        ContractError: this process cannot read it.
     """
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # tracers, deleted arrays, arrays of other processes
         reason = str(error).partition("\n")[0]
-        hint = "Outside jit, and on data this process holds, it is."
-        raise broken(stage, field, "readable", "an array numpy can read here", reason, hint=hint) from error
+        hint = "Call this outside jit, on data that this process holds."
+        raise broken(stage, field, "readable", "an array that numpy can read here", reason, hint=hint) from error
 
 
 def check_int(value: object, name: str, least: int) -> None:
@@ -49,7 +49,7 @@ def check_int(value: object, name: str, least: int) -> None:
 
 
 def describe(value: object) -> str:
-    """A value's type, with the value where it is short and safe to print."""
+    """A value's type, or the value itself if it is short and safe to print."""
     if value is None or type(value) in (bool, float) or (type(value) is str and len(value) < 100):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""A Rollout from prompts and completions, ragged or padded on whatever side."""
+"""A Rollout from prompts and completions, ragged or padded on either side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._validate import fetch, validate
 
 
 class Sizes(NamedTuple):
-    """The fields of a Rollout that a record does not say."""
+    """The fields of a Rollout that a record does not contain."""
 
     group_size: int
     sampling: SamplingParams
@@ -48,17 +48,16 @@ def from_completions(
 
     Args:
         prompts: P prompts.
-        completions: the token ids of each of the P * group_size completions, stop token included; those of prompt 0
-            first.
-        logp: the log-probability of each of their tokens under the law.
+        completions: token ids of the P * group_size completions, stop tokens included, those of prompt 0 first.
+        logp: log-probability of each of their tokens under the sampling parameters.
         group_size: completions of each prompt.
-        sampling: the law they were drawn from.
-        policy: the parameters that drew them.
-        policy_logp: log-probabilities at temperature 1 without filters; needed unless the law is that.
-        max_new_tokens: room for completions; that of the longest where None.
+        sampling: how they were drawn.
+        policy: version of the parameters that drew them.
+        policy_logp: log-probabilities at temperature 1 without filters; needed unless sampling was plain.
+        max_new_tokens: room for completions, in tokens; the length of the longest if None.
 
     Returns:
-        A valid Rollout with T = prompt width + max_new_tokens, every completion in the loss.
+        A valid Rollout with T = prompt width + max_new_tokens and every completion in the loss.
 
     Raises:
         ContractError: lengths or counts disagree, or the result would not be valid.
@@ -93,17 +92,17 @@ def from_completions(
 
 
 def _live_first(mask: np.ndarray, name: str, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """The order that moves each row's live positions to its front, and how many there are."""
+    """The order that moves the live positions of each row to its front, and how many there are."""
     starts = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
     split = starts.sum(1) > 1
     if split.any():
-        expected = "1 on one run of positions a row, padding before or after it"
+        expected = "1 on one run of positions per row, with padding before or after it"
         raise broken(name, field, "contiguous", expected, "several runs", index=np.argwhere(split)[0])
     return np.argsort(~mask, axis=1, kind="stable"), mask.sum(1).astype(np.int32)
 
 
 def _group(labels: Any, rows: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group of each row, numbered by first appearance, and its index within; without labels, adjacent rows."""
+    """Group of each row, numbered by first appearance, and its index in the group; adjacent rows without labels."""
     if labels is None:
         row = np.arange(rows, dtype=np.int32)
         return row // group_size, row % group_size
@@ -133,12 +132,12 @@ def assemble(
     prompt_id: Any,
     sizes: Sizes,
 ) -> Rollout:
-    """One right-padded row from each padded prompt (ids, mask) and completion (ids, mask, loss mask)."""
+    """Right-padded rows from padded prompts (ids, mask) and completions (ids, mask, loss mask)."""
     prompt_ids, prompt_mask = prompt
     ids_BC, live_BC, loss_BC = completion
     rows, width = ids_BC.shape
     if len(prompt_ids) != rows:
-        raise broken(name, "prompts", "rows", f"of as many rows as the completions ({rows})", len(prompt_ids))
+        raise broken(name, "prompts", "rows", f"as many as the completions ({rows})", len(prompt_ids))
     stray = loss_BC & ~live_BC
     if stray.any():
         raise broken(name, "loss mask", "subset", "0 on padding", 1, index=np.argwhere(stray)[0])
@@ -153,7 +152,7 @@ def assemble(
     def place(values_BC: np.ndarray, empty: Any, dtype: type) -> np.ndarray:
         front = np.take_along_axis(values_BC, order, 1)
         spread = np.take_along_axis(front, np.clip(from_start, 0, width - 1), 1)
-        with np.errstate(over="ignore"):  # what float32 cannot hold turns infinite, and validation names it
+        with np.errstate(over="ignore"):  # overflow gives infinity, which validation reports
             return np.where(in_completion, spread, empty).astype(dtype)
 
     prompt_front = np.take_along_axis(prompt_ids, prompt_order, 1)
@@ -168,7 +167,7 @@ def assemble(
         policy_logp_BC = logp_BC
     else:
         hint = "Score the completions once at temperature 1."
-        raise broken("argument", "policy_logp", "present", "given where the law is not plain", "nothing", hint=hint)
+        raise broken("argument", "policy_logp", "present", "given unless sampling is plain", "nothing", hint=hint)
     prompt_id_B = arguments.integers("prompt_id", (rows,), rank=1) if "prompt_id" in arguments else group_B
     last_B = ids_BC[np.arange(rows), order[np.arange(rows), np.maximum(length_B - 1, 0)]]
     rollout = Rollout(

@@ -1,4 +1,4 @@
-"""The errors every library of the stack shares."""
+"""The errors that all libraries of the stack share."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 
 class GrpoError(Exception):
-    """Root of every error the stack raises on purpose; each subclass also inherits the standard type it refines."""
+    """Root of all errors that the stack raises on purpose; each subclass also inherits the standard type it refines."""
 
 
 class ContractError(GrpoError, ValueError):
-    """A batch, a law or a file breaks the contract.
+    """A batch, sampling parameters or a file break the contract.
 
     Args:
-        message: what must hold, what came, what to do. `broken` composes it from the parts below.
+        message: what must hold, what came, what to do.
         stage: the type that is wrong, for instance `"Rollout"`.
-        field: its field, for instance `"logp_BT"`; None where the whole is wrong.
-        rule: the rule's short name, as `python -m grpo_contracts schema` lists it.
+        field: its field, for instance `"logp_BT"`; None if all of it is wrong.
+        rule: short name of the rule, as listed by `python -m grpo_contracts schema`.
         expected: what must hold.
         actual: what came.
-        index: where in the field it first fails; None where the field as a whole does.
+        index: the first bad index in the field; None if the rule is about the whole field.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ def broken(
     hint: str = "",
     verb: str = "be",
 ) -> ContractError:
-    """The ContractError for one broken rule, its message composed of the parts it carries.
+    """The ContractError for one broken rule, with a message composed of its parts.
 
     Args:
         stage, field, rule, expected, actual, index: as in ContractError.
-        hint: what to do about it, one sentence.
-        verb: what stands between "must" and `expected`.
+        hint: what to do about it, in one sentence.
+        verb: the verb between "must" and `expected`.
 
     Returns:
         The error, to be raised by the caller.
@@ -67,14 +67,14 @@ def broken(
     where = None if index is None else tuple(int(i) for i in index)
     if where:
         place += "[" + ", ".join(map(str, where)) + "]"
-    message = f"{place} must {verb} {expected}: got {_say(actual)} (rule {rule!r})."
+    message = f"{place} must {verb} {expected}: got {_short(actual)} (rule {rule!r})."
     if hint:
         message += f" {hint}"
     return ContractError(message, stage=stage, field=field, rule=rule, expected=expected, actual=actual, index=where)
 
 
-def _say(value: object) -> str:
-    # Python refuses to print integers of thousands of digits, and nobody reads a long text in an error.
+def _short(value: object) -> str:
+    # Python refuses to print integers of thousands of digits, and nobody reads a long text in an error message.
     if isinstance(value, int) and value.bit_length() > 64:
         return "an integer beyond 64 bits"
     text = str(value)

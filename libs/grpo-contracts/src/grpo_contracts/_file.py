@@ -1,11 +1,12 @@
-"""Batches in files: an uncompressed zip of `header.json` and one `.npy` member an array.
+"""Batch files: an uncompressed zip of `header.json` and one `.npy` member per array.
 
 `numpy.load(path, allow_pickle=False)` reads the arrays, any JSON reader the header; nothing in a file is executed.
-A header names the format, its version and the stage, and mirrors the batch: sizes, law, identity and names as JSON,
-`{"array": name}` where an array stands, null where an optional one is absent.
-A minor version adds fields with defaults, a major one changes the meaning of what was there.
+The header names the format, its version and the stage, and mirrors the batch: sizes, sampling parameters, policy version
+and names as JSON, `{"array": name}` for an array, and null for an optional array that is absent.
 
-json and zipfile are imported where they are used: whoever only passes batches around shall not wait for them.
+A minor version adds fields with defaults; a major version renames fields or changes their meaning.
+
+json and zipfile are imported where they are used, to keep `import grpo_contracts` fast.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ FORMAT = "grpo-contracts/batch"
 VERSION = (2, 0)
 _HEADER = "header.json"
 _LONGEST_HEADER = 2**20
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same batch is the same bytes, whenever it is written
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal batches give equal bytes, whenever they are written
 _NPY = (
     rb"\{'descr': '([<|][bif][148])', 'fortran_order': (False|True), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
 )
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyError, TypeError)
-"""What zipfile raises, beside its own error, on missing, truncated, encrypted or forged files and on no path at all."""
+"""What zipfile raises, besides its own error, for missing, truncated, encrypted or forged files, or no path at all."""
 
 
 def save_batch(batch: Stage, path: str | os.PathLike[str]) -> None:
-    """Write a batch to a file, all of it or nothing.
+    """Write a batch to a file, atomically.
 
     Args:
-        batch: any stage that passes at level `"shapes"`; wrong values may be saved, to be looked at.
-        path: the file, by custom `*.npz`; an existing one is replaced.
+        batch: any stage that is valid at level `"shapes"`; wrong values may be saved for inspection.
+        path: the file, usually `*.npz`; an existing one is replaced.
 
     Raises:
         ContractError: the batch's fields are wrong, or its arrays cannot be read here.
@@ -81,14 +82,14 @@ def load_batch(path: str | os.PathLike[str], *, level: str = "values") -> Any:
     """Read a batch from a file.
 
     Args:
-        path: a file `save` wrote, in this or an earlier minor version.
+        path: a file written by `save_batch` of this or an earlier minor version of the format.
         level: how far to validate it, as in `validate`.
 
     Returns:
-        The Prompts, Rollout, Scored or TrainBatch, its arrays in numpy and read-only.
+        The Prompts, Rollout, Scored or TrainBatch, with read-only numpy arrays.
 
     Raises:
-        ContractError: the file cannot be read, is no batch, is of an unknown version, or breaks a rule.
+        ContractError: the file cannot be read, is not a batch, has an unknown version, or breaks a rule.
     """
     import json
 
@@ -101,13 +102,13 @@ def load_batch(path: str | os.PathLike[str], *, level: str = "values") -> Any:
     arrays = {name.removesuffix(".npy"): _read_npy(name, data) for name, data in members.items()}
     batch = _decode(stage, header["batch"], version, arrays)
     if arrays:
-        raise broken("file", min(arrays), "known", f"an array that a {stage.__name__} has", "an unknown one")
+        raise broken("file", min(arrays), "known", f"an array of a {stage.__name__}", "an unknown one")
     validate(batch, level)
     return batch
 
 
 def _members(path: Any) -> dict[str, bytes]:
-    """The zip's members. Stored ones only, no longer than the file: nothing unfolds into more than was sent."""
+    """The members of the zip, which must be uncompressed: what is read is never larger than the file."""
     from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
     try:
@@ -117,7 +118,7 @@ def _members(path: Any) -> dict[str, bytes]:
             listed = archive.infolist()
             names = [info.filename for info in listed]
             if _HEADER not in names or len(set(names)) != len(names):
-                raise broken("file", None, "members", f"a zip of {_HEADER} and arrays, each name once", names)
+                raise broken("file", None, "members", f"a zip of {_HEADER} and arrays, without duplicate names", names)
             if any(info.compress_type != ZIP_STORED for info in listed):
                 raise broken("file", None, "stored", "an uncompressed zip", "compressed members")
             if sum(info.file_size for info in listed) > size or archive.getinfo(_HEADER).file_size > _LONGEST_HEADER:
@@ -127,7 +128,7 @@ def _members(path: Any) -> dict[str, bytes]:
         raise
     except (*_UNREADABLE, BadZipFile) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise broken("file", None, "readable", "a zip file that can be read whole", reason) from error
+        raise broken("file", None, "readable", "a complete zip file", reason) from error
 
 
 def _read_header(header: Any) -> tuple[type[Stage], tuple[int, int]]:
@@ -152,7 +153,7 @@ def _read_header(header: Any) -> tuple[type[Stage], tuple[int, int]]:
 
 
 def _read_npy(name: str, data: bytes) -> np.ndarray:
-    """An array from a `.npy` member. The header is matched against the one form numpy writes, never evaluated."""
+    """An array from a `.npy` member. Its header is matched against the one form that numpy writes, never evaluated."""
     start = 10 + int.from_bytes(data[8:10], "little")
     match = re.fullmatch(_NPY, data[10:start])
     if not name.endswith(".npy") or data[:8] != b"\x93NUMPY\x01\x00" or match is None:
@@ -162,7 +163,7 @@ def _read_npy(name: str, data: bytes) -> np.ndarray:
     try:
         dtype = np.dtype(descr.decode())
     except TypeError as error:
-        raise broken("file", name, "npy", "of a dtype numpy knows", error) from error
+        raise broken("file", name, "npy", "of a dtype that numpy knows", error) from error
     wanted = prod(shape) * dtype.itemsize
     if len(data) - start != wanted:
         raise broken("file", name, "size", f"{wanted} bytes of data for shape {shape}", f"{len(data) - start}")
@@ -188,7 +189,7 @@ def _encode(stage: Stage, prefix: str, arrays: dict[str, np.ndarray]) -> dict[st
 
 
 def _decode(kind: type[Any], body: Any, version: tuple[int, int], arrays: dict[str, np.ndarray]) -> Any:
-    """The stage, law or identity that `body` mirrors; the arrays it names are taken out of `arrays`."""
+    """The stage, sampling parameters or policy version that `body` mirrors; its arrays are removed from `arrays`."""
     name = kind.__name__
     if not isinstance(body, dict):
         raise broken("file", name, "object", "a JSON object", describe(body))
@@ -200,7 +201,7 @@ def _decode(kind: type[Any], body: Any, version: tuple[int, int], arrays: dict[s
     values = {}
     for field in known.values():
         if field.name not in body:
-            # Only a field newer than the file may be absent from it.
+            # Only a field that is newer than the file may be missing from it.
             if version >= VERSION or field.default is MISSING:
                 raise broken("file", f"{name}.{field.name}", "present", "in the header", "nothing")
             continue

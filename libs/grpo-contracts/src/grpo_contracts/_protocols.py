@@ -10,10 +10,10 @@ from ._stages import Prompts, Rollout
 
 @runtime_checkable
 class RolloutBackend(Protocol):
-    """Draws completions. Its life: `start`, then `update_weights` and `generate` as often as wanted, then `close`."""
+    """Draws completions: `start` once, `update_weights` and `generate` any number of times, then `close`."""
 
     def start(self) -> None:
-        """Take what generating needs: caches, processes, connections. Called once, first."""
+        """Acquire what generating needs: caches, processes, connections. Called once, before anything else."""
         ...
 
     def update_weights(self, params: Any, policy: PolicyVersion) -> None:
@@ -21,7 +21,7 @@ class RolloutBackend(Protocol):
 
         Args:
             params: the policy's parameters, a pytree of arrays; may be donated once this returns.
-            policy: which parameters they are; every later Rollout carries it.
+            policy: their version; every later Rollout carries it.
         """
         ...
 
@@ -31,7 +31,7 @@ class RolloutBackend(Protocol):
         Args:
             prompts: P prompts.
             group_size: completions of each, G.
-            seed, step: what the draws depend on, with prompt, sample and position, and on nothing else.
+            seed, step: with prompt, sample and position, all that the draws depend on.
 
         Returns:
             A valid Rollout of B = P * G rows.
@@ -39,7 +39,7 @@ class RolloutBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what `start` took. May be called twice."""
+        """Release what `start` acquired. May be called twice."""
         ...
 
 
@@ -54,10 +54,10 @@ class RewardFunction(Protocol):
         Args:
             prompts: the prompt of each of the B rows, as text.
             completions: the completion of each row, as text.
-            answers: the data set's answer to each row's problem.
-            extra: whatever else the caller knows of each row; take `**extra` to be safe from additions.
+            answers: the dataset's answer to the problem of each row.
+            extra: anything else that the caller knows about each row; accept `**extra` to be safe from additions.
 
         Returns:
-            B rewards; None where a reward could not be computed. That row is unscored, which is not the same as 0.
+            B rewards; None where a reward could not be computed: the row is then unscored, which is not the same as 0.
         """
         ...

@@ -1,6 +1,6 @@
-"""The rules on values, as a table: validation runs it, the printed schema lists it, the tests break each entry.
+"""The rules on values, as a table: `validate` runs it, `schema` lists it, and the tests break each entry.
 
-A rule may lean on the ones above it: lengths are known to be in range before they are used as indices.
+A rule may rely on the ones above it: lengths are known to be in range before they are used as indices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ._provenance import FinishReason
 from ._stages import Prompts, Rollout, Scored, Stage, TrainBatch
 
 LOGP_SLACK = 1e-4
-"""How far rounding may carry a log-probability above 0, in nats: a float32 log-sum-exp of logits of some hundreds."""
+"""How far above 0 rounding may lift a log-probability, in nats: a float32 log-sum-exp of logits in the hundreds."""
 SAME_LOGP = 1e-3
 """How far apart two float32 computations of one log-probability may be, in nats."""
 _INT32_END = 2**31
@@ -24,8 +24,8 @@ _INT32_END = 2**31
 class Rule(NamedTuple):
     """One rule on the values of one field.
 
-    `field` may be a path (`sampling.stop_ids`). `check` takes the stage, in numpy, and returns a bool or an array of them,
-    True where the rule holds; or a pair of that and the values that were wanted.
+    `field` may be a path (`sampling.stop_ids`). `check` takes the stage in numpy and returns a bool or an array of bools,
+    True where the rule holds; or a pair of that and the expected values.
     """
 
     stage: type[Stage]
@@ -64,7 +64,7 @@ def _padding(tokens: np.ndarray, length: np.ndarray, pad_id: int) -> np.ndarray:
 _for_vocabulary(Prompts, "tokens_PT")
 
 
-@_rule(Prompts, "length_P", "range", "in [1, T]", "An empty prompt has no position to predict its first token from.")
+@_rule(Prompts, "length_P", "range", "in [1, T]", "An empty prompt has no position that predicts the first token.")
 def _(p: Any) -> Any:
     return (p.length_P >= 1) & (p.length_P <= p.tokens_PT.shape[1])
 
@@ -115,11 +115,11 @@ def _logp_rules(stage: type[Stage], field: str, rollout: Callable[[Any], Rollout
     def _(s: Any) -> Any:
         return np.isfinite(getattr(s, field))
 
-    @_rule(stage, field, "nonpositive", "<= 0", "These are logarithms of probabilities: not losses, not ratios.")
+    @_rule(stage, field, "nonpositive", "<= 0", "Give log-probabilities, not losses or ratios.")
     def _(s: Any) -> Any:
         return getattr(s, field) <= LOGP_SLACK
 
-    @_rule(stage, field, "outside", "0 outside completions", "Token-aligned: x[b, t] speaks about token t, not t + 1.")
+    @_rule(stage, field, "outside", "0 outside completions", "Align with tokens: x[b, t] describes token t, not t + 1.")
     def _(s: Any) -> Any:
         return (getattr(s, field) == 0) | rollout(s).completion_BT
 
@@ -132,11 +132,11 @@ _logp_rules(Rollout, "policy_logp_BT", lambda r: r)
     Rollout,
     "policy_logp_BT",
     "plain_sampling",
-    "at most logp_BT where the law is plain (temperature 1, no filter)",
-    "Say the law that was really used.",
+    "at most logp_BT if sampling is plain (temperature 1, no filter)",
+    "Record the sampling parameters that were really used.",
 )
 def _(r: Any) -> Any:
-    # Not equal: a minimum length forbids stop ids for a while, which leaves more probability to the other tokens.
+    # Not equal: a minimum length forbids stop ids at first, which leaves more probability to the other tokens.
     return (not r.sampling.plain) | (r.policy_logp_BT <= r.logp_BT + SAME_LOGP), r.logp_BT
 
 
@@ -189,7 +189,7 @@ def _(r: Any) -> Any:
     return (r.sample_B >= 0) & (r.sample_B < r.group_size)
 
 
-@_rule(Rollout, "sample_B", "unique", "different from every other row's of the group")
+@_rule(Rollout, "sample_B", "unique", "different from those of the group's other rows")
 def _(r: Any) -> Any:
     _, which, count = np.unique(np.stack([r.group_B, r.sample_B]), axis=1, return_inverse=True, return_counts=True)
     return count[which.ravel()] == 1
@@ -213,7 +213,9 @@ def _(r: Any) -> Any:
     return r.prompt_length_B == wanted, wanted
 
 
-@_rule(Rollout, "tokens_BT", "same_prompt", "the prompt of the group's first row", "A group samples one prompt.")
+@_rule(
+    Rollout, "tokens_BT", "same_prompt", "the prompt of the group's first row", "All rows of a group share one prompt."
+)
 def _(r: Any) -> Any:
     wanted = _of_first(r, r.tokens_BT)
     return (r.tokens_BT == wanted) | (np.arange(wanted.shape[1]) >= r.prompt_length_B[:, None]), wanted

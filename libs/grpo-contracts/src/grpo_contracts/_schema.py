@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": "{}.{}".format(*VERSION),
-        "container": "uncompressed zip of header.json and one version 1.0 .npy member an array",
+        "container": "uncompressed zip of header.json and one version 1.0 .npy member per array",
         "axes": AXES,
         "finish_reasons": {reason.name: reason.value for reason in FinishReason},
         "stages": {stage.__name__: _stage(stage) for stage in STAGES},
@@ -59,7 +59,7 @@ def _stage(stage: type[Stage]) -> dict[str, Any]:
 
 def _header() -> dict[str, Any]:
     definitions: dict[str, Any] = {
-        "array": _object({"array": {"type": "string", "description": "the member's name without .npy"}}),
+        "array": _object({"array": {"type": "string", "description": "name of the member without .npy"}}),
         "SamplingParams": _object({field.name: _SAMPLING[field.name] for field in fields(SamplingParams)}),
         "PolicyVersion": _object({field.name: _VERSION[field.name] for field in fields(PolicyVersion)}),
     }

@@ -1,7 +1,7 @@
-"""The stages a batch walks through: prompts, rollout, scored, train.
+"""The stages that a batch passes through: prompts, rollout, scored, train.
 
-Each field declares its dims and dtype once, beside its name; validation, the file format, the pytree registration
-and the printed schema all read them from here.
+Each field declares its dims and dtype once, next to its name. Validation, the file format, the pytree registration and
+the printed schema all read them here.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ._provenance import PolicyVersion, SamplingParams, real
 from ._ragged import pad_ragged
 from ._reader import Reader
 
-# numpy.ndarray or jax.Array. The package never imports jax, and no common base lets arithmetic type-check.
+# numpy.ndarray or jax.Array. The package never imports jax, and they have no common base that type-checks arithmetic.
 Array: TypeAlias = Any
 
 
 class Spec(NamedTuple):
-    """What a field of a stage holds, written in its annotation."""
+    """What a field of a stage holds, as part of its annotation."""
 
     doc: str
     dtype: str = ""
-    """numpy name of an array's dtype; empty for a field that is no array."""
+    """numpy name of an array's dtype; empty if the field is not an array."""
     dims: str = ""
-    """The shapes an array may have, as axis letters: `"B T"`, or `"B | B T"` where either will do."""
+    """The shapes an array may have, as axis letters: `"B T"`, or `"B | B T"` if either is allowed."""
 
 
 class Stage:
-    """What the four stages have in common: fields with specs, and a printed form short enough for a log line."""
+    """What the four stages have in common: fields with specs, and a `repr` short enough for a log line."""
 
     @classmethod
     @cache
@@ -54,11 +54,11 @@ def _brief(value: object) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prompts(Stage):
-    """Tokenised prompts, right-padded."""
+    """Tokenized prompts, right-padded."""
 
     tokens_PT: Annotated[Array, Spec("token ids: the prompt, then pad_id", "int32", "P T")]
     length_P: Annotated[Array, Spec("tokens of each prompt, at least 1", "int32", "P")]
-    prompt_id_P: Annotated[Array, Spec("which problem of the data set each prompt is", "int32", "P")]
+    prompt_id_P: Annotated[Array, Spec("which problem of the dataset each prompt is", "int32", "P")]
     vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
     pad_id: Annotated[int, Spec("the token id that fills the padding")]
 
@@ -87,9 +87,10 @@ class Prompts(Stage):
         Raises:
             ContractError: an empty or overlong prompt, ids outside the vocabulary, or not P prompt ids.
         """
-        for name, value, least in (("vocab_size", vocab_size, 1), ("pad_id", pad_id, 0), ("length", length, 1)):
-            if value is not None or name != "length":
-                check_int(value, name, least)
+        check_int(vocab_size, "vocab_size", 1)
+        check_int(pad_id, "pad_id", 0)
+        if length is not None:
+            check_int(length, "length", 1)
         tokens_PT, live_PT = pad_ragged(ids, "ids", np.int32, width=length)
         outside = np.argwhere(tokens_PT >= vocab_size)
         if len(outside):
@@ -97,14 +98,13 @@ class Prompts(Stage):
             raise broken("argument", "ids", "vocabulary", f"in [0, {vocab_size})", tokens_PT[at], index=at)
         if pad_id >= vocab_size:
             raise broken("argument", "pad_id", "vocabulary", f"in [0, {vocab_size})", pad_id)
-        given = Reader({"prompt_id_P": prompt_id_P}, "argument")
-        default = prompt_id_P is None
+        rows = len(tokens_PT)
+        if prompt_id_P is None:
+            prompt_id_P = np.arange(rows, dtype=np.int32)
         return cls(
             tokens_PT=np.where(live_PT, tokens_PT, np.int32(pad_id)),
             length_P=live_PT.sum(1, dtype=np.int32),
-            prompt_id_P=np.arange(len(tokens_PT), dtype=np.int32)
-            if default
-            else given.integers("prompt_id_P", (len(tokens_PT),), rank=1),
+            prompt_id_P=Reader({"prompt_id_P": prompt_id_P}, "argument").integers("prompt_id_P", (rows,), rank=1),
             vocab_size=vocab_size,
             pad_id=pad_id,
         )
@@ -112,9 +112,9 @@ class Prompts(Stage):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rollout(Stage):
-    """Sampled completions with all that is needed to judge them later.
+    """Sampled completions, with all that is needed to score and learn from them later.
 
-    Rows are right-padded: prompt, completion, pad. `x_BT[b, t]` speaks about token t of row b.
+    Rows are right-padded: prompt, completion, padding. `x_BT[b, t]` describes token t of row b.
     """
 
     tokens_BT: Annotated[Array, Spec("token ids: prompt, completion, then pad_id", "int32", "B T")]
@@ -130,8 +130,8 @@ class Rollout(Stage):
     sample_B: Annotated[Array, Spec("index of the row in its group", "int32", "B")]
     group_B: Annotated[Array, Spec("group of each row, 0..B/group_size-1", "int32", "B")]
     group_size: Annotated[int, Spec("samples of one prompt")]
-    sampling: Annotated[SamplingParams, Spec("the law the tokens were drawn from")]
-    policy: Annotated[PolicyVersion, Spec("the parameters that drew them")]
+    sampling: Annotated[SamplingParams, Spec("how the tokens were drawn")]
+    policy: Annotated[PolicyVersion, Spec("version of the parameters that drew them")]
     vocab_size: Annotated[int, Spec("token ids are in [0, vocab_size)")]
     pad_id: Annotated[int, Spec("the token id that fills the padding")]
 
@@ -142,7 +142,7 @@ class Rollout(Stage):
 
     @property
     def completion_BT(self) -> Array:
-        """Which positions hold completion tokens, bool [B, T], whatever the loss mask leaves out."""
+        """Which positions hold completion tokens, bool [B, T], in the loss or not."""
         t = np.arange(self.tokens_BT.shape[1], dtype=np.int32)
         return (t >= self.prompt_length_B[:, None]) & (t < self.total_length_B[:, None])
 
@@ -166,19 +166,20 @@ class Scored(Stage):
         rewards: Mapping[str, Sequence[float | None]],
         weights: Mapping[str, float] | None = None,
     ) -> Scored:
-        """Score a rollout with what reward functions returned.
+        """A scored rollout from what reward functions returned.
 
         Args:
-            rollout: what they scored.
-            rewards: for each function's name, a reward for each of the B rows; None where it could not be computed.
-            weights: for each function's name, its weight; 1 for each where left out.
+            rollout: what was scored.
+            rewards: a reward for each of the B rows by function name; None where it could not be computed.
+            weights: a weight by function name; 1 for each if None.
 
         Returns:
-            The scored rollout. A row is scored where every function of non-zero weight could score it: a sum that
-            misses a term would rank the row as if the term were 0.
+            The scored rollout. A row is scored if every function of nonzero weight could score it: a sum without one
+            of its terms would rank the row as if that term were 0.
 
         Raises:
-            ContractError: a name without a weight or the reverse, a row too many or too few, or no number.
+            ContractError: a name without a weight or a weight without a name, too many or too few rewards, or a reward
+                that is not a number.
         """
         weights = _weights(rollout, rewards, weights)
         scored_BN = np.array([[value is not None for value in column] for column in rewards.values()]).T
@@ -190,43 +191,47 @@ class Scored(Stage):
 
 
 def _weights(rollout: Any, rewards: Any, weights: Any) -> Mapping[str, float]:
-    """The weight of each reward function, all that was given found fit."""
+    """The weight of each reward function, after checking all arguments."""
     weights = dict.fromkeys(rewards, 1.0) if weights is None and isinstance(rewards, Mapping) else weights
     if type(rollout) is not Rollout:
         raise broken("Scored", "rollout", "type", "a Rollout", describe(rollout))
     for given in (rewards, weights):
         if not isinstance(given, Mapping) or not given:
-            raise broken("Scored", "names", "type", "given as a mapping of names, at least one", describe(given))
+            raise broken("Scored", "names", "type", "given as a mapping with at least one name", describe(given))
     if set(weights) != set(rewards):
         raise broken("Scored", "names", "weights", f"given weights for exactly {[*rewards]}", [*weights])
     rows = len(rollout.tokens_BT)
     for n, (name, column) in enumerate(rewards.items()):
         if real(weights[name]) is None:
             expected = f"a finite number, for {name!r}"
-            raise broken("Scored", "weight_N", "finite", expected, _told(weights[name]), index=(n,))
+            raise broken("Scored", "weight_N", "finite", expected, _number(weights[name]), index=(n,))
         listed = isinstance(column, Sequence) or (isinstance(column, np.ndarray) and column.ndim == 1)
         if not listed or len(column) != rows:
             came = len(column) if listed else describe(column)
-            raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one a row", came)
+            raise broken("Scored", "reward_BN", "rows", f"{rows} rewards from {name!r}, one per row", came)
         for b, value in enumerate(column):
             if value is not None and real(value) is None:
                 expected = f"a finite number or None, from {name!r}"
-                raise broken("Scored", "reward_BN", "finite", expected, _told(value), index=(b, n))
+                raise broken("Scored", "reward_BN", "finite", expected, _number(value), index=(b, n))
     return weights
 
 
-def _told(value: object) -> object:
+def _number(value: object) -> object:
     return value if isinstance(value, float) else describe(value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainBatch(Stage):
-    """A scored rollout with advantages: all that the policy update reads."""
+    """A scored rollout with advantages: all that an update of the policy reads."""
 
     scored: Annotated[Scored, Spec("what the advantages were computed from")]
     advantage: Annotated[Array, Spec("advantage of each row, or of each token", "float32", "B | B T")]
-    old_logp_BT: Annotated[Array | None, Spec("log-probabilities before the update", "float32", "B T")] = None
-    reference_logp_BT: Annotated[Array | None, Spec("under the frozen reference", "float32", "B T")] = None
+    old_logp_BT: Annotated[
+        Array | None, Spec("log-probabilities under the policy before the update", "float32", "B T")
+    ] = None
+    reference_logp_BT: Annotated[
+        Array | None, Spec("log-probabilities under the frozen reference", "float32", "B T")
+    ] = None
 
 
 STAGES: tuple[type[Stage], ...] = (Prompts, Rollout, Scored, TrainBatch)

@@ -1,4 +1,4 @@
-"""Validation: walks a batch's fields (shapes and dtypes), then the table of rules (values)."""
+"""Validation: the fields of a batch (shapes and dtypes), then the table of rules (values)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def validate(batch: Stage, level: str = "shapes") -> None:
     """Raise unless a batch keeps its contract.
 
     Args:
-        batch: a Prompts, Rollout, Scored or TrainBatch of numpy or jax arrays; the stages it nests are checked first.
-        level: `"shapes"` looks at types, shapes and dtypes, moves no data and works on tracers;
-            `"values"` looks at every number as well, after fetching the arrays to the host.
+        batch: a Prompts, Rollout, Scored or TrainBatch of numpy or jax arrays; the stages inside it are checked first.
+        level: `"shapes"` checks types, shapes and dtypes, without moving data, and works on tracers;
+            `"values"` also fetches the arrays to the host and checks every number.
 
     Raises:
-        ContractError: the first rule broken, with stage, field, rule, expected, actual and first bad index.
+        ContractError: the first broken rule, with stage, field, rule, expected, actual and first bad index.
     """
     if not isinstance(level, str) or level not in LEVELS:
         raise broken("validate", "level", "level", f"one of {LEVELS}", describe(level))
@@ -40,7 +40,7 @@ def validate(batch: Stage, level: str = "shapes") -> None:
 
 
 def _check_fields(stage: Stage, sizes: dict[str, int]) -> None:
-    """Types, shapes and dtypes of one stage; `sizes` binds each axis letter to the size it first had."""
+    """Checks types, shapes and dtypes of one stage; `sizes` binds each axis letter to its first size."""
     name = type(stage).__name__
     for field, spec in stage.specs().items():
         value = getattr(stage, field, _ABSENT)
@@ -72,7 +72,7 @@ def _check_array(stage: str, field: str, spec: Spec, value: Any, sizes: dict[str
         hint = _flatten_hint(field, shape, value.shape)
         raise broken(stage, field, "shape", expected, tuple(value.shape), hint=hint, verb="have shape")
     if 0 in value.shape:
-        raise broken(stage, field, "not_empty", "at least one element an axis", tuple(value.shape), verb="have")
+        raise broken(stage, field, "not_empty", "at least one element per axis", tuple(value.shape), verb="have")
     if value.dtype != np.dtype(spec.dtype):
         hint = f"Convert it where it is made: `{field}.astype({spec.dtype!r})`."
         raise broken(stage, field, "dtype", spec.dtype, str(value.dtype), hint=hint, verb="have dtype")
@@ -93,16 +93,16 @@ def _check_names(stage: str, names: Any, sizes: dict[str, int]) -> None:
 
 
 def fetch(stage: Stage) -> Any:
-    """A stage of known fields with every array in numpy and its identity and law in plain Python.
+    """A stage with all arrays in numpy, and its policy version and sampling parameters in plain Python.
 
     Args:
-        stage: a stage that passes at level `"shapes"`.
+        stage: a stage that is valid at level `"shapes"`.
 
     Returns:
-        The same stage, for computing on the host.
+        The same stage, on the host.
 
     Raises:
-        ContractError: an array cannot be read here, or the law is impossible.
+        ContractError: an array cannot be read here, or the sampling parameters are invalid.
     """
     values = {}
     for field, spec in stage.specs().items():
@@ -112,7 +112,7 @@ def fetch(stage: Stage) -> Any:
         elif isinstance(value, PolicyVersion):
             value = value.concrete()
         elif isinstance(value, SamplingParams):
-            value = replace(value)  # checks itself again: frozen is not sealed
+            value = replace(value)  # validates itself again: frozen fields can still be overwritten
         elif spec.dtype and value is not None:
             value = to_numpy(value, type(stage).__name__, field)
         values[field] = value
@@ -129,8 +129,8 @@ def _check_values(stage: Any) -> None:
 
 
 def _check_rule(rule: Rule, stage: Any) -> None:
-    verdict = rule.check(stage)
-    ok, wanted = verdict if isinstance(verdict, tuple) else (verdict, None)
+    outcome = rule.check(stage)
+    ok, wanted = outcome if isinstance(outcome, tuple) else (outcome, None)
     ok = np.asarray(ok)
     if ok.all():
         return
@@ -141,7 +141,7 @@ def _check_rule(rule: Rule, stage: Any) -> None:
 
 
 def _at(value: Any, index: tuple[int, ...]) -> Any:
-    """The element a verdict speaks about, as plain Python; the whole field where the verdict is one for all of it."""
+    """The element that a rule rejected, as plain Python; the whole field if the rule judges it as one."""
     if not isinstance(value, np.ndarray):
         return value
     element = value[index]

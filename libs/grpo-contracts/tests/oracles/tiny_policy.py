@@ -18,7 +18,7 @@ def make_tokenizer():
 
 
 def make_policy():
-    """Two layers of width 32 in float32; the weights are large enough that no law is close to uniform."""
+    """Two layers of width 32 in float32; the weights are large enough that no distribution is close to uniform."""
     torch.manual_seed(3)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen2Config(
@@ -39,7 +39,7 @@ def _sampling(logits, temperature, top_k):
 
 @torch.no_grad()
 def draw(policy, prompt, most, *, temperature, top_k):
-    """One completion with its log-probabilities under the law, as a server returns them."""
+    """One completion with its log-probabilities after temperature and filter, as a server returns them."""
     policy.eval()
     drawn = policy.generate(
         torch.tensor([prompt]), do_sample=True, temperature=temperature, top_k=top_k, top_p=1.0, max_new_tokens=most,
@@ -52,7 +52,7 @@ def draw(policy, prompt, most, *, temperature, top_k):
 
 @torch.no_grad()
 def logp_alone(policy, prompt, completion, *, temperature=1.0, top_k=0):
-    """Log-probability of each token of one completion under a law, from a forward over this one row, unpadded."""
+    """Log-probability of each token of one completion, from a forward over this one unpadded row."""
     policy.eval()
     logits = policy(input_ids=torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
     return _sampling(logits.double(), temperature, top_k)[

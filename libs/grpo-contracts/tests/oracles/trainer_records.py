@@ -78,7 +78,7 @@ def trl_cases():
     inputs = [{"prompt": prompt} for prompt in LABELS]
 
     def engine(prompts, trainer):
-        """What a server returns: log-probabilities under the law, filters included."""
+        """What a server returns: log-probabilities after temperature and filter."""
         rows = [(ids, *draw(policy, ids, NEW, temperature=0.8, top_k=5)) for ids in tokenizer(prompts)["input_ids"]]
         return {
             "prompt_ids": [r[0] for r in rows],

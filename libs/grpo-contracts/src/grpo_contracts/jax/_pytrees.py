@@ -1,8 +1,8 @@
-"""The stages and the policy's identity as pytrees.
+"""The stages and the policy version as pytrees.
 
-The identity changes every step and must not recompile anything: its step and the bytes of its digest are leaves
-(int32 [] and uint8 [digits]). Kept out of the leaves instead, a jitted function would hand back the identity it was
-traced with, which is the stale weights nobody notices.
+The version changes in every step and must not recompile anything, so its step and the bytes of its digest are leaves
+(int32 [] and uint8 [digits]). If it were static and ignored, a jitted function would return the version that it was
+traced with, and stale weights would go unnoticed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _flatten_with_keys(policy: PolicyVersion) -> tuple[tuple[tuple[Any, Any], tu
 def _unflatten(_: None, leaves: Any) -> PolicyVersion:
     policy = PolicyVersion(*leaves)
     step, digest = leaves
-    # Arrays already on the host are read at once; a device array is not, since reading would wait for it.
+    # Arrays on the host are read at once. Device arrays are not, because reading would wait for them.
     on_host = isinstance(step, np.ndarray | np.integer) and isinstance(digest, np.ndarray)
     whole = on_host and step.ndim == 0 and digest.ndim == 1 and step.dtype.kind == "i" and digest.dtype == np.uint8
     return PolicyVersion(int(step), digest.tobytes().decode("utf-8", "replace")) if whole else policy

@@ -1,0 +1,250 @@
+"""Preflight: a run's programs, its verdict and its advice; and a small run compiled for a slice that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import pytest
+
+from grpo_mesh import CompileReport, MeshError, find_slice, make_mesh, shardings
+from grpo_mesh.preflight import EFFICIENCY, GIB, Measured, Work
+from grpo_sampler import abstract
+from grpo_trainer.assemble.blueprint import RULES, blueprint
+from grpo_trainer.assemble.policy import model_config
+from grpo_trainer.assemble.preflight.advice import advice
+from grpo_trainer.assemble.preflight.command import preflight, report
+from grpo_trainer.assemble.preflight.programs import judge_step, programs
+from grpo_trainer.assemble.preflight.search import Candidate, candidates
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.task import Task
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler comes with libtpu, which is not installed"
+)
+TASK = cast(Task, SimpleNamespace(policies={}))  # preflight for a slice asks a task for its policies alone
+QWEN: dict[str, Any] = {
+    "slices": ["v5e-1"],
+    "cpu_devices": 0,
+    "mesh": "dp:1,fsdp:-1,tp:1",
+    "data": {"max_prompt_length": 512},
+    "model": {"path": "Qwen/Qwen2.5-0.5B-Instruct", "compute_dtype": "bfloat16", "remat": True},
+    "rollout": {"prompts": 16, "group_size": 8, "max_new_tokens": 1024},
+    "loss": {"row_length": 1024, "rows": 2, "blocks": 1},
+}
+# One layer: of a prompt's last layer only keys and values are needed, so its prefill has no attention kernel.
+TOY = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+
+
+def qwen(**sections: Any) -> Settings:
+    """Full fine-tuning of Qwen2.5-0.5B, with changes to sections of its settings."""
+    merged = dict(QWEN)
+    for name, change in sections.items():
+        merged[name] = merged.get(name, {}) | change if isinstance(change, dict) else change
+    return Settings.model_validate(merged)
+
+
+def plan_of(settings: Settings):
+    return blueprint(settings, model_config(settings.model.path, {}), make_mesh("auto", jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return plan_of(qwen())
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a policy without weights."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "config.json").write_text(json.dumps(TOY))
+    return {
+        "cpu_devices": 0,
+        "model": {"path": str(folder), "compute_dtype": "bfloat16", "remat": True},
+        "data": {"max_prompt_length": 64},
+        "rollout": {"prompts": 8, "max_new_tokens": 64},
+    }
+
+
+def measured(name: str, phase: str, peak_gib: float, *, work: Work | None = None, beside_gib: float = 0) -> Measured:
+    temporaries = GIB
+    figures = CompileReport(int(peak_gib * GIB) - temporaries, 0, 0, temporaries, 0, 0.0, 0.0, {}, {}, 0)
+    return Measured(name, phase, int(beside_gib * GIB), 2.0, figures, 0, work or Work())
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+    ],
+)
+def test_shipped_dimensions_give_the_published_number_of_parameters(path, parameters):
+    _, shapes = abstract(model_config(path, {}))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def test_dimensions_of_another_hub_id_are_asked_for():
+    with pytest.raises(ConfigError, match=r"qwen2\.5-7b.*got model\.path='meta/Llama'.*config\.json into a folder"):
+        model_config("meta/Llama", {})
+
+
+def test_a_folder_needs_no_weights(toy):
+    assert model_config(toy["model"]["path"], {}).layers == 1
+
+
+def test_a_run_s_programs_are_listed_in_its_order(plan):
+    decoding = ["weights", "cache", "prefill", "decode", "shrink"]
+    evaluation = [f"evaluation {name}" for name in decoding[1:]]
+    names = [program.name for program in programs(plan)]
+    assert names == ["start", *decoding, *evaluation, "scoring", "update"]
+    assert [program.name for program in programs(plan, phases=("scoring", "update"))] == names[-2:]
+    without = plan_of(qwen(eval={"every": 0, "before": False, "after": False}))
+    assert [program.name for program in programs(without)] == ["start", *decoding, "scoring", "update"]
+
+
+def test_what_stays_beside_a_program_counts(plan):
+    target = find_slice("v5e-1")
+    fits = judge_step(plan, [measured("decode", "rollout", 15.0)], target)
+    assert fits.fits
+    assert advice(plan, fits) == []
+    full = judge_step(plan, [measured("decode", "rollout", 15.0, beside_gib=1.0)], target)
+    assert not full.fits
+    assert full.fullest.name == "decode"
+
+
+def test_a_run_that_fits_says_so_with_its_step(plan):
+    chip = find_slice("v5e-1").chip
+    work = Work(chip.flops, chip.hbm_bandwidth, {"all-gather": (3, chip.ici_bandwidth)})
+    verdict = judge_step(plan, [measured("update", "update", 12.0, work=work)], find_slice("v5e-1"))
+    text = report(plan, verdict)
+    assert verdict.seconds == pytest.approx(1 / EFFICIENCY["compute"] + 1 / EFFICIENCY["network"])
+    assert "fits v5e-1: peak 12.00 GiB of 15.75 GiB a device, during update" in text
+    assert f"{16 * 8 * 1024 / verdict.seconds:,.0f} tokens/s" in text
+    assert "all-gather" in text
+
+
+def test_a_report_names_what_a_device_holds(plan):
+    # AdamW has two float32 moments for each parameter.
+    text = report(plan, judge_step(plan, [measured("weights", "rollout", 3.0)], find_slice("v5e-1")))
+    assert re.search(r"^parameters +float32 +1\.84 GiB$", text, re.MULTILINE)
+    assert re.search(r"^optimizer +moments, and master copy if any +3\.68 GiB$", text, re.MULTILINE)
+    assert "reference" not in text
+    assert re.search(r"^decoding weights +bfloat16, during rollouts", text, re.MULTILINE)
+    frozen = plan_of(qwen(loss={"reference": "initial", "kl_coefficient": 0.01}))
+    text = report(frozen, judge_step(frozen, [measured("update", "update", 3.0)], find_slice("v5e-1")))
+    assert re.search(r"^reference +float32 +1\.84 GiB$", text, re.MULTILINE)
+
+
+def test_a_run_that_does_not_fit_says_what_to_change(plan):
+    def text_of(plan, program, slice_name):
+        return report(plan, judge_step(plan, [program], find_slice(slice_name)))
+
+    text = text_of(plan, measured("update", "update", 17.0), "v5e-1")
+    assert "DOES NOT FIT v5e-1" in text
+    assert "change loss.rows=1: smaller micro-batches" in text
+    assert "change --slice v5e-4: parameters and optimizer take 5.52 GiB of a device here, and 1.25 GiB" in text
+    assert "remat" not in text  # on already
+    assert "row_length" not in text  # as short as its completions already
+    wide = plan_of(qwen(loss={"row_length": 0}))
+    text = text_of(wide, measured("update", "update", 17.0), "v5e-1")
+    assert "change loss.row_length=1024: shorter rows" in text
+    text = text_of(plan, measured("decode", "rollout", 20.0), "v5e-4")
+    assert "change rollout.slots=64" in text
+    assert "change mesh=dp:1,fsdp:-1,tp:2" in text
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(plan):
+    refused = replace(measured("update", "update", 1.0), report=None, refused=20 * GIB)
+    verdict = judge_step(plan, [refused], find_slice("v5e-1"))
+    assert not verdict.fits
+    assert verdict.peak == 20 * GIB
+    assert "refused" in report(plan, verdict)
+
+
+def test_candidates_divide():
+    settings = qwen(model={"path": "Qwen/Qwen2.5-7B"})
+    found = list(candidates(settings, model_config(settings.model.path, {}), 16))
+    assert {candidate.tp for candidate in found} == {1, 2, 4}  # four key/value heads
+    assert found[0] == Candidate(1, 16, 1, 16)
+    for candidate in found:
+        assert candidate.dp * candidate.fsdp * candidate.tp == 16
+        assert candidate.rows % (candidate.dp * candidate.fsdp) == 0
+        assert candidate.apply(settings).mesh == candidate.mesh
+
+
+def test_tp_that_does_not_divide_the_heads_is_refused():
+    _, shapes = abstract(model_config("Qwen/Qwen2.5-0.5B", {}))
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), ("dp", "fsdp", "tp"))
+    with pytest.raises(MeshError, match=r"layers/k.*must divide by tp = 4"):
+        shardings(shapes, mesh, RULES)
+
+
+def test_search_needs_a_slice():
+    with pytest.raises(ConfigError, match="needs a slice"):
+        preflight(qwen(slices=[]), TASK, search=True)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("slice_name", ["v5e-4", "v6e-1", "v4-8", "v5p-8"])
+def test_a_small_run_is_compiled_for_a_slice(slice_name, toy, capsys):
+    assert preflight(Settings.model_validate({**toy, "slices": [slice_name]}), TASK) == 0
+    printed = capsys.readouterr().out
+    assert "TPU_SKIP_MDS_QUERY=1" in printed
+    assert "attention splash in training" in printed
+    assert f"fits {slice_name}" in printed
+    for kernel in ("fwd", "dq", "dkv"):  # read off the compiled program
+        assert re.search(rf"^update +splash_mha_{kernel}\w* +[1-9]", printed, re.MULTILINE)
+    for name in ("prefill", "decode", "scoring", "update", "evaluation decode"):
+        assert f"compiled {name} in" in printed
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_search_ranks_the_layouts_that_fit(toy, capsys):
+    rollout = {"prompts": 2, "group_size": 4, "max_new_tokens": 64}
+    settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8}})
+    assert preflight(settings, TASK, search=True) == 0
+    tried, _, ranked = capsys.readouterr().out.partition("layouts fit v5e-4, fastest first")
+    layouts = re.findall(r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)", tried, re.MULTILINE)
+    # One key/value head, so no tp; eight sequences, so at most eight rows.
+    assert {mesh for mesh, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
+    assert {rows for _, rows in layouts} == {"4", "8"}
+    seconds = [float(found) for found in re.findall(r"^ +([\d.]+) s +[\d.]+ GiB  mesh=", ranked, re.MULTILINE)]
+    assert len(seconds) == len(layouts) == 6
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_search_tells_that_nothing_fits(monkeypatch, capsys):
+    small = replace(find_slice("v5e-1"), chip=replace(find_slice("v5e-1").chip, usable_bytes=2 * GIB))
+    monkeypatch.setattr("grpo_trainer.assemble.preflight.search.find_slice", lambda name: small)
+    assert preflight(qwen(), TASK, search=True) == 1
+    printed = capsys.readouterr().out
+    assert "skipped  mesh=dp:1,fsdp:1,tp:1 loss.rows=1: parameters and optimizer alone take 5.5 GiB" in printed
+    assert "nothing fits v5e-1" in printed
