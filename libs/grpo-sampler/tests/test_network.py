@@ -298,7 +298,7 @@ def _product_flops(equation):
 
 @pytest.mark.parametrize("length", [100, 300, 700])
 def test_splash_flops_are_the_products_of_its_kernels(length):
-    """Counted in the kernels that a gradient runs: products in a tile, times the tiles of the grid, half of them causal."""
+    """Counted in the kernels of a gradient: products per tile, times the tiles of the grid, half of them causal."""
     rows, heads, size = 2, 3, 64
     q = jnp.zeros((rows, length, heads, size))
     segment = jnp.ones((rows, length), jnp.int32)
