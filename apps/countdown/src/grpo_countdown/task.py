@@ -39,6 +39,9 @@ class CountdownTask:
 
     name = "countdown"
     title = "GRPO on the numbers game Countdown."
+    instruction = (
+        "Write one line, as answer: followed by an expression of these numbers with + - * / that equals the target."
+    )
     folder = Path(__file__).parent
     policies: Mapping[str, Path] = {"embedded": folder / "policy"}
     rewards: Mapping[str, RewardFunction] = {"correct": correct, "format": format}

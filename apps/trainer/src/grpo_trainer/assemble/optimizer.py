@@ -46,29 +46,31 @@ def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, op
     if unknown:
         names = ", ".join(name for name in known if name != "learning_rate")
         raise ConfigError(f"optimizer.arguments of {given.name} must be among {names}: got {', '.join(unknown)}")
-    decayed = _matrices if given.decay == "matrices" else None
     arguments: dict[str, Any] = {
         prefix + name: getattr(given, name)
         for name in ("b1", "b2")
         for prefix in ("", "adam_")
         if prefix + name in known
     }
-    if given.weight_decay:
-        names = {"adafactor": ("weight_decay_rate", "weight_decay_mask")}
-        rate, mask = names.get(given.name, ("weight_decay", "mask" if "mask" in known else "weight_decay_mask"))
-        if rate not in known:
+    mask = _matrices if given.decay == "matrices" else None
+    after: list[optax.GradientTransformation] = []
+    match given.name:
+        case "adamw" | "lion":
+            arguments |= {"weight_decay": given.weight_decay, "mask": mask}
+        case "muon" | "adafactor" if given.weight_decay:
+            # optax's muon decays only what Muon moves, and its adafactor leaves the learning rate out of the decay.
+            after = [optax.add_decayed_weights(lambda count: -given.weight_decay * schedule(count), mask)]
+        case "adam" | "rmsprop" | "sgd" if given.weight_decay:
             raise ConfigError(
                 f"optimizer.weight_decay is {given.weight_decay:g}, but {given.name} has no weight decay: set it to 0, "
                 "or choose adamw, lion, muon or adafactor"
             )
-        arguments[rate] = given.weight_decay
-        if decayed is not None:
-            arguments[mask] = decayed
-    elif "weight_decay" in known:
-        arguments["weight_decay"] = 0.0
     if given.name == "muon":
-        arguments.setdefault("muon_weight_dimension_numbers", _muon_axes)
-    return make(schedule, **(arguments | given.arguments)), schedule
+        arguments["muon_weight_dimension_numbers"] = _muon_axes
+    if given.name == "rmsprop":
+        arguments["decay"] = given.b2
+    optimizer = make(schedule, **(arguments | given.arguments))
+    return optax.chain(optimizer, *after) if after else optimizer, schedule
 
 
 def _schedule(settings: Settings) -> optax.Schedule:

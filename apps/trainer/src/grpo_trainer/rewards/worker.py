@@ -72,8 +72,8 @@ def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[s
         given: its keyword arguments.
 
     Returns:
-        `values` (a number, None where unscored) and `wrong` (row -> what was returned, for values that are not numbers);
-        or `kind` (`exception` or `shape`) and `message`, where there are no values.
+        `values` (a number, None where unscored) and `wrong` (row -> what was returned in place of a number); or
+        `kind` (`exception` or `shape`) and `message`, where there are no values.
     """
     rows = len(given["completions"])
     try:

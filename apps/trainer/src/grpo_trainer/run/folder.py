@@ -95,11 +95,12 @@ class RunFolder:
         """Whether a summary says that the run reached its last step."""
         return read_summary(self.path).get("steps", 0) >= self.settings.steps
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, *, prompt: str = "") -> None:
         """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
 
         Args:
             step: the last step that the restored checkpoint contains.
+            prompt: one whole prompt as the model sees it, kept as prompt.txt.
 
         Raises:
             ConfigError: log.wandb is set and wandb is not installed.
@@ -111,6 +112,8 @@ class RunFolder:
             for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
             (self.path / "summary.json").unlink(missing_ok=True)
+            if prompt:
+                replace(self.path / "prompt.txt", prompt)
             if self.settings.log.tensorboard:
                 from tensorboardX import SummaryWriter
 
@@ -248,19 +251,24 @@ def versions(distribution: str) -> dict[str, str]:
     """Installed versions of Python, the trainer, an app, and everything they declare.
 
     Args:
-        distribution: of the app, such as `grpo-trainer` itself where there is none.
+        distribution: of the app; one that is not installed, such as a script's, has no version to record.
     """
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     ours = [distribution, "grpo-trainer"]
-    declared = [
-        re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for name in ours for line in metadata.requires(name) or []
-    ]
+    declared = [re.split(r"[^A-Za-z0-9._-]", line, maxsplit=1)[0] for name in ours for line in _requirements(name)]
     for name in sorted({*ours, *declared, "jaxlib", "libtpu"}):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
     return found
+
+
+def _requirements(distribution: str) -> list[str]:
+    try:
+        return metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _refuse_other(path: Path, settings: Settings) -> None:
@@ -295,8 +303,8 @@ def _auto(settings: Settings, root: Path) -> Path:
         except (ConfigError, RunFolderError):
             continue
         return path
-    settings = sha256(dump(settings).encode()).hexdigest()[:6]
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{settings}"
+    name = sha256(dump(settings).encode()).hexdigest()[:6]
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     taken = sum(1 for _ in root.glob(f"{stem}*"))
     return root / (f"{stem}-{taken}" if taken else stem)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +16,20 @@ import numpy as np
 import pytest
 
 from grpo_contracts import PolicyVersion
+from grpo_loss import TrainState
+from grpo_trainer.assemble import assemble
 from grpo_trainer.report import replay
 from grpo_trainer.rewards.functions import RewardError
-from runs import assemble
+from grpo_trainer.run import checkpoint
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
-from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
+from grpo_trainer.run.checkpoint import Checkpoints, ResumeRefused
 from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.run.health import Diverged, Health, StaleWeights
 from grpo_trainer.run.progress import Progress
-from runs import load
+from grpo_trainer.run.state import HealthMemory, LoopState
 from grpo_trainer.settings.schema import Settings
-from runs import train
+from grpo_trainer.train import train
+from toy import TASK, load, settings
 
 FINE = {
     "frac_reward_zero_std": 0.5,
@@ -36,41 +40,16 @@ FINE = {
 }
 
 
-def settings(policy: Path, folder: Path, *more: str) -> Settings:
-    return load(
-        [],
-        [
-            f"model.path={policy}",
-            f"run.dir={folder}",
-            "steps=2",
-            "data.train_size=40",
-            "rollout.prompts=4",
-            "rollout.group_size=4",
-            "rollout.max_new_tokens=16",
-            "loss.rows=4",
-            "eval.problems=8",
-            "eval.before=false",
-            "eval.after=false",
-            "eval.every=0",
-            "checkpoint.every=2",
-            "log.tensorboard=false",
-            "mesh=dp:-1",
-            "reward.functions=[graders:digits]",
-            "reward.timeout=120",  # a busy machine is no failure of the function
-            *more,
-        ],
-    )
-
-
 class Watched:
     """A `Health` of some settings and everything it says."""
 
     def __init__(self, folder: Path, *sets: str) -> None:
-        config = load([], [f"run.dir={folder / 'run'}", "log.tensorboard=false", *sets])
+        given = load([], [f"run.dir={folder / 'run'}", *sets])
         self.shown = io.StringIO()
-        self.folder = RunFolder(config)
-        self.health = Health(config, self.folder, Progress(9, stream=self.shown), {})
-        self.warnings = self.health.warnings
+        self.folder = RunFolder(given, {})
+        self.memory = HealthMemory()
+        self.health = Health(given, self.folder, Progress(9, stream=self.shown), self.memory)
+        self.warnings = self.memory.warnings
         self.steps = 0
 
     def step(self, **wrong: float) -> dict[str, float]:
@@ -81,8 +60,12 @@ class Watched:
 @pytest.mark.parametrize(
     ("wrong", "after", "text"),
     [
-        ({"frac_reward_zero_std": 1.0}, 5, "no group's rewards differ since 5 steps"),
-        ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=64 and was cut"),
+        (
+            {"frac_reward_zero_std": 1.0},
+            5,
+            "for 5 steps all rewards within each group were equal, so nothing was learned",
+        ),
+        ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=16 and was cut"),
         ({"sampling_logp_difference__mean": 1e-3}, 1, "0.001 nats a token on average, more than 0.0001"),
         ({"sampling_logp_difference__mean": float("nan")}, 1, "differ by nan"),
         ({"finite": 0.5}, 1, "was skipped; 3 in a row stop the run"),
@@ -105,13 +88,13 @@ def test_each_streak_is_warned_of_once(tmp_path: Path, wrong: dict[str, float], 
     assert len(watched.warnings) == 2  # a new streak
 
 
-def test_what_comes_and_goes_is_told_a_few_times(tmp_path: Path) -> None:
+def test_what_comes_and_goes_is_warned_of_a_few_times(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     for _ in range(9):
         watched.step(finite=0.5)
         watched.step()
     assert [warning.partition(":")[0] for warning in watched.warnings] == ["step 1", "step 3", "step 5"]
-    assert ["not told again" in warning for warning in watched.warnings] == [False, False, True]
+    assert ["not repeated" in warning for warning in watched.warnings] == [False, False, True]
     watched.step(completions__clipped_ratio=1.0)  # another thing
     assert len(watched.warnings) == 4
 
@@ -177,7 +160,8 @@ def diverged(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run whose first update throws the parameters out of all bounds: the next three are not finite."""
     folder = tmp_path_factory.mktemp("diverged") / "run"
     with pytest.raises(Diverged, match=r"3 updates in a row up to step 1.*replay .*capsule-000001\.zip") as caught:
-        train(settings(toy_policy, folder, "optimizer.learning_rate=1e15", "loss.epochs=4"))
+        sets = ("optimizer.learning_rate=1e15", "loss.epochs=4", "checkpoint.every=2")
+        train(settings(toy_policy, folder, *sets), TASK)
     assert str(folder / "checkpoints" / "step_1") in str(caught.value)
     return folder
 
@@ -185,7 +169,7 @@ def diverged(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_capsule_holds_the_step(diverged: Path) -> None:
     capsule, batch = read_capsule(diverged / "capsule-000001.zip")
     assert capsule.step == 1
-    assert capsule.config.run.dir == str(diverged)
+    assert capsule.settings.run.dir == str(diverged)
     assert capsule.metrics["finite"] == 0.25
     assert capsule.metrics["skipped_in_a_row"] == 3
     assert "was skipped" in capsule.warnings[-1]
@@ -197,7 +181,7 @@ def test_a_capsule_holds_the_step(diverged: Path) -> None:
 
 
 def test_a_replay_says_what_was_not_finite_and_where(diverged: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert replay.main([str(diverged / "capsule-000001.zip")]) == 0
+    assert replay.main(TASK, [str(diverged / "capsule-000001.zip")]) == 0
     said = capsys.readouterr().out
     assert "on 1 x cpu" in said
     assert "update 1: log-probability: " in said
@@ -209,7 +193,7 @@ def test_a_replay_says_what_was_not_finite_and_where(diverged: Path, capsys: pyt
 
 def test_the_cause_comes_before_its_consequences(toy_policy: Path, tmp_path: Path, diverged: Path) -> None:
     capsule, batch = read_capsule(diverged / "capsule-000001.zip")
-    run = assemble(settings(toy_policy, tmp_path / "fine"), devices=jax.devices()[:1])
+    run = assemble(settings(toy_policy, tmp_path / "fine"), TASK, devices=jax.devices()[:1])
     assert list(replay.not_finite(run, run.state, batch, 0)) == []
     sick = jax.tree.map(lambda leaf: leaf.copy(), run.state.params)
     sick["layers"]["q"] = sick["layers"]["q"].at[0, 3, 1, 2].set(np.nan)
@@ -244,12 +228,12 @@ def test_files_that_are_no_capsule(diverged: Path, tmp_path: Path, damage: str) 
 def test_a_capsule_without_its_checkpoint(diverged: Path, tmp_path: Path) -> None:
     (tmp_path / "capsule.zip").write_bytes((diverged / "capsule-000001.zip").read_bytes())
     with pytest.raises(CapsuleError, match=r"needs the parameters in .*step_1: there are none"):
-        replay.main([str(tmp_path / "capsule.zip")])
+        replay.main(TASK, [str(tmp_path / "capsule.zip")])
 
 
 def test_a_run_goes_on_past_failing_rewards(toy_policy: Path, tmp_path: Path) -> None:
-    config = settings(toy_policy, tmp_path / "run", "steps=1", "reward.functions=[graders:rare]")
-    assert train(config) == 0
+    given = settings(toy_policy, tmp_path / "run", "steps=1", "reward.functions=[graders:rare]")
+    assert train(given, TASK) == 0
     (line,) = (json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert line["reward_failures/exception"] == 1
     assert line["unscored"] == 1 / 16
@@ -260,69 +244,103 @@ def test_a_run_goes_on_past_failing_rewards(toy_policy: Path, tmp_path: Path) ->
 
 
 def test_too_many_failing_rewards_stop_the_run(toy_policy: Path, tmp_path: Path) -> None:
-    config = settings(
-        toy_policy, tmp_path / "run", "steps=1", "reward.functions=[graders:rare]", "reward.max_unscored=0.01"
-    )
+    sets = ("steps=1", "reward.functions=[graders:rare]", "reward.max_unscored=0.01")
     with pytest.raises(RewardError, match=r"1 of 16 did.*'graders:rare' raised ValueError: too rare"):
-        train(config)
+        train(settings(toy_policy, tmp_path / "run", *sets), TASK)
     assert (tmp_path / "run" / "reward_failures.jsonl").is_file()
     assert "too rare" in (tmp_path / "run" / "error.txt").read_text()
 
 
-IDENTITY = {"identity": {"parameters": "ab"}}
+IDENTITY = {"parameters": "ab"}
+NOW = {"grpo-loss": "0.1.3", "jax": "0.10.2", "optax": "0.2.8"}
+ZERO = jax.numpy.zeros((), jax.numpy.int32)
 
 
-def test_checkpoints_of_incompatible_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_trainer.run import checkpoint
+def loop(step: int, params: Any) -> LoopState:
+    """The state of a run after this step, with these parameters and no optimizer."""
+    return LoopState(TrainState(params, (), ZERO, ZERO + 0), step=step)
 
-    state = {"w": jax.numpy.arange(4.0)}
-    now = {"grpo-loss": "0.1.3", "jax": "0.10.2", "optax": "0.2.8"}
-    monkeypatch.setattr(checkpoint, "versions", lambda: now)
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(3, state, IDENTITY)
-    checkpoints.wait()
-    monkeypatch.setattr(checkpoint, "versions", lambda: now | {"grpo-loss": "0.1.9", "jax": "0.11.0"})
-    assert checkpoints.restore(state, IDENTITY["identity"]) is not None
-    monkeypatch.setattr(checkpoint, "versions", lambda: now | {"grpo-loss": "0.2.0"})
+
+def checkpoints(folder: Path, versions: Mapping[str, str] = NOW, **options: Any) -> Checkpoints:
+    return Checkpoints(folder, keep=9, versions=versions, **options)
+
+
+def saved(folder: Path, *steps: int) -> TrainState:
+    """Write a checkpoint of each step, whose parameters are the step; return what they are read like."""
+    kept = checkpoints(folder)
+    for step in steps:
+        kept.save(loop(step, {"w": jax.numpy.full(2, step)}), IDENTITY, Settings())
+    kept.close()
+    return loop(0, {"w": jax.numpy.zeros(2, jax.numpy.int32)}).train
+
+
+def test_what_the_loop_carries_survives_json() -> None:
+    train_state = loop(7, {"w": jax.numpy.arange(3.0)}).train
+    memory = HealthMemory(warnings=["step 2: hot"], streak={"gap": 3}, given={"gap": 1}, skipped=2)
+    before = LoopState(
+        train_state,
+        step=7,
+        problems={"next_index": 28},
+        accuracy={"before": {"correct": 3, "total": 8}},
+        seconds=12.5,
+        phases={"rollout": 3.25, "update": 4.5},
+        health=memory,
+    )
+    after = LoopState.from_notes(train_state, json.loads(json.dumps(before.notes())))
+    assert after == before
+    assert after.train is train_state
+    assert after.health is not memory
+    assert {item.name for item in fields(LoopState)} - {"train"} == before.notes().keys()  # nothing is left behind
+
+
+def test_a_checkpoint_holds_the_loops_notes(tmp_path: Path) -> None:
+    state = saved(tmp_path)
+    kept = checkpoints(tmp_path)
+    before = loop(3, {"w": jax.numpy.full(2, 3)})
+    before.health.warnings.append("step 1: cold")
+    kept.save(before, IDENTITY, Settings(steps=9))
+    before.health.warnings.append("step 4: too late for the checkpoint of step 3")
+    kept.wait()
+    restored = kept.restore(state, IDENTITY)
+    assert restored is not None
+    after = LoopState.from_notes(restored.state, restored.notes)
+    assert (after.step, after.health.warnings) == (3, ["step 1: cold"])
+    assert restored.settings["steps"] == 9
+
+
+def test_checkpoints_of_incompatible_libraries(tmp_path: Path) -> None:
+    state = saved(tmp_path, 3)
+    near, far = NOW | {"grpo-loss": "0.1.9", "jax": "0.11.0"}, NOW | {"grpo-loss": "0.2.0"}
+    assert checkpoints(tmp_path, near).restore(state, IDENTITY) is not None
     with pytest.raises(ResumeRefused, match=r"grpo-loss: checkpoint 0\.1\.3, here 0\.2\.0.*\n.*any_version=true"):
-        checkpoints.restore(state, IDENTITY["identity"])
-    forced = Checkpoints(tmp_path, keep=2, any_version=True).restore(state, IDENTITY["identity"])
+        checkpoints(tmp_path, far).restore(state, IDENTITY)
+    forced = checkpoints(tmp_path, far, any_version=True).restore(state, IDENTITY)
     assert forced is not None
     assert forced.step == 3
 
 
 def test_one_checkpoint_and_no_other(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=9)
-    for step in (1, 2):
-        checkpoints.save(step, {"w": jax.numpy.full(2, step)}, IDENTITY)
-    checkpoints.wait()
-    like = {"w": jax.numpy.zeros(2, jax.numpy.int32)}
-    first = checkpoints.restore(like, IDENTITY["identity"], at=1)
+    state = saved(tmp_path, 1, 2)
+    first = checkpoints(tmp_path).restore(state, IDENTITY, at=1)
     assert first is not None
-    assert first.state["w"].tolist() == [1, 1]
-    assert checkpoints.restore(like, IDENTITY["identity"], at=7) is None
-    assert issubclass(CheckpointError, RuntimeError)
+    assert first.state.params["w"].tolist() == [1, 1]
+    assert checkpoints(tmp_path).restore(state, IDENTITY, at=7) is None
 
 
 def test_what_one_process_cannot_read_all_step_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from grpo_trainer.run import checkpoint
-
-    checkpoints = Checkpoints(tmp_path, keep=9)
-    for step in (1, 2):
-        checkpoints.save(step, {"w": jax.numpy.full(2, step)}, IDENTITY)
-    checkpoints.wait()
+    state = saved(tmp_path, 1, 2)
     # Process 1 of 2 reads the notes of step 2 but not its arrays; this one reads everything.
-    told = iter([False, True, False, False])
+    others = iter([False, True, False, False])
     monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, tree=jax.tree))
     monkeypatch.setattr(
         "grpo_trainer.run.checkpoint.multihost_utils.process_allgather",
-        lambda mine: np.asarray([bool(mine), next(told)]),
+        lambda mine: np.asarray([bool(mine), next(others)]),
     )
-    restored = checkpoints.restore({"w": jax.numpy.zeros(2, jax.numpy.int32)}, IDENTITY["identity"])
+    restored = checkpoints(tmp_path).restore(state, IDENTITY)
     assert restored is not None
     assert restored.step == 1
-    assert restored.state["w"].tolist() == [1, 1]
+    assert restored.state.params["w"].tolist() == [1, 1]
     assert "step_2 is damaged (process 1 could not read its part)" in caplog.text
-    assert list(told) == []
+    assert list(others) == []

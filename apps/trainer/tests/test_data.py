@@ -9,28 +9,24 @@ import numpy as np
 import pytest
 
 from grpo_contracts import GrpoError, validate
-from grpo_trainer.data import sources as records_module
-from grpo_gsm8k.embedded.problems import write_splits
-from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
-from grpo_trainer.data.sources import DataError, Record, digest, read_records
+from grpo_trainer.data import sources
+from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.stream import ProblemStream, Questions, held_out, open_problems, tokenize
-from grpo_trainer.settings.schema import Settings
+from grpo_trainer.data.tokenizer import TokenizerError, load_tokenizer
+from grpo_trainer.task import Problem
+from toy import END, TASK, load
 
-GSM8K = Path(__file__).parents[4] / "shared" / "data" / "gsm8k"
-GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'
+GOOD = '{"question": "1 + 1?", "answer": "=2"}'
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    return load_tokenizer(folder)
+def tokenizer(toy_policy: Path) -> Any:
+    return load_tokenizer(toy_policy)
 
 
 @pytest.fixture(scope="module")
 def questions(tokenizer: Any) -> Questions:
-    return tokenize(read_records("embedded", "train", limit=50), tokenizer, max_length=48)
+    return tokenize(TASK.problems("embedded", "train", 50), tokenizer, max_length=40)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +48,7 @@ def test_bad_lines_are_named(tmp_path: Path, second: str | bytes, message: str) 
     path = tmp_path / "bad.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + (second.encode() if isinstance(second, str) else second) + b"\n")
     with pytest.raises(DataError, match=message) as caught:
-        read_records(str(path), "train")
+        read_problems(str(path), "train")
     assert isinstance(caught.value, GrpoError)
     assert isinstance(caught.value, ValueError)
 
@@ -60,12 +56,12 @@ def test_bad_lines_are_named(tmp_path: Path, second: str | bytes, message: str) 
 def test_missing_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(DataError, match="must hold at least one problem: it is empty"):
-        read_records(str(tmp_path), "train")
+        read_problems(str(tmp_path), "train")
     with pytest.raises(DataError, match=r"must hold test\.jsonl: it holds train\.jsonl"):
-        read_records(str(tmp_path), "test")
+        read_problems(str(tmp_path), "test")
     for source in ("not/here/at/all", "nowhere.jsonl", "./train"):
         with pytest.raises(DataError, match=f"there is no {source}"):
-            read_records(source, "train")
+            read_problems(source, "train")
 
 
 def test_hub_files_are_chosen_by_split() -> None:
@@ -73,7 +69,7 @@ def test_hub_files_are_chosen_by_split() -> None:
         "README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet",
         "socratic/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet",
     ]  # fmt: skip
-    choose = records_module._choose
+    choose = sources._choose
     assert choose(files, "train") == "main/train-00000-of-00001.parquet"
     assert choose([*files, "test.jsonl"], "test") == "test.jsonl"
     assert choose(["data/train-00000-of-00002.parquet"], "train") is None
@@ -87,7 +83,7 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     with pytest.raises(DataError, match=r"openai/gsm8k is neither a file or folder here .* no network here"):
-        read_records("openai/gsm8k", "train")
+        read_problems("openai/gsm8k", "train")
 
 
 def test_a_hub_data_set_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,24 +92,48 @@ def test_a_hub_data_set_is_downloaded_and_read(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "train.jsonl").write_text(GOOD + "\n")
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["train.jsonl", "test.jsonl"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: str(tmp_path / name))
-    assert [record.answer for record in read_records("somebody/sums", "train")] == ["#### 2"]
+    assert [problem.answer for problem in read_problems("somebody/sums", "train")] == ["=2"]
 
 
-def test_jsonl_reads_back_what_was_written(tmp_path: Path) -> None:
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"question": f"{n} + 1?", "answer": f"={n + 1}"} for n in range(count)]
+
+
+def write_splits(folder: Path, **sizes: int) -> None:
+    for split, count in sizes.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+
+
+def test_jsonl_is_read_whole_or_from_the_beginning(tmp_path: Path) -> None:
     write_splits(tmp_path, train=40, test=20)
-    for split in ("train", "test"):
-        assert digest(read_records(str(tmp_path), split)) == digest(
-            read_records("embedded", split, limit={"train": 40, "test": 20}[split])
-        )
-    assert len(read_records(str(tmp_path / "train.jsonl"), "train", limit=7)) == 7
-    other = [Record("a", "b", "x:1")]
-    assert digest(other) == digest([Record("a", "b", "elsewhere")]) != digest([Record("a", "c", "x:1")])
+    for split, count in (("train", 40), ("test", 20)):
+        problems = read_problems(str(tmp_path), split)
+        assert [{"question": problem.question, "answer": problem.answer} for problem in problems] == rows(count)
+        assert problems[6].place == f"{tmp_path / split}.jsonl:7"
+    seven = read_problems(str(tmp_path / "train.jsonl"), "test", limit=7)  # a file is itself, whatever the split
+    assert [problem.question for problem in seven] == [row["question"] for row in rows(7)]
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"needs GSM8K's files in {GSM8K}")
-def test_gsm8k_itself() -> None:
-    assert len(read_records(str(GSM8K), "train")) == 7_473
-    assert len(read_records(str(GSM8K), "test")) == 1_319
+def test_every_further_column_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "1?", "answer": "=1", "numbers": [3, 5], "level": null}\n')
+    (problem,) = read_problems(str(tmp_path), "train")
+    assert problem.columns == {"numbers": [3, 5], "level": None}
+
+
+def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows(5)), tmp_path / "train.parquet")
+    write_splits(tmp_path, train=5)
+    assert digest(read_problems(str(tmp_path / "train.parquet"), "train")) == digest(
+        read_problems(str(tmp_path / "train.jsonl"), "train")
+    )
+
+
+def test_a_digest_is_of_what_the_problems_say() -> None:
+    one = digest([Problem("a", "b", "x:1")])
+    assert one == digest([Problem("a", "b", "elsewhere")])
+    assert one not in (digest([Problem("a", "c", "x:1")]), digest([Problem("a", "b", "x:1")] * 2), digest([]))
 
 
 def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Any) -> None:
@@ -121,28 +141,28 @@ def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Any
     validate(asked.prompts, level="values")
     assert asked.prompts.prompt_id_P.tolist() == [3, 1]
     ids = asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]]
-    question = questions.records[3].question
+    question = questions.problems[3].question
     assert tokenizer.decode(ids) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    assert asked.problems == (questions.records[3], questions.records[1])
+    assert asked.problems == (questions.problems[3], questions.problems[1])
 
 
 def test_overlong_prompts_are_refused_or_dropped(tokenizer: Any) -> None:
-    records = [
-        Record("short", "#### 1", "f:1"),
-        Record("long " * 50, "#### 1", "f:2"),
-        Record("long " * 60, "#### 1", "f:3"),
+    problems = [
+        Problem("short", "=1", "f:1"),
+        Problem("long " * 50, "=1", "f:2"),
+        Problem("long " * 60, "=1", "f:3"),
     ]
     with pytest.raises(DataError, match=r"f:2: a prompt must have at most 40 tokens .* 2 of 3 are too long"):
-        tokenize(records, tokenizer, max_length=40)
-    kept = tokenize(records, tokenizer, max_length=40, overlong="drop")
-    assert (kept.dropped, [record.place for record in kept.records]) == (2, ["f:1"])
+        tokenize(problems, tokenizer, max_length=40)
+    kept = tokenize(problems, tokenizer, max_length=40, overlong="drop")
+    assert (kept.dropped, [problem.place for problem in kept.problems]) == (2, ["f:1"])
     with pytest.raises(DataError, match="none of 2 does"):
-        tokenize(records[1:], tokenizer, max_length=40, overlong="drop")
+        tokenize(problems[1:], tokenizer, max_length=40, overlong="drop")
 
 
 def test_ids_beyond_the_models_vocabulary_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="below the model's vocabulary of 100"):
-        tokenize([Record("apples", "#### 1", "f:1")], tokenizer, max_length=40, vocab_size=100)
+        tokenize([Problem("apples", "=1", "f:1")], tokenizer, max_length=40, vocab_size=100)
 
 
 def _ids(stream: ProblemStream, steps: int) -> list[int]:
@@ -188,16 +208,32 @@ def test_state_goes_on_exactly_also_with_other_processes(questions: Questions, t
     assert [index for _ in range(9) for half in halves for index in _ids(half, 1)] == expected
 
 
-def test_opened_by_a_config(tokenizer: Any, tmp_path: Path) -> None:
+def test_opened_as_the_settings_say(tokenizer: Any, tmp_path: Path) -> None:
     write_splits(tmp_path, train=30, test=20)
-    config = Settings.model_validate(
-        {"data": {"source": str(tmp_path), "train_size": 25}, "rollout": {"prompts": 6}, "eval": {"problems": 500}}
-    )
-    stream = open_problems(config, tokenizer, vocab_size=704)
+    given = load([], [f"data.source={tmp_path}", "data.train_size=25", "rollout.prompts=6", "eval.problems=500"])
+    stream = open_problems(given, TASK, tokenizer, vocab_size=704)
     first = next(stream)
-    assert first.prompts.tokens_PT.shape == (6, config.data.max_prompt_length)
+    assert first.prompts.tokens_PT.shape == (6, given.data.max_prompt_length)
     assert first.prompts.vocab_size == 704
-    assert len(stream.questions.records) == 25
+    assert len(stream.questions.problems) == 25
     assert len(stream.digest) == 64
-    test = held_out(config, tokenizer)
+    test = held_out(given, TASK, tokenizer)
     assert [problem.place for problem in test.problems] == [f"{tmp_path / 'test.jsonl'}:{n}" for n in range(1, 21)]
+    elsewhere = given.data.model_copy(update={"test_source": "embedded"})
+    apart = held_out(given.model_copy(update={"data": elsewhere}), TASK, tokenizer)
+    assert [problem.place for problem in apart.problems] == [f"embedded test:{n}" for n in range(1, 26)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("eos_token", None, "eos_token"), ("pad_token", END, "pad_token"), ("chat_template", None, "chat_template")],
+)
+def test_a_tokenizer_that_would_not_do_is_refused(
+    toy_policy: Path, tmp_path: Path, key: str, value: str | None, message: str
+) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((toy_policy / name).read_bytes())
+    entries = json.loads((toy_policy / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries | {key: value}))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)

@@ -11,7 +11,7 @@ from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.folder import RunFolder
-from runs import load
+from toy import load
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\x1b[2J\u202e</pre> 3 < 4 & 5"
 
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def folder(tmp_path):
     config = load([], [f"run.dir={tmp_path / 'a <b> run'}", "log.tensorboard=false", "optimizer.learning_rate=1e-3"])
-    with RunFolder(config) as folder:
+    with RunFolder(config, {"python": "3.11"}) as folder:
         yield folder
 
 

@@ -6,15 +6,20 @@ import os
 import subprocess
 import sys
 import types
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.files import read_lines
-from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.folder import RunFolder, versions
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from runs import load
+from toy import load
+
+
+VERSIONS = {"python": "3.11.4", "grpo-loss": "0.3.0"}
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def steps(folder: RunFolder) -> list[int]:
 
 
 def test_a_run_leaves_its_settings_metrics_and_summary(config):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         assert not folder.resumed
         folder.start(0)
         folder.log(0, {"eval/accuracy": 0.3})
@@ -57,13 +62,13 @@ def test_a_run_leaves_its_settings_metrics_and_summary(config):
     assert summary["accuracy_after_interval"] == [round(b, 6) for b in Accuracy(60, 100).interval]
     assert summary["format_before"] == 0.4
     assert summary["seconds"] == 1.235
-    assert {"python", "jax", "jaxlib", "grpo-loss", "numpy"} <= summary["versions"].keys()
+    assert summary["versions"] == VERSIONS
     (record,) = read_lines(folder.path / "completions.jsonl")
     assert record["completion"].endswith("é")
 
 
 def test_a_resumed_run_has_each_step_once(config):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         folder.start(0)
         for step in range(8):
             folder.log(step, {"reward": step / 3})
@@ -71,7 +76,7 @@ def test_a_resumed_run_has_each_step_once(config):
     before = (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     with (folder.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "rew')  # killed in the middle of a line
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         assert folder.resumed
         folder.start(5)
         assert (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True) == before[:6]
@@ -82,7 +87,7 @@ def test_a_resumed_run_has_each_step_once(config):
 
 def test_starting_from_nothing_starts_afresh(config):
     for _ in range(2):
-        with RunFolder(config()) as folder:
+        with RunFolder(config(), VERSIONS) as folder:
             folder.start(0)
             folder.log(0, {"eval/accuracy": 0.1})
             folder.log(1, {"reward": 0.1})
@@ -92,7 +97,7 @@ def test_starting_from_nothing_starts_afresh(config):
 def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     for first in (0, 2):
-        with RunFolder(config("log.tensorboard=true")) as folder:
+        with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
             folder.start(first)
             for step in range(first + 1, first + 4):
                 folder.log(step, {"reward": step})
@@ -110,56 +115,55 @@ def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
 
 
 def test_other_settings_are_refused(config):
-    with RunFolder(config()):
+    with RunFolder(config(), VERSIONS):
         pass
-    with pytest.raises(ConfigError, match=r"rollout.prompts: 32 there, 8 now"):
-        RunFolder(config("rollout.prompts=8"))
+    with pytest.raises(ConfigError, match=r"rollout.prompts: 4 there, 8 now"):
+        RunFolder(config("rollout.prompts=8"), VERSIONS)
     with pytest.raises(ConfigError, match="steps: 60 there, 30 now"):
-        RunFolder(config("steps=30"))
+        RunFolder(config("steps=30"), VERSIONS)
     for free in ("log.completions=0", "checkpoint.every=7", "cpu_devices=2", "mesh=dp:2", "steps=100"):
-        with RunFolder(config(free, "steps=100")) as folder:
+        with RunFolder(config(free, "steps=100"), VERSIONS) as folder:
             assert folder.resumed
 
 
 def test_a_cosine_schedule_fixes_the_number_of_steps(config):
-    with RunFolder(config("optimizer.schedule=cosine")):
+    with RunFolder(config("optimizer.schedule=cosine"), VERSIONS):
         pass
     with pytest.raises(ConfigError, match="steps"):
-        RunFolder(config("optimizer.schedule=cosine", "steps=100"))
+        RunFolder(config("optimizer.schedule=cosine", "steps=100"), VERSIONS)
 
 
 def test_a_longer_run_is_not_finished(config):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         folder.summary(steps=60, seconds=1, device="cpu")
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         assert folder.finished
-    with RunFolder(config("steps=61")) as folder:
+    with RunFolder(config("steps=61"), VERSIONS) as folder:
         assert not folder.finished
 
 
 def test_a_folder_in_use_is_refused(config, tmp_path):
-    with RunFolder(config()):
+    with RunFolder(config(), VERSIONS):
         with pytest.raises(RunFolderError, match=f"process {os.getpid()}"):
-            RunFolder(config())
+            RunFolder(config(), VERSIONS)
         # A process that is not the writer takes no part in this.
-        RunFolder(config(), writer=False, processes=2).close()
-    RunFolder(config()).close()
+        RunFolder(config(), VERSIONS, writer=False, processes=2).close()
+    RunFolder(config(), VERSIONS).close()
 
 
 def test_a_killed_process_gives_its_folder_back(config, tmp_path):
     script = (
-        "import os, sys\nfrom runs import load
-from grpo_trainer.settings.layers import \nfrom grpo_trainer.run.folder import RunFolder\n"
-        "RunFolder(load([], ['run.dir=' + sys.argv[1], 'log.tensorboard=false']))\nos.kill(os.getpid(), 9)\n"
+        "import os, sys\nfrom grpo_trainer.run.folder import RunFolder\nfrom toy import load\n"
+        "RunFolder(load([], ['run.dir=' + sys.argv[1]]), {})\nos.kill(os.getpid(), 9)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    assert subprocess.run(command, check=False).returncode == -9
-    with RunFolder(config()) as folder:
+    assert subprocess.run(command, check=False, cwd=Path(__file__).parent).returncode == -9
+    with RunFolder(config(), VERSIONS) as folder:
         assert folder.resumed
 
 
 def test_processes_that_do_not_write_write_nothing(config):
-    with RunFolder(config(), writer=False, processes=2) as folder:
+    with RunFolder(config(), VERSIONS, writer=False, processes=2) as folder:
         folder.start(0)
         folder.log(1, {"reward": 1.0})
         folder.completions(1, [{"completion": "x"}])
@@ -169,39 +173,39 @@ def test_processes_that_do_not_write_write_nothing(config):
 
 def test_auto_resumes_what_is_unfinished(tmp_path):
     config = load([], ["log.tensorboard=false"])
-    with RunFolder(config, root=tmp_path) as first:
+    with RunFolder(config, VERSIONS, root=tmp_path) as first:
         first.start(0)
         # In use: the second run of the same settings gets a folder of its own.
-        with RunFolder(config, root=tmp_path) as second:
+        with RunFolder(config, VERSIONS, root=tmp_path) as second:
             assert second.path != first.path
             second.summary(steps=60, seconds=1, device="cpu")
-    with RunFolder(load([], ["log.tensorboard=false", "seed=1"]), root=tmp_path) as other:
+    with RunFolder(load([], ["log.tensorboard=false", "seed=1"]), VERSIONS, root=tmp_path) as other:
         assert not other.resumed
-    with RunFolder(config, root=tmp_path) as again:
+    with RunFolder(config, VERSIONS, root=tmp_path) as again:
         assert again.resumed
         assert again.path == first.path
     with pytest.raises(ConfigError, match="all 2 processes"):
-        RunFolder(config, root=tmp_path, processes=2)
+        RunFolder(config, VERSIONS, root=tmp_path, processes=2)
 
 
 def test_errors_are_kept_with_the_run(config):
-    with pytest.raises(ZeroDivisionError) as caught, RunFolder(config()) as folder:
+    with pytest.raises(ZeroDivisionError) as caught, RunFolder(config(), VERSIONS) as folder:
         raise ZeroDivisionError("the sum of nothing")
     assert "the sum of nothing" in (folder.path / "error.txt").read_text()
     assert str(folder.path / "error.txt") in caught.value.__notes__[0]
-    with RunFolder(config()):
+    with RunFolder(config(), VERSIONS):
         assert not (folder.path / "error.txt").exists()
 
 
 def test_unwritable_places_are_named(config, tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(RunFolderError, match="cannot be written"):
-        RunFolder(config())
+        RunFolder(config(), VERSIONS)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_an_error_that_says_so(config):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         folder.start(0)
         (folder.path / "metrics.jsonl").symlink_to("/dev/full")
         with pytest.raises(RunFolderError, match="No space left"):
@@ -210,7 +214,7 @@ def test_a_full_disk_is_an_error_that_says_so(config):
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"reward": 1}', '{"step": null}'])
 def test_damaged_metrics_are_named(config, line):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         (folder.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         with pytest.raises(RunFolderError, match="line 2"):
             folder.start(3)
@@ -218,25 +222,28 @@ def test_damaged_metrics_are_named(config, line):
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
 def test_a_damaged_summary_is_named(config, text):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         (folder.path / "summary.json").write_text(text)
         with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
             _ = folder.finished
 
 
 def test_damaged_settings_are_named(config):
-    with RunFolder(config()) as folder:
+    with RunFolder(config(), VERSIONS) as folder:
         pass
     (folder.path / "config.yaml").write_text("stepps: 3\n")
     with pytest.raises(RunFolderError, match=r"config\.yaml"):
-        RunFolder(config())
+        RunFolder(config(), VERSIONS)
     (folder.path / "config.yaml").unlink()
-    RunFolder(config()).close()  # and the refused one left no lock behind
+    RunFolder(config(), VERSIONS).close()  # and the refused one left no lock behind
 
 
 def test_wandb_is_optional(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunFolder(config("log.wandb=true")) as folder, pytest.raises(ConfigError, match=r"grpo-gsm8k\[wandb\]"):
+    with (
+        RunFolder(config("log.wandb=true"), VERSIONS) as folder,
+        pytest.raises(ConfigError, match=r"grpo-trainer\[wandb\]"),
+    ):
         folder.start(0)
 
 
@@ -249,13 +256,21 @@ def test_wandb_gets_metrics_and_the_same_run_after_a_resume(config, monkeypatch)
     module.init = lambda **options: started.append(options) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     for first in (0, 1):
-        with RunFolder(config("log.wandb=true")) as folder:
+        with RunFolder(config("log.wandb=true"), VERSIONS) as folder:
             folder.start(first)
             folder.log(first + 1, {"reward": 1.0, "kl": math.inf})
             folder.summary(steps=first, seconds=1, device="cpu")
     assert logged == [(1, {"reward": 1.0}), "finished", (2, {"reward": 1.0}), "finished"]
     assert started[0]["id"] == started[1]["id"]
     assert run.summary["device"] == "cpu"
+
+
+@pytest.mark.parametrize("app", ["grpo-trainer", "grpo-of-nobody"])
+def test_versions_of_everything_that_decides_a_result(app):
+    found = versions(app)
+    assert found["grpo-loss"] == metadata.version("grpo-loss")
+    assert {"python", "jax", "jaxlib", "numpy", "optax", "grpo-trainer", "grpo-sampler"} <= found.keys()
+    assert "grpo-of-nobody" not in found  # a task in a script of one's own
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,6 @@ import time
 from typing import Any
 
 
-def digits(*, completions: list[str], **_: Any) -> list[float | None]:
-    """A reward that a random policy already gets now and then: the share of digits."""
-    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
-
-
 def moody(*, completions: list[str], answers: list[str], step: int, **_: Any) -> list[Any]:
     """Does to each completion what it asks for."""
     print("judging", len(completions))  # standard output must stay a user's own

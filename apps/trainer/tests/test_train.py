@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +14,24 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from grpo_mesh import AXES, digest
-from runs import assemble
-from grpo_trainer.run.checkpoint import Checkpoints, ResumeRefused
+from grpo_trainer.assemble import assemble
+from grpo_trainer.evaluate import evaluate_command
+from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
 from grpo_trainer.settings.errors import ConfigError
-from runs import load
 from grpo_trainer.settings.schema import Settings
-from runs import train
+from grpo_trainer.train import fit, train
+from toy import TASK, metrics, settings
+
+MEASURED = ("steps=4", "eval.before=true", "eval.after=true", "eval.every=2", "checkpoint.every=2")
 
 
-def settings(policy: Path, folder: Path, *more: str) -> Settings:
-    return load(
-        [],
-        [
-            f"model.path={policy}",
-            f"run.dir={folder}",
-            "steps=4",
-            "data.train_size=40",
-            "rollout.prompts=4",
-            "rollout.group_size=4",
-            "rollout.max_new_tokens=16",
-            "loss.rows=4",
-            "eval.problems=8",
-            "eval.every=2",
-            "checkpoint.every=2",
-            "log.tensorboard=false",
-            "mesh=dp:-1",
-            "reward.functions=[graders:digits]",
-            *more,
-        ],
-    )
+def checkpoints(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, keep=9, versions={})
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock wrote, and what else a process counts for itself."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    own = ("time", "seconds", "compiled")
-    return [{k: v for k, v in line.items() if not k.startswith(own) and "per_second" not in k} for line in lines]
-
-
-def last_state_digest(config: Settings, folder: Path) -> str:
-    run = assemble(config)
-    restored = Checkpoints(folder / "checkpoints", keep=9).restore(run.state, run.identity)
+def last_state_digest(given: Settings, folder: Path) -> str:
+    run = assemble(given, TASK)
+    restored = checkpoints(folder / "checkpoints").restore(run.state, run.identity)
     assert restored is not None
     return digest(restored.state)
 
@@ -60,7 +39,7 @@ def last_state_digest(config: Settings, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def uninterrupted(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
-    assert train(settings(toy_policy, folder)) == 0
+    assert train(settings(toy_policy, folder, *MEASURED), TASK) == 0
     return folder
 
 
@@ -84,64 +63,84 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
 
 def test_the_policy_learns_what_is_rewarded(toy_policy: Path, tmp_path: Path) -> None:
     folder = tmp_path / "learns"
-    quiet = ("eval.before=false", "eval.after=false", "eval.every=0", "checkpoint.every=0", "log.completions=0")
-    assert train(settings(toy_policy, folder, "steps=30", "optimizer.learning_rate=2e-2", *quiet)) == 0
+    sets = ("steps=30", "optimizer.learning_rate=2e-2", "log.completions=0")
+    assert train(settings(toy_policy, folder, *sets), TASK) == 0
     rewards = [line["reward"] for line in metrics(folder)]
     assert np.mean(rewards[-5:]) > 3 * np.mean(rewards[:5])
 
 
+class Killed(BaseException):
+    """Not an error of the run's: it leaves as a kill does, without a word."""
+
+
+def kill(given: Settings, *, step: int) -> None:
+    """Run until the update of this step; what was being saved is saved."""
+    run, left = assemble(given, TASK), [step]
+
+    def update(state: Any, batch: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        return run.plan.update(state, batch)
+
+    kept = checkpoints(Path(given.run.dir) / "checkpoints")
+    with pytest.raises(Killed):
+        fit(replace(run, plan=replace(run.plan, update=update)), checkpoints=kept)
+    kept.close()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    toy_policy: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "torn"
-    config = settings(toy_policy, folder)
-
-    class Killed(BaseException):
-        pass
-
-    def dies(run: Any, state: Any, batch: Any, step: int) -> Any:
-        if step == 2:
-            raise Killed
-        return learn(run, state, batch, step)
-
-    from grpo_trainer import train as module
-    from grpo_trainer.learn import learn
-
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "learn", dies)
-        with pytest.raises(Killed):
-            train(config)
+    given = settings(toy_policy, folder, *MEASURED)
+    kill(given, step=3)
     assert [line["step"] for line in metrics(folder)] == [0, 1, 2]
-    assert train(config) == 0
+    assert train(given, TASK) == 0
     assert metrics(folder) == metrics(uninterrupted)
-    assert last_state_digest(config, folder) == last_state_digest(settings(toy_policy, uninterrupted), uninterrupted)
+    assert (folder / "completions.jsonl").read_text() == (uninterrupted / "completions.jsonl").read_text()
+    whole = settings(toy_policy, uninterrupted, *MEASURED)
+    assert last_state_digest(given, folder) == last_state_digest(whole, uninterrupted)
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(toy_policy: Path, tmp_path: Path) -> None:
+    """A kill two steps after the last checkpoint: the run goes back to it, and its lines with it."""
+    folder = tmp_path / "torn"
+    given = settings(toy_policy, folder, "steps=4", "checkpoint.every=2")
+    kill(given, step=4)
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    before = metrics(folder)
+    assert train(given, TASK) == 0
+    assert metrics(folder)[:3] == before
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
 def test_another_policy_may_not_go_on_from_a_checkpoint(toy_policy: Path, uninterrupted: Path) -> None:
-    run = assemble(settings(toy_policy, uninterrupted))
+    run = assemble(settings(toy_policy, uninterrupted, *MEASURED), TASK)
     other = {**run.identity, "parameters": "0" * 64}
     with pytest.raises(ResumeRefused, match="parameters"):
-        Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, other)
+        checkpoints(uninterrupted / "checkpoints").restore(run.state, other)
 
 
 def test_a_run_goes_on_with_corrected_problems_where_that_is_asked_for(
     toy_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lines = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(8)]
+    lines = [{"question": f"{n} + 1?", "answer": f"={n + 1}"} for n in range(8)]
 
     def write(split: str, **other: str) -> None:
         text = "".join(json.dumps(line | (other if n == 0 else {})) + "\n" for n, line in enumerate(lines))
         (tmp_path / f"{split}.jsonl").write_text(text)
 
     def go(*sets: str) -> int:
-        return train(settings(toy_policy, tmp_path / "run", f"data.source={tmp_path}", "data.train_size=0", *sets))
+        own = (f"data.source={tmp_path}", "data.train_size=0")
+        return train(settings(toy_policy, tmp_path / "run", *MEASURED, *own, *sets), TASK)
 
     write("train")
-    write("test", question="What is 9 + 9?", answer="#### 18")
+    write("test", question="9 + 9?", answer="=18")
     assert go("steps=2") == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    write("train", answer="It is 1.\n#### 1")
-    write("test", question="What is 8 + 8?", answer="#### 16")
+    write("train", answer="one, =1")
+    write("test", question="8 + 8?", answer="=16")
     with pytest.raises(ResumeRefused, match=r"held_out: .*\n.*problems: .*\n.*any_data=true: step 3 then takes"):
         go()
     assert go("checkpoint.any_data=true") == 0
@@ -154,10 +153,10 @@ def test_a_run_goes_on_with_corrected_problems_where_that_is_asked_for(
 
 
 def test_the_state_makes_room_for_the_one_that_is_read(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run = assemble(settings(toy_policy, uninterrupted))
-    assert Checkpoints(tmp_path / "none", keep=9).restore(run.state, run.identity, donate=True) is None
+    run = assemble(settings(toy_policy, uninterrupted, *MEASURED), TASK)
+    assert checkpoints(tmp_path / "none").restore(run.state, run.identity, donate=True) is None
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.state))
-    restored = Checkpoints(uninterrupted / "checkpoints", keep=9).restore(run.state, run.identity, donate=True)
+    restored = checkpoints(uninterrupted / "checkpoints").restore(run.state, run.identity, donate=True)
     assert restored is not None
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(run.state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(restored.state))
@@ -166,8 +165,6 @@ def test_the_state_makes_room_for_the_one_that_is_read(toy_policy: Path, uninter
 def test_a_damaged_checkpoint_is_stepped_over(
     toy_policy: Path, uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(uninterrupted / "checkpoints", copy)
     newest = max(copy.iterdir(), key=lambda path: int(path.name.removeprefix("step_")) if path.is_dir() else -1)
@@ -175,35 +172,44 @@ def test_a_damaged_checkpoint_is_stepped_over(
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
-    run = assemble(settings(toy_policy, uninterrupted))
-    restored = Checkpoints(copy, keep=9).restore(run.state, run.identity)
+    run = assemble(settings(toy_policy, uninterrupted, *MEASURED), TASK)
+    restored = checkpoints(copy).restore(run.state, run.identity)
     assert restored is not None
     assert restored.step == 2
     assert newest.name in caplog.text
 
 
-def test_kl_and_several_updates_a_rollout(toy_policy: Path, tmp_path: Path) -> None:
-    config = settings(
-        toy_policy,
-        tmp_path / "kl",
-        "steps=2",
-        "loss.kl_coefficient=0.1",
-        "loss.reference=initial",
-        "loss.epochs=2",
-        "loss.minibatches=2",
-        "eval.before=false",
-        "eval.every=0",
-        "optimizer.learning_rate=1e-2",
-    )
-    assert train(config) == 0
+def test_several_updates_a_rollout(toy_policy: Path, tmp_path: Path) -> None:
+    kl = ("loss.kl_coefficient=0.1", "loss.reference=initial")
+    several = ("loss.epochs=2", "loss.minibatches=2", "optimizer.learning_rate=1e-2")
+    assert train(settings(toy_policy, tmp_path / "kl", *kl, *several), TASK) == 0
     first, second = metrics(tmp_path / "kl")
     assert first["kl"] > 0  # the second of four updates has moved
     assert second["kl"] > 0
     assert first["importance_ratio/max"] > 1
 
 
+def test_evaluating_a_policy_and_a_run(
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(toy_policy, tmp_path / "unused", *MEASURED)
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    for checkpoint, name, when in (
+        (None, str(toy_policy), "before"),
+        (str(uninterrupted), f"{uninterrupted} after step 4", "after"),
+    ):
+        assert evaluate_command(given, TASK, checkpoint=checkpoint) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        correct = round(summary[f"accuracy_{when}"] * 8)
+        assert line.startswith(f"{name}: held-out accuracy {summary[f'accuracy_{when}']:.1%}")
+        assert f"{correct} of 8" in line
+    with pytest.raises(CheckpointError, match="holds no checkpoint to evaluate"):
+        evaluate_command(given, TASK, checkpoint=str(tmp_path))
+    assert not (tmp_path / "unused").exists()
+
+
 def test_dry_run_samples_nothing(toy_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(settings(toy_policy, tmp_path / "dry"), dry_run=True) == 0
+    assert train(settings(toy_policy, tmp_path / "dry"), TASK, dry_run=True) == 0
     assert "dry run" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
 
@@ -216,11 +222,11 @@ def test_rows_that_do_not_divide_over_devices_are_refused(
 
     monkeypatch.setattr("grpo_trainer.assemble.run.make_mesh", three_devices)
     with pytest.raises(ConfigError, match=r"loss\.rows must be a multiple of dp·fsdp = 3 .* got 4\. Use 6"):
-        assemble(settings(toy_policy, tmp_path / "rows"))
+        assemble(settings(toy_policy, tmp_path / "rows"), TASK)
 
 
 def test_the_data_order_does_not_depend_on_interruptions(toy_policy: Path, tmp_path: Path) -> None:
-    run = assemble(settings(toy_policy, tmp_path / "order"))
+    run = assemble(settings(toy_policy, tmp_path / "order"), TASK)
     stream = run.problems
     seen = [next(stream).prompts.prompt_id_P for _ in range(10)]
     assert sorted(np.concatenate(seen)) == list(range(40))
