@@ -10,7 +10,7 @@ from itertools import islice
 
 from grpo_trainer.task import Split
 
-__all__ = ["Countdown", "Term", "combine", "generate", "split_of", "stream"]
+__all__ = ["Countdown", "Term", "combine", "generate", "solution", "split_of", "stream"]
 
 OPERATORS = "+-*/"
 _NUMBERS = range(1, 11)  # the small numbers of the television game
@@ -61,15 +61,19 @@ class Countdown:
     solution: Term
 
     @property
-    def answer(self) -> str:
-        """What an expression is judged by, such as ``7 3 2 = 13``."""
-        return f"{' '.join(map(str, self.numbers))} = {self.target}"
-
-    @property
     def question(self) -> str:
         """The text put to the policy."""
-        numbers = ", ".join(map(str, self.numbers))
-        return f"Reach {self.target} from {numbers} by + - * /, each number at most once. Last line: answer: EXPRESSION"
+        return f"Reach {self.target} from {', '.join(map(str, self.numbers))}. Use each number at most once."
+
+    @property
+    def answer(self) -> str:
+        """The solution, worked out."""
+        return solution(self.solution)
+
+
+def solution(term: Term) -> str:
+    """Write a term as a completion: every calculation, then the expression."""
+    return "\n".join([*term.working(), f"answer: {term.text}"])
 
 
 def generate(split: Split, count: int) -> list[Countdown]:
