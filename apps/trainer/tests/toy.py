@@ -31,6 +31,11 @@ def digits(*, completions: Sequence[str], **_: Any) -> list[float | None]:
     return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
 
 
+def sevens(*, completions: Sequence[str], **_: Any) -> list[float | None]:
+    """1 where there is a 7: so seldom that in most groups of a random policy all rewards are equal."""
+    return [float("7" in text) for text in completions]
+
+
 class Sums:
     """Sums of two digits."""
 
@@ -38,7 +43,7 @@ class Sums:
     title = "GRPO on sums of two digits."
     folder = Path(__file__).parent / "toy_app"
     policies: Mapping[str, Path] = {}
-    rewards: Mapping[str, RewardFunction] = {"right": right, "digits": digits}
+    rewards: Mapping[str, RewardFunction] = {"right": right, "digits": digits, "sevens": sevens}
     weights: Mapping[str, float] = {"right": 1.0, "digits": 0.5}
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
