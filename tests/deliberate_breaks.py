@@ -1,7 +1,7 @@
-"""Three deliberate breaks in each library, and copies of the tree that have them.
+"""Three deliberate breaks of each library, and copies of the tree that contain them.
 
-Each is a replacement in one source file. When the line it replaces is rewritten, `break_tree` says so: point it at the
-new line, or the proof that the machinery bites is gone.
+Each is a replacement in one source file. If that line is rewritten, `break_tree` fails: adapt the break to the new
+line, so that it still proves that the release tools find breaks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Break:
         file: under the library's package.
         edits: pairs (old text, new text); every occurrence is replaced.
         finding: part of the sentence that must report it.
-        part: the golden cases that notice; None where reading the signatures is enough.
+        part: the golden cases that detect it; None if comparing signatures is enough.
     """
 
     library: str
@@ -64,9 +64,9 @@ BREAKS = (
     Break(
         "grpo-loss",
         "renamed keyword",
-        "_policy_loss.py",
-        (("clip_high", "clip_upper"),),
-        "policy_loss(clip_high)",
+        "_objectives.py",
+        (("dual_clip", "second_clip"),),
+        "ppo(dual_clip)",
     ),
     Break(
         "grpo-loss",
@@ -79,12 +79,17 @@ BREAKS = (
         "kl_estimate k3: was float32[6, 5], is float32[6]",
         "averages",
     ),
-    # Dr.GRPO's fixed denominator becomes the mean over tokens it was made to avoid.
+    # Dr.GRPO's fixed denominator becomes a mean over tokens, which it was made to avoid.
     Break(
         "grpo-loss",
         "changed meaning",
         "_aggregate.py",
-        (("return weight_RT, sequences * horizon", "return weight_RT, weight_RT.sum()"),),
+        (
+            (
+                "return mask_RT, _sequences(sequence_sum(mask_RT, segment_RT), mask_RT) * horizon",
+                "return mask_RT, mask_RT.sum()",
+            ),
+        ),
         "aggregate fixed",
         "averages",
     ),
@@ -108,7 +113,7 @@ BREAKS = (
         "pad ['embed']",
         "shardings",
     ),
-    # Every digest in every checkpoint and rollout would name other parameters.
+    # Every digest in a checkpoint or rollout would identify other parameters.
     Break(
         "grpo-mesh",
         "changed meaning",
@@ -134,20 +139,20 @@ BREAKS = (
         ),
         "Transformer.unembedding",
     ),
-    # min-p is forgotten: tokens the law forbids are drawn.
+    # min-p is ignored: tokens it excludes are drawn.
     Break(
         "grpo-sampler",
         "changed meaning",
-        "_law.py",
-        (("    floor_B = jnp.maximum(floor_B, law.min_p)", "    floor_B = jnp.maximum(floor_B, 0.0)"),),
-        "law min-p",
-        "laws",
+        "_sampling.py",
+        (("    floor_B = jnp.maximum(floor_B, sampling.min_p)", "    floor_B = jnp.maximum(floor_B, 0.0)"),),
+        "log_probabilities/min-p",
+        "log_probabilities",
     ),
 )
 
 
 def copy_libraries(target: Path, root: Path = ROOT) -> Path:
-    """Copy what the tools read of every library: metadata, changelog and sources."""
+    """Copy what the tools read: metadata, changelog and sources of every library."""
     for source in (root / "libs").iterdir():
         folder = target / "libs" / source.name
         folder.mkdir(parents=True)
@@ -161,12 +166,14 @@ def break_tree(tree: Path, broken: Break) -> None:
     """Apply one break to a copy of the tree.
 
     Raises:
-        ValueError: the text to replace is gone.
+        ValueError: the text to replace is not there.
     """
     path = tree / "libs" / broken.library / "src" / broken.library.replace("-", "_") / broken.file
     text = path.read_text()
     for old, new in broken.edits:
         if old not in text:
-            raise ValueError(f"{path.name} must contain {old!r} for the break of {broken}: the line was rewritten.")
+            raise ValueError(
+                f"{path.name} must contain {old!r} for the break of {broken}: adapt the break to the new line."
+            )
         text = text.replace(old, new)
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""The machinery bites: a deliberate break of each kind in each library is found and named."""
+"""The release tools find and name a deliberate break of each kind in each library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_deliberate_break_is_found(broken: Break, tmp_path: Path) -> None:
     if broken.part is None:
         found = list(change.breaking)
     else:
-        assert not change.breaking, "the signature was to stay the same"
+        assert not change.breaking, "this break must not change a signature"
         found = changed_meanings(ROOT / GOLDEN, broken.library, tree=tree, part=broken.part)
     assert any(broken.finding in text for text in found), found
     demanded = Verdict(change.breaking, tuple(found), change.added)
@@ -42,7 +42,7 @@ def test_a_deliberate_break_is_found(broken: Break, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", [library.name for library in read_workspace(ROOT).libraries])
-def test_an_unbroken_copy_is_found_whole(library: str, tmp_path: Path) -> None:
+def test_an_unbroken_copy_has_no_changes(library: str, tmp_path: Path) -> None:
     package, tree = read_workspace(ROOT)[library], read_workspace(copy_libraries(tmp_path))
     assert compare(package.sources, tree[library].sources, package.module) == Change((), ())
 

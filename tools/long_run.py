@@ -1,10 +1,10 @@
-"""A long run, watched from outside: does memory stay flat, does a step keep its time, is nothing compiled anew?
+"""A long run, watched from outside: does memory stay flat, do steps keep their time, does nothing recompile?
 
     hatch run bench:long-run --steps 2000 --out runs/long
 
-Trains with the defaults (the laptop preset) and what `--set` adds, without evaluations, and samples the resident memory
-of the whole process tree. Leaves samples.jsonl and long-run.png in the folder, beside the run itself, and prints what
-the quarters of the run differ in. `--report` draws and prints again from what is there.
+Trains with the laptop preset and what `--set` adds, without evaluations, and samples the resident memory of the whole
+process tree. Writes samples.jsonl and long-run.png beside the run, and prints how its second and last quarters differ.
+`--report` draws and prints again from an existing folder.
 """
 
 import argparse
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
+
+from grpo_trainer.run.files import read_lines, read_summary
+from grpo_trainer.settings.layers import load_saved
 
 SECONDS_BETWEEN_SAMPLES = 1.0
-WRITING = ("logging", "checkpoint")  # phases that learn nothing
+WRITING = ("logging", "checkpoint")  # phases that only write
 
 
 def main() -> None:
@@ -29,33 +31,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("runs/long"), help="folder of the run and its samples")
     parser.add_argument(
-        "--set", dest="sets", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as of the app"
+        "--set", dest="sets", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as of `train`"
     )
-    parser.add_argument("--report", action="store_true", help="run nothing: report on what is in the folder")
+    parser.add_argument("--report", action="store_true", help="run nothing; report on the folder")
     options = parser.parse_args()
     code = 0 if options.report else watch(options.out, options.steps, options.sets)
-    steps = read(options.out / "run" / "metrics.jsonl")
-    samples = read(options.out / "samples.jsonl")
+    steps = read_lines(options.out / "run" / "metrics.jsonl")
+    samples = read_lines(options.out / "samples.jsonl")
     if len(steps) < 8 or len(samples) < 8:
-        sys.exit(f"at least 8 steps and samples are needed for quarters: {len(steps)} and {len(samples)} are there")
+        sys.exit(f"quarters need at least 8 steps and 8 samples: got {len(steps)} and {len(samples)}")
     draw(options.out / "long-run.png", steps, samples)
-    every = yaml.safe_load((options.out / "run" / "config.yaml").read_text())["checkpoint"]["every"]
-    print(report(steps, samples, summary_of(options.out / "run"), every))
+    every = load_saved(options.out / "run" / "config.yaml").checkpoint.every
+    print(report(steps, samples, read_summary(options.out / "run"), every))
     sys.exit(code)
 
 
 def watch(out: Path, steps: int, sets: Sequence[str]) -> int:
-    """Run `train` to its end, sampling its memory; its exit code."""
+    """Run `train` to its end, sampling its memory; return its exit code."""
     out.mkdir(parents=True, exist_ok=True)
     settings = [f"run.dir={out / 'run'}", f"steps={steps}"]
     settings += ["eval.before=false", "eval.after=false", "eval.every=0", *sets]
     command = [sys.executable, "-m", "grpo_gsm8k.cli", "train", *[f"--set={setting}" for setting in settings]]
     lines = Lines(out / "run" / "metrics.jsonl")
-    begun = time.monotonic()
+    started = time.monotonic()
     with (out / "log").open("ab") as log, (out / "samples.jsonl").open("w") as samples:
         run = subprocess.Popen(command, stdout=log, stderr=log)
         while run.poll() is None:
-            sample = {"seconds": time.monotonic() - begun, "step": lines.count(), "bytes": resident(run.pid)}
+            sample = {"seconds": time.monotonic() - started, "step": lines.count(), "bytes": resident(run.pid)}
             samples.write(json.dumps(sample) + "\n")
             samples.flush()
             time.sleep(SECONDS_BETWEEN_SAMPLES)
@@ -64,7 +66,7 @@ def watch(out: Path, steps: int, sets: Sequence[str]) -> int:
 
 
 class Lines:
-    """Counts the lines of a growing file without reading any twice."""
+    """Counts the lines of a growing file, reading each byte once."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._read, self._count = file, 0, 0
@@ -88,24 +90,15 @@ def resident(pid: int) -> int:
         return 0
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    file = run / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def quarter(items: Sequence[dict[str, Any]], number: int, steps: int) -> list[dict[str, Any]]:
-    """Those of a quarter of the run's steps, 1 to 4."""
+    """The items of one quarter of the run, 1 to 4."""
     return [item for item in items if (number - 1) * steps < 4 * item["step"] <= number * steps]
 
 
 def report(
     steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]], summary: dict[str, Any], every: int
 ) -> str:
-    """The second and the last quarter side by side, and what writing costs, with checkpoints at every so many steps."""
+    """The second and the last quarter side by side, and what logging and a checkpoint every `every` steps cost."""
     last = steps[-1]["step"]
 
     def row(name: str, of: Sequence[dict[str, Any]], key: str, middle: Any, scale: float, form: str) -> str:
@@ -123,7 +116,7 @@ def report(
         row("seconds of a step, median", steps, "seconds", statistics.median, 1.0, ".3f"),
         row("tokens of a step, mean", steps, "tokens", statistics.fmean, 1.0, ",.0f"),
         row("tokens/s, median", steps, "tokens_per_second", statistics.median, 1.0, ",.0f"),
-        f"programs: {compiled[-1]:g}, the last of them at step {final}",
+        f"compiled programs: {compiled[-1]:g}, the last at step {final}",
     ]
     if phases := summary.get("seconds_by_phase"):
         working = sum(seconds for name, seconds in phases.items() if name not in (*WRITING, "evaluation"))
@@ -132,7 +125,7 @@ def report(
     after = [step["seconds"] for step in steps[1:] if every and step["step"] % every == 1]
     others = [step["seconds"] for step in steps[1:] if every and step["step"] % every > 1]
     if after and others:
-        # A checkpoint is written in the background, which takes time from the step that runs meanwhile.
+        # A checkpoint is written in the background, which slows the next step.
         slow, usual = statistics.median(after), statistics.median(others)
         lines.append(
             f"the step after a checkpoint takes {slow:.3f} s, others {usual:.3f} s (medians): "
@@ -142,7 +135,7 @@ def report(
 
 
 def draw(file: Path, steps: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> None:
-    """Memory, step time and programs over the steps, the quarters marked."""
+    """Draw memory, step time and compiled programs over the steps, with the quarters marked."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(10, 9), layout="constrained")
@@ -155,12 +148,12 @@ def draw(file: Path, steps: Sequence[dict[str, Any]], samples: Sequence[dict[str
     each = [step["seconds"] for step in steps]
     seconds.plot(x, each, ".", markersize=2, alpha=0.5)
     usual = sorted(each)[int(0.98 * (len(each) - 1))]
-    seconds.set_ylim(0, 1.5 * usual)  # a step that compiles, or waits for a busy machine, would flatten all others
+    seconds.set_ylim(0, 1.5 * usual)  # one slow step, such as one that compiles, would flatten all others
     window = max(1, len(each) // 40)
     seconds.plot(x, [statistics.median(each[max(0, n - window) : n + window + 1]) for n in range(len(each))])
     seconds.set_ylabel("seconds of a step; running median")
     programs.step(x, [step["compiled_programs"] for step in steps], where="post")
-    programs.set_ylabel("programs since the start")
+    programs.set_ylabel("compiled programs")
     programs.set_ylim(bottom=0)
     programs.set_xlabel("step")
     for axis in (memory, seconds, programs):

@@ -1,8 +1,8 @@
-"""The control of the laptop run: right rewards, handed to the wrong completions of the same batch.
+"""The control experiment of the laptop run: right rewards, given to the wrong completions of the same batch.
 
     PYTHONPATH=tools hatch run apps/gsm8k:train --set 'reward.functions=[shuffled_reward:shuffled]'
 
-Nothing can be learned from it, so held-out accuracy must not rise.
+Nothing can be learned from them, so held-out accuracy must not rise.
 """
 
 import random
@@ -12,8 +12,8 @@ from typing import Any
 from grpo_gsm8k.grading import answer
 
 
-def shuffled(*, completions: Sequence[str], answers: Sequence[str], step: int = 0, **_: Any) -> list[float | None]:
-    """The answers' rewards in an order drawn from the step alone."""
+def shuffled(*, completions: Sequence[str], answers: Sequence[str], step: int, **_: Any) -> list[float | None]:
+    """The rewards of `answer`, in an order that depends on the step alone."""
     rewards = answer(completions=completions, answers=answers)
     random.Random(step).shuffle(rewards)
     return rewards

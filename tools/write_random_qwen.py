@@ -2,7 +2,7 @@
 
     hatch run oracles:python tools/write_random_qwen.py FOLDER
 
-Runs where PyTorch is. The tokenizer is the embedded one: its ids are a part of the larger vocabulary.
+Needs PyTorch. The tokenizer is the embedded policy's; its ids fit into the larger vocabulary.
 """
 
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch  # pyright: ignore[reportMissingImports]
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-POLICY = Path(__file__).parents[1] / "apps/gsm8k/src/grpo_gsm8k/policy"
+POLICY = Path(__file__).parents[1] / "apps/gsm8k/src/grpo_gsm8k/embedded/policy"
 
 
 def main(folder: Path) -> None:

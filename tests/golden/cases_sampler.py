@@ -1,4 +1,4 @@
-"""What grpo-sampler computes: hidden states of each family, distributions under sampling parameters, and the very tokens a seed draws."""
+"""What grpo-sampler computes: hidden states of each family, whole distributions, and the very tokens a seed draws."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .verdict import Level, Verdict, judge, raised
 from .workspace import Package, ReleaseError, Workspace, read_workspace
 
 # A whole run on a toy policy, through all four libraries: rollout, update, checkpoint, evaluation.
-LOOP_TEST = "tests/test_train.py::test_a_run_leaves_what_it_promises"
+LOOP_TEST = Path("tests/test_train.py"), "test_a_run_leaves_what_it_promises"
 
 Outcomes = Mapping[str, fresh.Outcome]
 
@@ -142,7 +142,7 @@ def compatibility(
             continue
         forward, verdict = old.swap(after), Verdict((), (), ())
         if after.is_library:
-            verdict = judge(before.folder.parents[1], candidate, name, python=old.python)
+            verdict = judge(before.folder.parents[1], candidate, name, python=old.environment[0])
         yield Row(name, before.version, after.version, verdict, forward, new.swap(before) if reverse else None)
 
 
@@ -178,41 +178,45 @@ class _Installed:
     progress: Callable[[str], None]
 
     @cached_property
-    def python(self) -> Path:
-        """The interpreter."""
+    def environment(self) -> tuple[Path, dict[str, Path]]:
+        """The interpreter, and folders of the tests by package, once all tests passed."""
         build(self.workspace.libraries, self.scratch, wheels_only=True)
         build(self.workspace.assemblies, self.scratch)
         python = fresh.create(self.scratch / "environment")
         fresh.install_packages(python, self.workspace, self.workspace.assemblies, self.scratch)
         fresh.install(python, self.tools.test_requirements(self.tools.assemblies[0]))
-        return python
-
-    @cached_property
-    def tests(self) -> dict[str, Path]:
-        """Folders of the tests by package, for those that have LOOP_TEST, all of which pass."""
-        python, tests = self.python, {}
-        for package in self.workspace.assemblies:
-            folder = fresh.unpack_tests(self.scratch / package.sdist, self.scratch / package.name)
-            if (folder / LOOP_TEST.partition("::")[0]).exists():
-                tests[package.name] = folder
+        tests = {
+            package.name: fresh.unpack_tests(self.scratch / package.sdist, self.scratch / package.name)
+            for package in self.workspace.assemblies
+        }
         self.progress(f"{self.origin} with its own pins")
-        for name, folder in tests.items():
-            if not (outcome := fresh.run_tests(python, folder, [LOOP_TEST], compiled=self.compiled)).passed:
+        for name, outcome in self.run(python, tests).items():
+            if not outcome.passed:
                 raise ReleaseError(f"{name} must pass with its own pins:\n{outcome.output}")
-        return tests
+        return python, tests
 
-    def swap(self, package: Package) -> dict[str, fresh.Outcome]:
+    def run(self, python: Path, tests: Mapping[str, Path]) -> Outcomes:
+        """Run the loop of each package that tests it, and all fast tests of the others."""
+        file, name = LOOP_TEST
+        return {
+            package: fresh.run_tests(
+                python,
+                folder,
+                [f"{file}::{name}" if (folder / file).exists() else "tests"],
+                compiled=self.compiled,
+            )
+            for package, folder in tests.items()
+        }
+
+    def swap(self, package: Package) -> Outcomes:
         """Install another version of one package, run the tests of its users, and put the old one back."""
+        python, tests = self.environment
         users = [user.name for user in self.workspace.assemblies if package.name in self.workspace.own(user)]
-        folders = {name: folder for name, folder in self.tests.items() if name in users}
         self.progress(f"{self.origin} with {package.name} {package.version}")
         (wheel,) = build([package], self.scratch / "swapped", wheels_only=True)
-        fresh.swap(self.python, wheel)
-        outcomes = {
-            name: fresh.run_tests(self.python, folder, [LOOP_TEST], compiled=self.compiled)
-            for name, folder in folders.items()
-        }
-        fresh.swap(self.python, self.scratch / self.workspace[package.name].wheel)
+        fresh.swap(python, wheel)
+        outcomes = self.run(python, {name: tests[name] for name in users})
+        fresh.swap(python, self.scratch / self.workspace[package.name].wheel)
         return outcomes
 
 

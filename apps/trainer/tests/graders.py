@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 
-
 def moody(*, completions: list[str], answers: list[str], step: int, **_: Any) -> list[Any]:
     """Does to each completion what it asks for."""
     print("judging", len(completions))  # standard output must stay a user's own

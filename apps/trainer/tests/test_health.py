@@ -60,7 +60,11 @@ class Watched:
 @pytest.mark.parametrize(
     ("wrong", "after", "text"),
     [
-        ({"frac_reward_zero_std": 1.0}, 5, "for 5 steps all rewards within each group were equal, so nothing was learned"),
+        (
+            {"frac_reward_zero_std": 1.0},
+            5,
+            "for 5 steps all rewards within each group were equal, so nothing was learned",
+        ),
         ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=16 and was cut"),
         ({"sampling_logp_difference__mean": 1e-3}, 1, "0.001 nats a token on average, more than 0.0001"),
         ({"sampling_logp_difference__mean": float("nan")}, 1, "differ by nan"),

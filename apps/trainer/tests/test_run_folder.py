@@ -240,7 +240,10 @@ def test_damaged_settings_are_named(config):
 
 def test_wandb_is_optional(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with RunFolder(config("log.wandb=true"), VERSIONS) as folder, pytest.raises(ConfigError, match=r"grpo-trainer\[wandb\]"):
+    with (
+        RunFolder(config("log.wandb=true"), VERSIONS) as folder,
+        pytest.raises(ConfigError, match=r"grpo-trainer\[wandb\]"),
+    ):
         folder.start(0)
 
 

@@ -163,7 +163,7 @@ def test_unknown_key(key, nearest, tmp_path):
         ("run.dir=", "run.dir must be non-empty text"),
         ("reward.functions=right", "reward.functions must be a list"),
         ("reward.functions=[1]", "reward.functions must be a list"),
-                ("reward.functions=[rigth]", "`right`, `digits`, `sevens` or module:function"),
+        ("reward.functions=[rigth]", "`right`, `digits`, `sevens` or module:function"),
         ("reward.functions=[right, right]", "must not repeat"),
         ("reward.weights=[1, 2, 3]", "reward.weights must have one number for each of reward.functions"),
         ("reward.weights=[0, 0]", "reward.weights must not all be 0"),

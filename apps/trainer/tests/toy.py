@@ -41,6 +41,7 @@ class Sums:
 
     name = "toy"
     title = "GRPO on sums of two digits."
+    instruction = ""
     folder = Path(__file__).parent / "toy_app"
     policies: Mapping[str, Path] = {}
     rewards: Mapping[str, RewardFunction] = {"right": right, "digits": digits, "sevens": sevens}

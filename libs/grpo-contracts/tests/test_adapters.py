@@ -47,7 +47,7 @@ KNOWN: dict[str, Any] = {name: GIVEN[name] for name in ("sampling", "policy", "g
 
 
 def trl_record(*, left: bool = True, late: bool = False, fill: float = 0.0) -> dict[str, Any]:
-    """A record as TRL makes it, with prompts padded on the left and completions on the right, or the other way round."""
+    """A record as TRL makes it: prompts padded on the left, completions on the right; or the other way round."""
     return {
         "prompt_ids": padded(PROMPTS, 4, PAD, left=left),
         "prompt_mask": padded(ones(PROMPTS), 4, 0, left=left),

@@ -180,43 +180,35 @@ def check_first_update(library):
 
 def check_far_off_policy(library):
     """A ratio beyond float32 leaves every gradient finite, 0 for a clipped token, and the other tokens' as they are."""
-    logp = jnp.array([[-1.0], [-1.0], [-1.0], [-101.0]], jnp.float32)
-    old = jnp.array([[-1.1], [-101.0], [-101.0], [-1.0]], jnp.float32)
-    advantage = jnp.array([[1.0], [1.0], [-1.0], [1.0]], jnp.float32)
-    mask = jnp.ones((4, 1), bool)
+    # An ordinary token; far above with either sign of the advantage; far below; the largest ratio without a bound.
+    log_ratio = jnp.array([[0.1], [100.0], [100.0], [-100.0], [19.5]], jnp.float32)
+    advantage = jnp.array([[1.0], [1.0], [-1.0], [1.0], [-1.0]], jnp.float32)
+    kinds = ("ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce")
+    cases = [{"kind": kind, "kl_coefficient": 0.1, "kl_ratio": ratio} for kind in kinds for ratio in (False, True)]
+    cases.append({"dual_clip": 3.0})
 
-    def gradient(rows, kl=None, **arguments):
-        def numerator(x):
+    @jax.jit
+    def gradients(log_ratio, advantage):
+        def numerator(x, case):
             return library.policy_loss(
                 x,
-                old_logp_RT=old[rows],
-                advantage_RT=advantage[rows],
-                mask_RT=mask[rows],
+                old_logp_RT=jnp.zeros_like(x),
+                advantage_RT=advantage,
+                mask_RT=jnp.ones(x.shape, bool),
                 reference_logp_RT=x,
-                **values(library, **arguments) | {"kl": kl},
+                **values(library, **case),
             ).numerator
 
-        return np.asarray(jax.grad(numerator)(logp[rows]))[:, 0]
+        return [jax.grad(lambda x, case=case: numerator(x, case))(log_ratio)[:, 0] for case in cases]
 
-    for kind in ("ppo", "gspo", "gspo-token", "cispo", "sapo", "reinforce"):
-        for ratio in (False, True):
-            kl = library.KL("k3", 0.1, ratio=ratio)
-            together, alone = (gradient(slice(0, rows), kl, kind=kind) for rows in (4, 1))
-            assert np.isfinite(together).all(), f"{kind}: {together}"
-            close(together[0], alone[0], rtol=1e-6)
-    for kind in ("ppo", "gspo", "gspo-token"):
-        assert gradient(slice(0, 4), kind=kind)[1] == 0, f"{kind}: a clipped token has a gradient"
-    assert gradient(slice(0, 4), dual_clip=3.0)[2] == 0
-    # Nothing changes up to exp(20): an unclipped ratio of exp(19.5) pulls with all its weight.
-    log_ratio = np.float32(19.5)
-    pull = jax.grad(
-        lambda x: (
-            library.policy_loss(
-                x, old_logp_RT=x * 0 - log_ratio, advantage_RT=-mask[:1] * 1.0, mask_RT=mask[:1]
-            ).numerator
-        )
-    )(jnp.zeros((1, 1), jnp.float32))
-    close(pull, np.exp(np.float64(log_ratio)), rtol=1e-6)
+    all_together, all_alone = gradients(log_ratio, advantage), gradients(log_ratio[:1], advantage[:1])
+    for case, together, alone in zip(cases, all_together, all_alone, strict=True):
+        assert np.isfinite(together).all(), f"{case}: {together}"
+        close(together[0], alone[0], rtol=1e-6)
+        if case.get("kind") in ("ppo", "gspo", "gspo-token"):
+            assert together[1] == 0, f"{case}: a clipped token has a gradient"
+            close(together[4], np.exp(19.5), rtol=1e-6)
+    assert all_together[-1][2] == 0, "the dual clip leaves a gradient"
 
 
 def check_group_advantages(library):

@@ -151,12 +151,13 @@ def test_a_single_array_owns_its_state():
     assert placed[0].count.spec == PartitionSpec()
 
 
-def test_large_state_without_an_owner_needs_a_rule():
-    state = {"flat": {"all": jax.ShapeDtypeStruct((4096,), jnp.float32)}}
-    with pytest.raises(MeshError, match="no rule matches 'flat/all'"):
+@pytest.mark.parametrize("name", ["all", "embed"])
+def test_large_state_of_another_shape_needs_a_rule(name):
+    state = {"flat": {name: jax.ShapeDtypeStruct((4096,), jnp.float32)}}
+    with pytest.raises(MeshError, match=f"no rule matches 'flat/{name}'"):
         state_shardings(state, {"embed": PARAMS["embed"]}, MESH, Rules([("embed", ("tp", "fsdp"))]))
-    placed = state_shardings(state, {"embed": PARAMS["embed"]}, MESH, Rules([("flat/.*", ("fsdp",))]))
-    assert placed["flat"]["all"].spec == PartitionSpec("fsdp")
+    placed = state_shardings(state, {"embed": PARAMS["embed"]}, MESH, Rules([("flat/.*", ("fsdp",)), ("embed", ())]))
+    assert placed["flat"][name].spec == PartitionSpec("fsdp")
 
 
 @pytest.mark.parametrize("function", [shardings, explain, pad])

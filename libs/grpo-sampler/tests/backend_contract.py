@@ -1,4 +1,4 @@
-"""What every rollout backend must keep; the oracle environment runs it on the second one."""
+"""The contract of every rollout backend; the oracle environment checks the second one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     tied=True,
     qk_norm=True,
     max_positions=64,
-    eos_ids=(7,),  # not a stop id of the laws: what stops a completion is the law alone
+    eos_ids=(7,),  # not among the stop ids, which alone end a completion
 )
 SAMPLINGS = {
     "plain": SamplingParams(stop_ids=(5, 9)),
@@ -42,7 +42,7 @@ PROMPTS = Prompts(
 
 
 def policy_params() -> Any:
-    """Weights large enough for a policy with opinions."""
+    """Weights large enough that some tokens are much more likely than others."""
     params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
     return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 20}
 
@@ -67,11 +67,11 @@ def scored(params: Any, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(make: Callable[[SamplingParams], RolloutBackend], sampling: SamplingParams, bound: float) -> None:
-    """One life of a backend.
+    """Checks a backend from start to close.
 
     Args:
-        make: gives a backend with at most MAX_NEW tokens a completion.
-        sampling: what it draws from.
+        make: makes a backend with at most MAX_NEW tokens a completion.
+        sampling: how it draws tokens.
         bound: largest gap to the scorer's log-probabilities, in nats.
     """
     params, backend = policy_params(), make(sampling)
@@ -82,7 +82,7 @@ def check(make: Callable[[SamplingParams], RolloutBackend], sampling: SamplingPa
 
     given = jax.tree.map(jnp.copy, params)
     backend.update_weights(given, PolicyVersion(2, "0a"))
-    jax.tree.map(lambda leaf: leaf.delete(), given)  # a trainer may donate what it handed over
+    jax.tree.map(lambda leaf: leaf.delete(), given)  # a trainer may donate the parameters afterwards
     rollout = backend.generate(PROMPTS, group_size=G, seed=1, step=2)
     validate(rollout, level="values")
     assert (rollout.sampling, rollout.policy) == (sampling, PolicyVersion(2, "0a"))
@@ -104,7 +104,7 @@ def check(make: Callable[[SamplingParams], RolloutBackend], sampling: SamplingPa
     print(f"{type(backend).__name__}: gap to the scorer {gap:.2e} nats")
     assert gap <= bound
 
-    # Neither order nor company matters, every part of the identity does.
+    # Draws depend on every part of the identity, and not on order or other prompts.
     alone = Prompts(PROMPTS.tokens_PT[1:2], PROMPTS.length_P[1:2], PROMPTS.prompt_id_P[1:2], V, 0)
     np.testing.assert_array_equal(completions(backend, alone, 2), completions(backend, PROMPTS, 2)[G : 2 * G])
     if sampling.temperature > 0:

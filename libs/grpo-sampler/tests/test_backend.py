@@ -8,7 +8,7 @@ from grpo_contracts import PolicyVersion
 from grpo_sampler import Sampler, SamplerBackend
 
 
-# Each law compiles a sampler of its own; the filtered one runs through most of the code.
+# Each case compiles a sampler; the filtered one covers most of the code.
 @pytest.mark.parametrize(
     "sampling",
     [pytest.param(sampling, marks=() if sampling == "filtered" else pytest.mark.slow) for sampling in SAMPLINGS],

@@ -326,7 +326,7 @@ def test_a_ring_that_wraps_and_many_waves(model, params):
         ({"max_new_tokens": np.array([1, 2])}, r"of shape \(1,\) or \(1, 4\)"),
     ],
 )
-def test_requests_that_cannot_be_met_are_refused(params, options, message):
+def test_requests_that_do_not_fit_are_refused(params, options, message):
     with pytest.raises(SamplerError, match=message):
         generate(sampler_of(), params, **{"prompts": prompts_of([4])} | options)
 
@@ -396,11 +396,11 @@ def test_an_empty_prompt_is_refused(params):
     [
         ({"slots": 0}, "slots must be at least 1"),
         ({"max_new_tokens": 250}, "max_positions=256"),
-        ({"min_new_tokens": 17}, "cannot be met"),
+        ({"min_new_tokens": 17}, "Lower min_new_tokens"),
         ({"prompt_buckets": (4,)}, "reach max_prompt_length=12"),
     ],
 )
-def test_samplers_that_make_no_sense_are_refused(options, message):
+def test_invalid_samplers_are_refused(options, message):
     with pytest.raises(SamplerError, match=message):
         sampler_of(**options)
 

@@ -1,4 +1,4 @@
-"""The sampling law against its definition, written out with numpy in float64."""
+"""Sampling against its definition, written out with numpy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ SAMPLINGS = {
 
 
 def exact(logits_V: np.ndarray, sampling: SamplingParams) -> np.ndarray:
-    """The law's probabilities, by sorting, one filter after another as transformers applies them."""
+    """The probabilities, by sorting and applying one filter after another as transformers does."""
     scaled = np.asarray(logits_V, np.float64) / sampling.temperature
     kept = np.ones(len(scaled), bool)
 
@@ -88,7 +88,7 @@ def test_draws_follow_the_exact_distribution(name, vocabulary, record_property):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whole_distribution_of_random_laws(seed):
+def test_whole_distribution_under_random_parameters(seed):
     rng = np.random.default_rng(seed)
     logits_BV = rng.normal(0, 3, (40, 97)).astype(np.float32)
     sampling = SamplingParams(
@@ -156,7 +156,7 @@ def test_greedy_and_forbidden_rows_have_whole_distributions_too():
     np.testing.assert_allclose(found_BV, weight_BV / weight_BV.sum(1, keepdims=True), rtol=1e-6)
 
 
-def test_forbidden_stop_ids_leave_a_renormalised_law(record_property):
+def test_forbidden_stop_ids_leave_a_renormalized_distribution(record_property):
     logits_V = np.random.default_rng(5).normal(0, 1, 12).astype(np.float32)
     sampling = SamplingParams(stop_ids=(0, 11))
     logits_BV = jnp.broadcast_to(logits_V, (DRAWS, 12))
@@ -174,7 +174,7 @@ def test_forbidden_stop_ids_leave_a_renormalised_law(record_property):
     assert np.isin(result.token_B[1::2], sampling.stop_ids).any()
 
 
-def test_values_of_a_law_compile_nothing():
+def test_values_of_sampling_parameters_compile_nothing():
     traced = []
 
     def traced_draw(logits_BV, bits_B2, sampling, filtered):
@@ -196,6 +196,6 @@ def test_values_of_a_law_compile_nothing():
         (SamplingParams(stop_ids=tuple(range(18))), 0, "at most 16"),
     ],
 )
-def test_laws_that_cannot_be_met_are_refused(sampling, min_new, message):
+def test_sampling_parameters_that_do_not_fit_are_refused(sampling, min_new, message):
     with pytest.raises(SamplerError, match=message):
         sampling_arrays(sampling, 20, min_new)

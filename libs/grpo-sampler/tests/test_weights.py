@@ -91,7 +91,7 @@ def test_without_a_dtype_weights_keep_theirs(tmp_path, stored):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(stored)}
     assert params["embed"].tobytes() == tensors["model.embed_tokens.weight"].tobytes()
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
-    with pytest.raises(WeightsError, match="one type to be loaded without dtype: got .*F64"):
+    with pytest.raises(WeightsError, match=r"one type to be loaded without dtype: got .*F64"):
         load_pretrained(write(tmp_path / "mixed", LLAMA, tensors))
 
 
@@ -159,7 +159,7 @@ def test_wrong_shapes_and_types_are_named(checkpoint):
 def test_a_truncated_file_is_named(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"model\.safetensors must be a whole safetensors file"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors must be a complete safetensors file"):
         load_pretrained(checkpoint, dtype=jnp.float32)
 
 
@@ -167,7 +167,7 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(checkpoint)
     changed(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     assert "unembed" not in load_pretrained(checkpoint, dtype=jnp.float32)[1]
     changed(checkpoint, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(WeightsError, match=r"holds another lm_head\.weight"):
+    with pytest.raises(WeightsError, match=r"contains a different lm_head\.weight"):
         load_pretrained(checkpoint, dtype=jnp.float32)
 
 
@@ -185,10 +185,10 @@ def test_lost_shards_and_broken_indices_are_named(checkpoint, tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["ghost"] = first.name
     index.write_text(json.dumps(content))
-    with pytest.raises(WeightsError, match="no file holds: ghost"):
+    with pytest.raises(WeightsError, match="no file holds ghost"):
         load_pretrained(folder, dtype=jnp.float32)
     index.write_text("{}")
-    with pytest.raises(WeightsError, match="must hold a weight_map"):
+    with pytest.raises(WeightsError, match="must contain a weight_map"):
         load_pretrained(folder, dtype=jnp.float32)
     shutil.rmtree(folder)
     with pytest.raises(WeightsError, match="no such folder"):

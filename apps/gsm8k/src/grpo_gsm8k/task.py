@@ -21,6 +21,7 @@ class Gsm8k:
     name = "gsm8k"
     title = "GRPO on grade-school mathematics."
     folder = Path(__file__).parent
+    instruction = "Think step by step. Then write the answer on a line of its own, as #### followed by the number and nothing else."
     policies: Mapping[str, Path] = {"embedded": folder / "embedded" / "policy"}
     rewards: Mapping[str, "RewardFunction"] = {
         "answer": grading.answer,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -96,7 +97,9 @@ def make_batch(run: Run, params: Any, scored: Scored) -> TrainBatch:
     reference_logp_BT = None
     if in_reward:
         reference_logp_BT, _ = _score(run, run.reference, packed, scored)
-        kl_BT = np.where(mask_BT, np.asarray(kl_estimate(old_logp_BT, reference_logp_BT, loss.kl)), 0)
+        kl_BT = np.where(
+            mask_BT, np.asarray(kl_estimate(jnp.asarray(old_logp_BT), jnp.asarray(reference_logp_BT), loss.kl)), 0
+        )
         reward_B = (scored.reward_B - loss.kl_coefficient * kl_BT.sum(1)).astype(np.float32)
         advantage = advantages(replace(scored, reward_B=np.where(scored.scored_B, reward_B, 0)), settings)
     else:

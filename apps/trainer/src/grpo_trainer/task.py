@@ -77,6 +77,11 @@ class Task(Protocol):
         ...
 
     @property
+    def instruction(self) -> str:
+        """What to ask a policy for besides the question, so that `rewards` can read its answer; empty for nothing."""
+        ...
+
+    @property
     def rewards(self) -> Mapping[str, RewardFunction]:
         """Built-in reward functions by name (for ``reward.functions``); they run in the trainer's own process."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from grpo_trainer.evaluate import evaluate
 from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.page import write_report
+from grpo_trainer.report.printable import printable
 from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
@@ -93,8 +95,15 @@ def _introduce(run: Run) -> None:
     """Make sure that every process of the job means the same run, and say what it is."""
     facts = {"identity": run.identity, "shapes": run.plan.shapes, "version": run.versions}
     check_agreement({"config": run.settings.model_dump(mode="json"), **facts})
-    for line in run.description if jax.process_index() == 0 else ():
+    for line in (*run.description, *_shown(run)) if jax.process_index() == 0 else ():
         print(line, flush=True)
+
+
+def _shown(run: Run) -> Iterator[str]:
+    """One whole prompt as the model sees it, line by line."""
+    yield f"prompt   {int(run.held_out.prompts.length_P[0])} tokens, as the model sees it:"
+    for line in printable(run.prompt).split("\n"):
+        yield f"         | {line}"
 
 
 def _steps(
@@ -217,7 +226,7 @@ def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Pro
             loop.accuracy = {}  # of other problems: no gain can be told from it
         checkpoints.forget_after(loop.step)
         progress.note(f"going on after step {loop.step} of {folder.path}")
-    folder.start(loop.step)
+    folder.start(loop.step, prompt=run.prompt)
     progress.resume(loop.step)
     return loop
 

@@ -1,9 +1,8 @@
 """Batch files: an uncompressed zip of `header.json` and one `.npy` member per array.
 
 `numpy.load(path, allow_pickle=False)` reads the arrays, any JSON reader the header; nothing in a file is executed.
-The header names the format, its version and the stage, and mirrors the batch: sizes, sampling parameters, policy version
-and names as JSON, `{"array": name}` for an array, and null for an optional array that is absent.
-
+The header names the format, its version and the stage, and mirrors the batch: sizes, sampling parameters, policy
+version and names as JSON, `{"array": name}` for an array, and null for an optional array that is absent.
 A minor version adds fields with defaults; a major version renames fields or changes their meaning.
 
 json and zipfile are imported where they are used, to keep `import grpo_contracts` fast.

@@ -24,8 +24,8 @@ _INT32_END = 2**31
 class Rule(NamedTuple):
     """One rule on the values of one field.
 
-    `field` may be a path (`sampling.stop_ids`). `check` takes the stage in numpy and returns a bool or an array of bools,
-    True where the rule holds; or a pair of that and the expected values.
+    `field` may be a path (`sampling.stop_ids`). `check` takes the stage in numpy and returns one or more bools, True
+    where the rule holds; or a pair of them and the expected values.
     """
 
     stage: type[Stage]

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Int64
 
 from grpo_mesh._errors import MeshError
 from grpo_mesh._rules import path_name, shard_count
 
 
-def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
+def local_rows(sharding: NamedSharding, rows: int) -> Int64[np.ndarray, " N"]:
     """Returns the rows of a global batch that this process has to pass to `to_global`.
 
     The interconnect decides which rows the devices of a process hold: they need not be neighbours, and lower ranks need
@@ -24,7 +25,7 @@ def local_rows(sharding: NamedSharding, rows: int) -> np.ndarray:
         rows: rows of the global batch.
 
     Returns:
-        Ascending global row numbers, int64 [rows of this process].
+        Ascending global row numbers, one for each row of this process.
 
     Raises:
         MeshError: `sharding` is not a NamedSharding, or the rows do not divide over the devices.

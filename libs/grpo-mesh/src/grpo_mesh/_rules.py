@@ -117,9 +117,9 @@ def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any
     """Gives optimizer state the shardings of the parameters it belongs to.
 
     A leaf belongs to the parameter whose path ends its own path (".../mu/layers/q"). With the parameter's shape it has
-    the parameter's sharding. With one dimension less, as in Adafactor, it keeps the sharding of the others; where the
-    sizes do not tell which dimension is missing, and with any other shape, it is replicated. Scalars are replicated,
-    and so is a leaf of up to 1,024 elements that belongs to no parameter. A larger one must match a rule with its path.
+    the parameter's sharding. With one dimension less, as in Adafactor, it keeps the sharding of the others, or is
+    replicated where the sizes do not tell which dimension is missing. Any other leaf of up to 1,024 elements is
+    replicated. A larger one must match a rule with its own path.
 
     Args:
         state: optimizer state (arrays or `jax.ShapeDtypeStruct`), e.g. `jax.eval_shape(optimizer.init, params)`.
@@ -146,8 +146,10 @@ def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any
         for owner in owned:
             if tuple(owners[owner].shape) == shape:
                 return _leaf_sharding(owner, leaf, mesh, rules)
-        if owned:
-            return _without_dimension(_leaf_sharding(owned[0], owners[owned[0]], mesh, rules), owners[owned[0]], shape)
+        for owner in owned[:1]:
+            specs = _specs_without_one(_leaf_sharding(owner, owners[owner], mesh, rules), owners[owner].shape, shape)
+            if specs:
+                return NamedSharding(mesh, specs.pop() if len(specs) == 1 else PartitionSpec())
         if math.prod(shape) <= _SMALL:
             return NamedSharding(mesh, PartitionSpec())
         return _leaf_sharding(name, leaf, mesh, rules)
@@ -155,16 +157,14 @@ def state_shardings(state: Any, params: Any, mesh: AnyMesh, rules: Rules) -> Any
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _without_dimension(sharding: NamedSharding, owner: Any, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a leaf of this shape that lacks one dimension of its owner; replicated if that is not sure."""
-    sizes = tuple(owner.shape)
+def _specs_without_one(sharding: NamedSharding, sizes: tuple[int, ...], shape: tuple[int, ...]) -> set[PartitionSpec]:
+    """The specs that remain when one of the dimensions is dropped, for every dimension that leaves this shape."""
     entries = tuple(sharding.spec) + (None,) * (len(sizes) - len(sharding.spec))
-    specs = {
+    return {
         _trimmed([*entries[:dimension], *entries[dimension + 1 :]])
         for dimension in range(len(sizes))
         if (*sizes[:dimension], *sizes[dimension + 1 :]) == shape
     }
-    return NamedSharding(sharding.mesh, specs.pop() if len(specs) == 1 else PartitionSpec())
 
 
 def path_name(path: Sequence[Any]) -> str:

@@ -12,12 +12,12 @@ from grpo_sampler._sampling import log_probabilities
 from grpo_sampler._weights import load_pretrained, save_pretrained
 
 __all__ = [
-    "FinishedSequence",
-    "Llama3Scaling",
-    "ModelConfig",
     "PADDED_AXES",
     "PARTITION_AXES",
     "PARTITION_RULES",
+    "FinishedSequence",
+    "Llama3Scaling",
+    "ModelConfig",
     "Sampler",
     "SamplerBackend",
     "SamplerError",
@@ -29,6 +29,6 @@ __all__ = [
     "log_probabilities",
     "merge",
     "save_pretrained",
-    "split",
     "splash_flops",
+    "split",
 ]

@@ -15,7 +15,7 @@ class SamplerBackend:
     """`Sampler` behind `grpo_contracts.RolloutBackend`.
 
     Args:
-        sampler: says the model, the law, the limits and the mesh.
+        sampler: defines the model, sampling parameters, limits and mesh.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -28,19 +28,19 @@ class SamplerBackend:
         self._held: tuple[Any, PolicyVersion] | None = None
 
     def start(self) -> None:
-        """Takes nothing: programs compile when first needed, and a cache lives as long as its call."""
+        """Does nothing: programs compile when they are first needed, and caches last for one call."""
 
     def update_weights(self, params: Any, policy: PolicyVersion) -> None:
-        """Copies the parameters on their devices, in the type that decoding computes in.
+        """Copies the parameters on their devices, cast to the type that decoding computes in.
 
         Args:
             params: as for `Sampler.generate`; may be donated afterwards.
-            policy: which parameters they are.
+            policy: their version.
         Raises:
             WeightsError: parameters of another model.
         """
         check_params(params, self._sampler.config)
-        self._held = None  # first, so that there are never two copies
+        self._held = None  # first, so that there is never a second copy
         dtype = self._sampler.compute_dtype
         self._held = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params), policy
 
@@ -55,7 +55,7 @@ class SamplerBackend:
         Returns:
             P * G rows.
         Raises:
-            SamplerError: no weights yet, or a request that cannot be met.
+            SamplerError: no weights yet, or a request that does not fit.
         """
         if self._held is None:
             raise SamplerError("a backend must have weights before it generates: call update_weights(params, policy).")
@@ -63,5 +63,5 @@ class SamplerBackend:
         return self._sampler.generate(params, prompts, group_size=group_size, seed=seed, step=step, policy=policy)
 
     def close(self) -> None:
-        """Lets the weights go."""
+        """Releases the weights."""
         self._held = None

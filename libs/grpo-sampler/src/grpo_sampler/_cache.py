@@ -1,11 +1,11 @@
 """The cache of decoding, and attention over it.
 
-A prompt's keys and values lie in one *unit*, which the rows of its group share. A row's own lie in a ring of columns:
-in each step all rows write the same column, whenever each of them began, so a step is one slice update and no scatter.
-A row that has emitted n tokens sees the last n + 1 columns written. Until the ring has gone round once, what is live is
-a prefix of it, and attention reads the shortest of a few prefixes that holds it.
+The keys and values of a prompt are stored in one *unit*, which the rows of its group share. Those of a row's completion
+are stored in a ring of columns: in each step all rows write the same column, whenever they started, so a step is one
+slice update instead of a scatter. A row that has emitted n tokens sees the last n + 1 columns. Until the ring wraps,
+its live columns are a prefix, and attention reads the shortest of a few prefixes that contains them.
 
-Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, M query heads of one key/value head.
+Additional suffixes: U units, g rows per unit, C columns of the ring, M query heads per key/value head.
 """
 
 import math
@@ -19,7 +19,7 @@ from grpo_sampler._config import ModelConfig
 from grpo_sampler._table import Rows
 
 _MASKED = -1e30
-# Columns up to which the whole ring is always read: a shorter prefix saves less than its copy costs.
+# Rings of at most so many columns are always read whole: a shorter prefix saves less than its copy costs.
 _WHOLE = 256
 
 
@@ -33,7 +33,7 @@ class Cache(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the rows see of the cache in one step, the same in every layer."""
+    """What the rows see of the cache in one step; the same in every layer."""
 
     shared_UT: Array
     own_SC: Array
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 def empty_cache(
     config: ModelConfig, dtype: jnp.dtype, unroll: bool, *, units: int, prompt: int, rows: int, columns: int
 ) -> Cache:
-    """A cache of zeros: whatever is masked must at least be finite."""
+    """A cache of zeros: masked entries must be finite."""
     K, E = config.kv_heads, config.head_size
     shapes = Cache((units, K, E, prompt), (units, K, prompt, E), (rows, K, E, columns), (rows, K, columns, E))
     if unroll:
@@ -52,7 +52,7 @@ def empty_cache(
 
 
 def windows(columns: int) -> tuple[int, ...]:
-    """Lengths of the prefixes of a ring that attention may read, shortest first, the whole last."""
+    """Lengths of the prefixes of a ring that attention may read, shortest first; the last one is the whole ring."""
     lengths = [columns]
     while lengths[0] > _WHOLE:
         lengths.insert(0, -(-lengths[0] // 16) * 8)
@@ -64,14 +64,14 @@ def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
 
     Args:
         rows: before the step.
-        column: of the ring.
-        columns: of the whole ring.
+        column: column of the ring.
+        columns: columns of the whole ring.
         prompt: padded prompt length.
     Returns:
-        Masks, and the prefix of the ring that holds every live column.
+        Masks, and the prefix of the ring that contains every live column.
     """
     age_C = (column - jnp.arange(columns)) % columns
-    # A row that reaches back past column 0 has keys at the ring's end.
+    # A row that started before the ring wrapped has keys at its end.
     used = jnp.where(jnp.where(rows.live_S, rows.emitted_S, 0).max() <= column, column + 1, columns)
     return Seen(
         jnp.arange(prompt) < rows.shared_length_U[:, None],
@@ -81,7 +81,7 @@ def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
 
 
 def write(own: tuple[Array, Array], k_SKE: Array, v_SKE: Array, column: Array, at: tuple) -> tuple[Array, Array]:
-    """One column of every row. `at` is empty (arrays of this layer) or (layer index,) (stacked arrays)."""
+    """Writes one column of every row. `at` is () for the arrays of one layer, (layer index,) for stacked arrays."""
     lead, zero = (None,) * len(at), jnp.int32(0)
     keys = lax.dynamic_update_slice(own[0], k_SKE[(*lead, ..., None)], (*at, zero, zero, zero, column))
     values = lax.dynamic_update_slice(own[1], v_SKE[(*lead, ..., None, slice(None))], (*at, zero, zero, column, zero))
@@ -89,14 +89,14 @@ def write(own: tuple[Array, Array], k_SKE: Array, v_SKE: Array, column: Array, a
 
 
 def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Array], own: tuple[Array, Array]) -> Array:
-    """One softmax over a row's shared prompt and its own ring; neither is copied, heads are grouped, not repeated.
+    """One softmax over a row's shared prompt and its own ring, without copying either or repeating key/value heads.
 
     Args:
         q_SHE: queries, unscaled.
-        rows: which row sits in which unit.
+        rows: which row belongs to which unit.
         seen: from `seen`.
         shared: keys and values of the units.
-        own: keys and values of the rows, this step's included.
+        own: keys and values of the rows, including this step's.
     Returns:
         Mixed values, in q's type.
     """
@@ -107,7 +107,7 @@ def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Arr
     scale = 1 / math.sqrt(E)
     q_SKME = q_SHE.reshape(S, K, M, E)
 
-    # Prompt: the g rows of a unit are one batch of queries against one set of keys.
+    # Prompt: the queries of a unit's g rows are multiplied with one set of keys.
     q_UgKME = (q_SKME if U * g == S else jnp.take(q_SKME, rows.row_Ug.reshape(-1), 0, mode="clip")).reshape(
         U, g, K, M, E
     )
@@ -135,7 +135,7 @@ def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Arr
 def _part(
     scores: str, mixes: str, q: Array, keys: Array, values: Array, mask: Array, scale: float
 ) -> tuple[Array, Array, Array]:
-    """Maximum, sum of exponentials and mixed values of one part of a softmax; sum 0 where nothing is seen."""
+    """Maximum, sum of exponentials and mixed values of one part of a softmax; the sum is 0 if nothing is seen."""
     mask = mask[:, None, None]
     logits = jnp.where(mask, jnp.einsum(scores, q, keys, preferred_element_type=jnp.float32) * scale, _MASKED)
     top = logits.max(-1)

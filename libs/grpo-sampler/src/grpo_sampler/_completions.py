@@ -1,4 +1,4 @@
-"""What has been decoded of a batch, sequence by sequence, and the rollout it becomes. numpy only."""
+"""The sequences of a batch as they are decoded, and the rollout that they become. numpy only."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from grpo_sampler._request import Request
 
 @dataclass(frozen=True)
 class FinishedSequence:
-    """One completion, as soon as it is there.
+    """One finished completion.
 
     Args:
         group: row of its prompt in the batch.
         sample: its index in the group.
         prompt_id: its prompt's id.
-        tokens_T: int32, the completion alone.
-        logp_T: float32, log-probability of each token under the law it was drawn from.
-        policy_logp_T: float32, the same under the plain policy.
+        tokens_T: int32, the completion without its prompt.
+        logp_T: float32, log-probability of each token under the sampling parameters, in nats.
+        policy_logp_T: float32, the same at temperature 1 without filters.
         finish: why it ended.
     """
 
@@ -33,7 +33,7 @@ class FinishedSequence:
 
 
 class Completions:
-    """Every sequence's tokens and log-probabilities, as far as they are decoded."""
+    """Tokens and log-probabilities of all sequences, as far as they are decoded."""
 
     def __init__(self, request: Request, max_new_tokens: int) -> None:
         self._request = request
@@ -43,7 +43,7 @@ class Completions:
         self._length_B = np.zeros(shape[0], np.int32)
 
     def add(self, chunk: Chunk) -> None:
-        """Books a chunk."""
+        """Adds what a chunk emitted."""
         i, row = np.nonzero(chunk.emitted.token_IS >= 0)
         b, t = chunk.request_S[row], chunk.had_S[row] + i
         self._token_BT[b, t] = chunk.emitted.token_IS[i, row]
@@ -52,7 +52,7 @@ class Completions:
         self._length_B[chunk.finished.request_F] = chunk.finished.length_F
 
     def finished(self, b: int) -> FinishedSequence:
-        """Sequence b, which has ended."""
+        """Sequence b, which must have ended."""
         request, n = self._request, self._length_B[b]
         stopped = self._token_BT[b, n - 1] in request.sampling.stop_ids
         return FinishedSequence(
@@ -66,13 +66,13 @@ class Completions:
         )
 
     def rollout(self, policy: PolicyVersion, *, length: int, vocab_size: int, pad_id: int) -> Rollout:
-        """All sequences, which have ended.
+        """All sequences, which must have ended.
 
         Args:
-            policy: written into the rollout.
-            length: positions of its rows.
+            policy: version of the parameters.
+            length: positions of each row.
             vocab_size: the model's.
-            pad_id: fills what is neither prompt nor completion.
+            pad_id: token id of the padding.
         """
         request, place_T = self._request, np.arange(length)
         P, G = len(request.length_P), request.group_size

@@ -1,4 +1,4 @@
-"""What a model is: the fields of a Hugging Face config.json that decide the computation."""
+"""What a model is: the fields of a Hugging Face config.json that determine the computation."""
 
 import dataclasses
 import json
@@ -17,16 +17,16 @@ _ARCHITECTURES: dict[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-# transformers' own defaults, for keys that an old config.json leaves out.
+# transformers' defaults for keys that an old config.json does not have.
 _MAX_POSITIONS: dict[str, int] = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Rotary frequencies stretched for a longer context.
+    """Rotary frequencies, stretched for a longer context.
 
     Args:
-        factor: how much slower the slow frequencies turn.
+        factor: how much the low frequencies are slowed down.
         low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`.
         high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` are left alone.
         original_max_positions: context length of pre-training, in tokens.
@@ -45,7 +45,7 @@ class ModelConfig:
     """One decoder-only transformer of the Qwen2, Qwen3 or Llama 3 family.
 
     Args:
-        family: `qwen2` (Qwen2 and Qwen2.5), `qwen3` or `llama`; decides the names in the Hugging Face layout.
+        family: `qwen2` (Qwen2 and Qwen2.5), `qwen3` or `llama`; determines the names in the Hugging Face layout.
         vocab_size: rows of the embedding.
         width: size of the residual stream.
         mlp_width: size of the gated MLP's hidden layer.
@@ -58,13 +58,13 @@ class ModelConfig:
         norm_eps: added to the mean square in every RMS norm.
         tied: the unembedding is the embedding.
         qkv_bias: q, k and v projections have a bias.
-        qk_norm: queries and keys pass an RMS norm over the head before the rotation.
-        max_positions: longest context the model was made for, in tokens.
+        qk_norm: queries and keys pass through an RMS norm over the head before the rotation.
+        max_positions: longest context that the model was trained for, in tokens.
         bos_id: first token of every text, or None.
         eos_ids: tokens that end a text.
 
     Raises:
-        SamplerError: sizes that do not fit together.
+        SamplerError: sizes that are not compatible.
     """
 
     family: Family
@@ -98,7 +98,7 @@ class ModelConfig:
                 f"query_heads must be a multiple of kv_heads: got {self.query_heads} and {self.kv_heads}."
             )
         if self.head_size % 2:
-            raise SamplerError(f"head_size must be even, rotary positions turn pairs: got {self.head_size}.")
+            raise SamplerError(f"head_size must be even, because rotary positions turn pairs: got {self.head_size}.")
         expected = {"qwen2": (True, False), "qwen3": (False, True), "llama": (False, False)}[self.family]
         if (self.qkv_bias, self.qk_norm) != expected:
             raise SamplerError(
@@ -108,25 +108,25 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a config.json that is already parsed.
+        """Reads a parsed config.json.
 
         Args:
-            config: the dictionary; `rope_theta` and `rope_scaling` at the top (transformers 4) or inside
+            config: the dictionary; `rope_theta` and `rope_scaling` at the top level (transformers 4) or in
                 `rope_parameters` (transformers 5).
 
         Returns:
             The configuration.
 
         Raises:
-            UnsupportedModelError: the model asks for something this library does not compute, which is named.
-            SamplerError: a field is missing or does not fit.
+            UnsupportedModelError: the model needs something that this library does not compute.
+            SamplerError: a field is missing or invalid.
         """
         family = config.get("model_type")
         if family not in _ARCHITECTURES:
             raise UnsupportedModelError(
-                f"model_type must be one of {', '.join(_ARCHITECTURES)}: got {family!r}. Other families are not here."
+                f"model_type must be one of {', '.join(_ARCHITECTURES)}: got {family!r}. No other is supported."
             )
-        _refuse_what_is_not_here(config)
+        _refuse_unsupported(config)
         sizes = {}
         for ours, theirs in (
             ("vocab_size", "vocab_size"),
@@ -139,7 +139,7 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise SamplerError(f"config.json must give {theirs} as an integer: got {value!r}.")
             sizes[ours] = value
-        # Qwen3's head size is free and 128 where unsaid; the others divide the width.
+        # Qwen3's head size is independent of the width and defaults to 128; in other families it divides the width.
         head_size = config.get("head_dim") or (
             128 if family == "qwen3" else sizes["width"] // max(sizes["query_heads"], 1)
         )
@@ -163,17 +163,17 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a config.json, or the one inside a folder.
+        """Reads a config.json, or the one in a folder.
 
         Args:
-            path: the file, or a folder that holds it.
+            path: the file, or the folder that contains it.
 
         Returns:
             The configuration.
 
         Raises:
-            UnsupportedModelError: as `from_hf`.
-            SamplerError: no such file, or no JSON object in it.
+            UnsupportedModelError: see `from_hf`.
+            SamplerError: there is no such file, or it does not contain a JSON object.
         """
         file = Path(path)
         if file.is_dir():
@@ -181,21 +181,21 @@ class ModelConfig:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SamplerError(f"{file} must exist: a Hugging Face model folder holds a config.json.") from None
+            raise SamplerError(f"{file} must exist: a Hugging Face model folder contains a config.json.") from None
         except json.JSONDecodeError as error:
             raise SamplerError(f"{file} must be JSON: {error}.") from error
         if not isinstance(config, dict):
-            raise SamplerError(f"{file} must hold a JSON object: got {type(config).__name__}.")
+            raise SamplerError(f"{file} must contain a JSON object: got {type(config).__name__}.")
         return cls.from_hf(config)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """Writes what transformers (4 and 5) reads.
+        """The content of a config.json for transformers 4 and 5.
 
         Args:
-            dtype: name of the parameters' type, as `bfloat16`.
+            dtype: name of the parameters' type, such as `bfloat16`.
 
         Returns:
-            The content of config.json.
+            A dictionary, ready for JSON.
         """
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
@@ -210,7 +210,7 @@ class ModelConfig:
             "architectures": [_ARCHITECTURES[self.family]],
             "model_type": self.family,
             "dtype": dtype,
-            "torch_dtype": dtype,  # transformers 4 reads this name
+            "torch_dtype": dtype,  # the name in transformers 4
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
             "intermediate_size": self.mlp_width,
@@ -237,8 +237,8 @@ class ModelConfig:
         return config
 
 
-def _refuse_what_is_not_here(config: Mapping[str, Any]) -> None:
-    """Everything in a config.json that would change the numbers and that the network does not compute."""
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Refuses whatever would change the numbers and is not implemented in the network."""
     family = config["model_type"]
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
@@ -247,7 +247,7 @@ def _refuse_what_is_not_here(config: Mapping[str, Any]) -> None:
         if config.get(name):
             raise UnsupportedModelError(
                 f"{name} must be false for {family}: got {config[name]!r}. "
-                "It puts a bias on projections that have none here."
+                "It adds a bias to projections that have none in this network."
             )
     layer_types = config.get("layer_types") or []
     odd = sorted({str(kind) for kind in layer_types} - {"full_attention"})
@@ -258,17 +258,16 @@ def _refuse_what_is_not_here(config: Mapping[str, Any]) -> None:
         if first < config.get("num_hidden_layers", 0):
             raise UnsupportedModelError(
                 f"use_sliding_window must be false: got a window of {config['sliding_window']} tokens "
-                f"from layer {first} on. "
-                "Sliding windows are not here."
+                f"from layer {first} on. Sliding-window attention is not supported."
             )
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModelError(f"partial_rotary_factor must be 1: got {config['partial_rotary_factor']!r}.")
     if config.get("quantization_config"):
-        raise UnsupportedModelError("quantization_config must be absent: quantized weights are not read.")
+        raise UnsupportedModelError("quantization_config must be absent: quantized weights are not supported.")
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling from either generation of config.json."""
+    """Base and scaling, from a config.json of transformers 4 or 5."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0 or not math.isfinite(theta):

@@ -1,10 +1,10 @@
-"""What runs on the device: prompts into the cache, a chunk of decoding steps, dropping rows. Pure functions.
+"""What runs on the device, as pure functions: prefill, a chunk of decoding steps, and shrinking the cache.
 
-A prompt of n tokens leaves the keys and values of its first n - 1 tokens in its unit of the cache; its last token is
-the first input of every row of its group.
+Prefill stores the keys and values of a prompt's first n - 1 tokens in its unit of the cache. The last token is the
+first input of every row of its group.
 
-Suffixes beyond the usual: U units, g rows a unit, C columns of the ring, I steps of a chunk, N shards or words,
-e pairs of a head.
+Additional suffixes: U units, g rows per unit, C columns of the ring, I steps of a chunk, N shards or words, e pairs of
+a head.
 """
 
 from typing import Any, NamedTuple
@@ -23,22 +23,22 @@ from grpo_sampler._rope import rope_tables
 from grpo_sampler._sampling import draw
 from grpo_sampler._table import Rows, read_call, read_table, renew_table
 
-# Steps between two agreements of the shards on how many rows live.
+# Steps after which the shards agree on how many rows are live.
 STRIDE = 4
 
 
-# The fields are arrays, of the device or the host, or what stands for them: shapes, shardings, axes.
+# The fields are arrays on the device or host, or stand-ins for them: shapes, shardings, axes.
 class Weights(NamedTuple):
-    """Parameters as decoding wants them: `layers` is a tuple of blocks (unrolled) or one stacked dictionary."""
+    """Parameters laid out for decoding: `layers` is a tuple of blocks (unrolled) or one stacked dictionary."""
 
     embed: Any
-    unembed: Any  # [D, V] where layers are unrolled, else [V, D]; None is the embedding
+    unembed: Any  # [D, V] if layers are unrolled, else [V, D]; None for the embedding
     final_norm: Any
     layers: Any
 
 
 class Emitted(NamedTuple):
-    """What a chunk emitted, step by step; token -1 where a row emitted nothing."""
+    """What a chunk emitted in each step; token -1 if a row emitted nothing."""
 
     token_IS: Any
     logp_IS: Any
@@ -46,10 +46,10 @@ class Emitted(NamedTuple):
 
 
 def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, *, unroll: bool, fused: bool) -> Weights:
-    """Casts parameters to the compute type, once a call instead of in every step.
+    """Casts parameters to the compute type, once per call instead of once per step.
 
-    Unrolling, the layout for CPUs, takes the layers apart and turns the unembedding round: a CPU multiplies a few rows
-    with a matrix of rows up to eight times as fast as with a matrix of columns. `fused` (unrolled only): see `fuse`.
+    Unrolling, the layout for CPUs, separates the layers and transposes the unembedding: a CPU multiplies a few rows
+    with a row-major matrix up to eight times as fast as with a column-major one. `fused` (unrolled only): see `fuse`.
     """
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     layers, unembed = cast["layers"], None if config.tied else cast["unembed"]
@@ -69,16 +69,16 @@ def prefill(
     attention: Attention = "xla",
     mesh: Mesh | None = None,
 ) -> Cache:
-    """Writes the keys and values of whole prompts into their units.
+    """Writes the keys and values of prompts into their units of the cache.
 
     Args:
         weights: from `weights_from`.
-        cache: where to; donated.
-        prompts_Pn: right-padded tokens, then how many are to be seen (all but the last one), then the unit; one past
-            the last unit drops the row.
+        cache: the cache to write to; donated.
+        prompts_Pn: right-padded tokens, then how many of them to store (all but the last), then the unit; rows for the
+            unit after the last one are dropped.
         config: the model.
         attention: kernel of the prompt's own attention.
-        mesh: with a tensor axis, over which a kernel's heads are then split; None where there is nothing to split.
+        mesh: a mesh with a tensor axis, to split the kernel's heads over; None if there is nothing to split.
     Returns:
         The cache.
     """
@@ -108,7 +108,7 @@ def prefill(
 
 
 def keep(cache: Cache, kept_n: Int[Array, "n"], *, units: int) -> Cache:
-    """The cache of some units and rows, in the given order (units first): how a draining batch shrinks."""
+    """The cache of the given units and rows (units first), in that order, for a draining batch."""
     axis = 0 if isinstance(cache.own_keys, tuple) else 1
 
     def take(tree: Any, index: Array) -> Any:
@@ -124,7 +124,7 @@ def keep(cache: Cache, kept_n: Int[Array, "n"], *, units: int) -> Cache:
 
 
 def row_keys(seed_N: UInt32[Array, "2"], step: Array, prompt_id_S: Array, sample_S: Array) -> Array:
-    """Random keys that depend on (seed, step, prompt, sample) alone.
+    """Random keys that depend only on (seed, step, prompt, sample).
 
     Source: Threefry-2x32, Salmon et al. 2011; always this generator, whatever jax's default is.
     """
@@ -148,30 +148,31 @@ def decode(
     shard_axes: tuple[str, ...] = (),
     tensor: bool = False,
 ) -> tuple[Cache, Array, Array]:
-    """Decodes until some steps are done or few rows live; nothing leaves the device in between.
+    """Decodes until some steps are done or few rows are live, without leaving the device.
 
     Args:
         weights: from `weights_from`.
         cache: donated.
         table_n: the rows' state, from `write_table`; donated.
         call_n: from `write_call`.
-        until_2: steps, at most `capacity`; and the number of live rows, of every shard, at which to come back early.
+        until_2: steps, at most `capacity`; and the number of live rows of every shard at which to return early.
         config: the model.
-        sizes: rows, units and rows a unit; static.
-        capacity: length of the record; static.
+        sizes: rows, units and rows per unit; static.
+        capacity: steps that the record has room for; static.
         filtered: see `draw`; static.
-        shard_axes: mesh axes of the shards that decode side by side. They agree every few steps whether to go on.
-        tensor: products are split over devices: collectives run inside a step, so all shards must take equally many.
+        shard_axes: mesh axes of the shards, which agree every few steps whether to continue.
+        tensor: whether products are split over devices: steps then contain collectives, so all shards must take equally
+            many.
     Returns:
-        The cache, the table, and what was emitted as `Emitted` by its bits, int32 [3, I, S].
+        The cache, the table, and the bits of the `Emitted` as int32 [3, I, S].
     """
     rows, call = read_table(table_n, *sizes), read_call(call_n)
     columns, prompt = (jax.tree.leaves(tree)[0].shape[-1] for tree in (cache.own_keys, cache.shared_keys))
     steps, floor = until_2
-    # All the chunk's random bits at once: in the loop, a generator of twenty rounds would cost as much as two layers.
+    # Draw all random bits of the chunk at once: in the loop, the generator would cost as much as two layers.
     keys_S = row_keys(call.seed_N, call.step, rows.prompt_id_S, rows.sample_S)
     emitted_IS = rows.emitted_S + jnp.arange(capacity)[:, None]
-    # And all its angles: in the loop, XLA on CPUs computes cosines and sines anew for every head of every layer.
+    # The same for angles: in the loop, XLA on CPUs would recompute them for every head of every layer.
     turns_ISe = rope_tables(rows.start_S + emitted_IS, config)
     fold = jax.vmap(jax.random.fold_in)
     bits_IS2 = jax.random.key_data(jax.vmap(lambda emitted_S: fold(keys_S, emitted_S))(emitted_IS))
@@ -186,8 +187,8 @@ def decode(
             unembed_VD = weights.embed if weights.unembed is None else weights.unembed
             logits_SV = jnp.einsum("SD,VD->SV", hidden_SD, unembed_VD, preferred_element_type=jnp.float32)
         if tensor:
-            # One gather a step. Left split over the vocabulary, a filter's search reduces over the mesh in each of its
-            # thirty comparisons, and latency, not bytes, is what a step pays for.
+            # Gather once per step. If logits stayed split over the vocabulary, each of a filter's thirty comparisons
+            # would reduce over the mesh, and latency dominates a step.
             logits_SV = lax.with_sharding_constraint(logits_SV, PartitionSpec(None, None))
         forbid_S = rows.emitted_S < call.min_new if filtered else None
         drawn = draw(logits_SV, bits_IS2[i], call.sampling, forbid_S, filtered=filtered)
@@ -228,11 +229,11 @@ def decode(
 def _forward(
     weights: Weights, cache: Cache, rows: Rows, cos: Array, sin: Array, columns: int, prompt: int, config: ModelConfig
 ) -> tuple[Array, Cache]:
-    """Hidden states of one token a row, after the final norm, and the cache with that token in it."""
+    """Hidden states of one token per row, after the final norm, and the cache including that token."""
     visible = seen(rows, rows.column, columns, prompt)
 
     def block(x: Array, layer: Layer, shared: tuple, own: tuple, at: tuple) -> tuple[Array, tuple]:
-        """`at` is empty (arrays of this layer) or (layer index,) (stacked arrays)."""
+        """`at` is () for the arrays of one layer, (layer index,) for stacked arrays."""
         q, k, v = qkv(layer, x, cos, sin, config)
         own = write(own, k, v, rows.column, at)
         shared_here, own_here = (tuple(leaf[at[0]] if at else leaf for leaf in pair) for pair in (shared, own))
@@ -248,11 +249,11 @@ def _forward(
         own_keys, own_values = (tuple(side) for side in zip(*fresh))
     else:
 
-        def turn(i: Array, carry: tuple) -> tuple:
+        def one_layer(i: Array, carry: tuple) -> tuple:
             x, own = carry
             layer = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, i, keepdims=False), weights.layers)
             return block(x, layer, (cache.shared_keys, cache.shared_values), own, (i,))
 
-        x, (own_keys, own_values) = lax.fori_loop(0, config.layers, turn, (x, (cache.own_keys, cache.own_values)))
+        x, (own_keys, own_values) = lax.fori_loop(0, config.layers, one_layer, (x, (cache.own_keys, cache.own_values)))
     cache = cache._replace(own_keys=own_keys, own_values=own_values)
     return rms_norm(x, weights.final_norm, config.norm_eps), cache

@@ -1,4 +1,4 @@
-"""One batch on its way through the device: fill units, decode a chunk, book what ended, shrink, again."""
+"""Runs one batch on the device: fill units, decode a chunk, record finished sequences, shrink, repeat."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,24 +20,26 @@ from grpo_sampler._sampling import is_filtered
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
 from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
-CHUNK = 32  # steps between two looks from the host
-PREFILL = 4  # prompts of a shard computed at once
+CHUNK = 32  # steps before the host reads the results
+PREFILL = 4  # prompts per shard computed at once
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the compiled programs of an engine depend on, besides the parameters' shapes and shardings."""
+    """What an engine's compiled programs depend on, besides the shapes and shardings of the parameters."""
 
     config: ModelConfig
     dtype: Any
     unroll: bool
     prompt: int  # padded prompt length
     columns: int
-    attention: Attention  # of whole prompts; decoding is plain XLA, bound by memory and not by arithmetic
+    attention: (
+        Attention  # of whole prompts; decoding uses plain XLA, because it is bound by memory and not by arithmetic
+    )
 
 
 class Chunk(NamedTuple):
-    """What one chunk emitted, by request, and which sequences ended in it."""
+    """What one chunk emitted for each request, and which sequences ended in it."""
 
     request_S: np.ndarray
     had_S: np.ndarray
@@ -46,7 +48,7 @@ class Chunk(NamedTuple):
 
 
 class Engine:
-    """Compiled programs for one plan and one set of parameter shapes and shardings."""
+    """The compiled programs for one plan and one set of parameter shapes and shardings."""
 
     def __init__(self, plan: Plan, placement: Placement, programs: Programs, params: Any) -> None:
         self.plan, self.placement, self._programs = plan, placement, programs
@@ -58,7 +60,7 @@ class Engine:
         self._key = (plan, placement.mesh, tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
 
     def start_compiling(self, shapes: tuple[Shape, ...], *, filtered: bool, first: int = 0) -> list[Any]:
-        """Compiles what a batch that starts in `shapes[first]` needs until its first shrinking.
+        """Starts compiling what a batch that begins in `shapes[first]` needs until it first shrinks.
 
         Returns:
             Futures of the compiled programs.
@@ -72,7 +74,7 @@ class Engine:
         ]
 
     def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int = 0) -> list[Any]:
-        """Compiles what a batch needs to drain from `shapes[level]` to the smallest.
+        """Starts compiling what a batch needs to drain from `shapes[level]` to the smallest shape.
 
         Returns:
             Futures of the compiled programs.
@@ -82,28 +84,28 @@ class Engine:
         return [program for pair in pairs for program in pair]
 
     def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[..., Any]]:
-        """The largest program of each kind, by name, each compiled when called (at once if it is there already)."""
+        """The largest program of each kind by name, each compiled when called unless it already is."""
         largest = shapes[0]
-        begin: dict[str, Callable[..., Any]] = {
+        starts: dict[str, Callable[..., Any]] = {
             "weights": self._weights_program,
             "cache": partial(self._empty_program, largest),
             "prefill": partial(self._prefill_program, largest),
             "decode": partial(self._decode_program, largest, filtered),
         }
         if len(shapes) > 1:
-            begin["shrink"] = partial(self._keep_program, largest, shapes[1])
-        return {name: _waiting(start) for name, start in begin.items()}
+            starts["shrink"] = partial(self._keep_program, largest, shapes[1])
+        return {name: _waiting(start) for name, start in starts.items()}
 
     def run(self, params: Any, request: Request, shapes: tuple[Shape, ...], first: int) -> Iterator[Chunk]:
-        """Decodes a batch; yields after every chunk.
+        """Decodes a batch and yields after every chunk.
 
         Args:
-            params: the policy, as given to the constructor.
+            params: parameters with the shapes and shardings given to the constructor.
             request: what to decode.
             shapes: from `shapes_for`.
             first: index of the shape to start in.
         Yields:
-            Chunks, until every sequence has ended.
+            Chunks, until all sequences have ended.
         """
         filtered = is_filtered(request.sampling, request.min_new)
         self.start_compiling(shapes, filtered=filtered, first=first)
@@ -117,7 +119,7 @@ class Engine:
             request.limit_B,
         )
         if self.placement.mesh is not None:
-            params = jax.device_put(params, _shardings(self._params))  # nothing moves if it is there already
+            params = jax.device_put(params, _shardings(self._params))  # nothing moves if they are already there
         weights = self._weights_program().result()(params)
         cache = self._empty_program(shapes[first]).result()()
         vocabulary = self.plan.config.vocab_size
@@ -138,7 +140,7 @@ class Engine:
             cache, table, record = self._decode_program(slots.shape, filtered).result()(
                 weights, cache, table, call, self._until(slots, shapes, level)
             )
-            if slots.live.sum() < slots.live.size:  # somebody has finished: the smaller sizes are coming
+            if slots.live.sum() < slots.live.size:  # sequences have ended: smaller shapes will be needed
                 self.start_shrinking(shapes, filtered=filtered, level=level)
             emitted, taken_N = self._read(record)
             column_N = (column_N + taken_N) % self.plan.columns
@@ -146,18 +148,18 @@ class Engine:
             yield Chunk(request_S, had_S, emitted, finished)
 
     def _send(self, array: np.ndarray, *, split: bool = False) -> jax.Array:
-        """Host to device: to every shard its part of the first axis, or all of it to each."""
+        """Sends an array to the device: each shard gets its part of the first axis, or all of it."""
         sharding = self.placement.rows() if split else self.placement.replicated
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     def _read(self, record: jax.Array) -> tuple[Emitted, np.ndarray]:
-        """A chunk's record, and how many steps each shard took: what it left untouched still holds -1."""
+        """A chunk's record, and how many steps each shard took: entries that it did not write are -1."""
         token_IS, *bits_IS = np.asarray(record)
         taken_IN = (bits_IS[0] != -1).reshape(len(token_IS), self.placement.shards, -1)[..., 0]
         return Emitted(token_IS, *(bits.view(np.float32) for bits in bits_IS)), taken_IN.sum(0, dtype=np.int32)
 
     def _until(self, slots: Slots, shapes: tuple[Shape, ...], level: int) -> jax.Array:
-        """How many steps the next chunk may take, and the number of live rows at which it comes back early."""
+        """How many steps the next chunk may take, and the number of live rows at which it returns early."""
         if slots.waiting:
             floor = int(slots.live.sum(1).max()) - max(1, slots.shape.rows // 8)
         else:
@@ -181,11 +183,11 @@ class Engine:
             cache = self._prefill_program(shape).result()(weights, cache, sent)
         return cache
 
-    # Programs: each is a pure function of `_decode`, split over the shards, with shapes and shardings fixed.
+    # Programs: each is a pure function of `_decode`, split over the shards, with fixed shapes and shardings.
 
     def _weights_function(self, params: Any) -> Weights:
         plan = self.plan
-        # Not where heads are split over devices: a joined product's parts would change devices in every step.
+        # Not if heads are split over devices: parts of a fused product would move between devices in every step.
         return weights_from(
             params, plan.config, plan.dtype, unroll=plan.unroll, fused=plan.unroll and self.placement.tensor == 1
         )
@@ -196,8 +198,8 @@ class Engine:
             return jax.tree.map(lambda _: self.placement.replicated, shapes)
         place, params, config = self.placement.weight, self._params, self.plan.config
         if self.plan.unroll:
-            once = jax.tree.map(partial(place, drop=1), params["layers"])
-            layers: Any = (once,) * config.layers
+            single = jax.tree.map(partial(place, drop=1), params["layers"])
+            layers: Any = (single,) * config.layers
         else:
             layers = jax.tree.map(place, params["layers"])
         unembed: Any = None
@@ -293,7 +295,7 @@ class Engine:
                 (axes, 0, 2),
             )
             table = self._ints((placement.shards * table_size(*shape),), split=True)
-            # Where processes share the work, each has to read all of the record.
+            # With several processes, each has to read the whole record.
             record = placement.replicated if jax.process_count() > 1 else placement.rows(2)
             jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(_shardings(cache), table.sharding, record))
             return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,)))

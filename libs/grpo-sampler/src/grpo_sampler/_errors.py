@@ -1,15 +1,15 @@
-"""What this library raises."""
+"""The errors of this library."""
 
 from grpo_contracts import GrpoError
 
 
 class SamplerError(GrpoError, ValueError):
-    """An argument of the network or of the engine that cannot be met."""
+    """An argument of the network or the sampler is invalid."""
 
 
 class UnsupportedModelError(SamplerError):
-    """A config.json that asks for an architecture this library does not have."""
+    """A config.json needs an architecture that this library does not support."""
 
 
 class WeightsError(SamplerError):
-    """A checkpoint that does not hold the tensors its config.json promises."""
+    """A checkpoint or parameter tree does not match its configuration."""

@@ -1,4 +1,4 @@
-"""Which attention runs: plain XLA, cuDNN's fused kernel on GPUs, splash attention on TPUs."""
+"""Which attention kernel runs: plain XLA, cuDNN's fused kernel on GPUs, or splash attention on TPUs."""
 
 import math
 from typing import Literal, cast, get_args
@@ -22,20 +22,20 @@ _CUDNN_HEAD_SIZE = 128
 
 
 def resolve_attention(choice: str, config: ModelConfig, compute_dtype: jnp.dtype, mesh: Mesh | None) -> Attention:
-    """Settles `auto`, and refuses what the kernel asked for cannot do.
+    """Resolves `auto`, and refuses a kernel that cannot run the model.
 
     Args:
-        choice: `auto`, `xla`, `cudnn` or `splash`. `auto` is splash on TPUs, cudnn on GPUs where type and head size
-            allow it, xla elsewhere.
+        choice: `auto`, `xla`, `cudnn` or `splash`. `auto` is splash on TPUs, cudnn on GPUs if type and head size
+            allow it, and xla otherwise.
         config: the model.
         compute_dtype: type of queries, keys and values.
-        mesh: the devices it will run on; None is jax's default device.
+        mesh: the devices it will run on; None for jax's default device.
 
     Returns:
-        What will run.
+        The kernel that will run.
 
     Raises:
-        SamplerError: no such choice, or cudnn with a type or head size it has no kernel for.
+        SamplerError: no such choice, or cudnn with a type or head size that it has no kernel for.
     """
     allowed = get_args(Attention)
     if choice not in ("auto", *allowed):
@@ -45,7 +45,7 @@ def resolve_attention(choice: str, config: ModelConfig, compute_dtype: jnp.dtype
     if choice == "auto":
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         if platform == "tpu" and (mesh is not None or jax.device_count() == 1):
-            # Without a mesh the kernel cannot be spread: XLA does not partition it by itself.
+            # XLA does not partition the kernel by itself, so several devices need a mesh.
             return "splash"
         return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "xla"
     if choice == "cudnn" and not fits_cudnn:
@@ -72,8 +72,8 @@ def self_attention(
         k_BTKE: keys.
         v_BTKE: values.
         segment_BT: segment of each token; 0 is padding.
-        mesh: axes dp and fsdp share out the rows, tp the heads; needed by splash on more than one device. Inside a
-            `shard_map` that has shared out the rows already, the heads alone are.
+        mesh: rows are split over dp and fsdp, heads over tp; splash needs it on more than one device. Inside a
+            `shard_map` over the rows, only heads are split.
 
     Returns:
         Mixed values, in q's type.
@@ -90,14 +90,14 @@ def masked_attention(
     v_BSKE: Float[Array, "B S K E"],
     mask_BTS: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H E"]:
-    """Attention under any mask; splash has no such masks and leaves it to XLA.
+    """Attention under any mask; splash cannot take such masks, so XLA computes it instead.
 
     Args:
         choice: from `resolve_attention`.
         q_BTHE: queries, unscaled.
         k_BSKE: keys.
         v_BSKE: values.
-        mask_BTS: True lets a query see a key; every query sees one.
+        mask_BTS: True lets a query see a key; every query must see at least one.
 
     Returns:
         Mixed values, in q's type.
@@ -114,22 +114,22 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H E"]:
-    """Splash attention: blockwise on TPU, logits never in memory, the causal upper half never computed.
+    """Splash attention: blockwise on TPU, never storing logits nor computing the upper half of the causal mask.
 
     Args:
         q_BTHE: queries, unscaled.
         k_BTKE: keys.
         v_BTKE: values.
         segment_BT: segment of each token; 0 is padding.
-        mesh: see `self_attention`; an axis that does not divide its dimension is left out.
-        interpret: run the kernel's definition without a TPU, for tests.
+        mesh: see `self_attention`; axes that do not divide their dimension are ignored.
+        interpret: run the kernel without a TPU, for tests.
 
     Returns:
         Mixed values, in q's type.
 
     Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
     """
-    # Here, not above: Pallas takes a second to import, and only TPUs need it.
+    # Imported here because Pallas takes a second to import and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -157,16 +157,16 @@ def splash_attention(
     q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (scaled, k_BTKE, v_BTKE))
     segment = jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, extra)))
     if mesh is not None:
-        done = set(jax.sharding.get_abstract_mesh().manual_axes)
-        rows = None if done else _dividing(mesh, BATCH_AXES, B)
+        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+        rows = None if manual else _dividing(mesh, BATCH_AXES, B)
         heads = _dividing(mesh, (TENSOR_AXIS,), k_BTKE.shape[2])
         spec = PartitionSpec(rows, None, heads, None)
         local = jax.shard_map(
             local,
-            mesh=None if done else mesh,  # inside another one, jax has the rest of the mesh at hand and takes no other
+            mesh=None if manual else mesh,  # a nested shard_map takes the mesh from the outer one
             in_specs=(spec, spec, spec, PartitionSpec(rows, None)),
             out_specs=spec,
-            axis_names=set(mesh.axis_names) - done,
+            axis_names=set(mesh.axis_names) - manual,
             check_vma=False,
         )
     return local(q, k, v, segment)[:, :T]
@@ -196,17 +196,17 @@ def _splash_tile(length: int) -> int:
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
-    """cuDNN's backward pass takes even lengths only, so odd ones get a key and a query that nothing sees."""
+    """cuDNN's backward pass needs even lengths, so odd ones are padded with a key and a query that nothing sees."""
     T = q.shape[1]
     q = jnp.pad(q, ((0, 0), (0, T % 2), (0, 0), (0, 0)))
     k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (k, v))
     mask = jnp.pad(mask, ((0, 0), (0, q.shape[1] - T), (0, k.shape[1] - mask.shape[2])))
-    # The added query row sees the first key: a row that sees nothing has no softmax.
+    # The added query sees the first key, because a row that sees nothing has no softmax.
     mask = mask.at[:, T:, 0].set(True)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")[:, :T]
 
 
 def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """Those of the axes that the mesh has, if together they divide the dimension."""
+    """The axes that the mesh has, if together they divide the dimension."""
     present = tuple(axis for axis in axes if axis in mesh.shape)
     return present if present and size % math.prod(mesh.shape[axis] for axis in present) == 0 else None

@@ -1,7 +1,7 @@
-"""The arithmetic of one block, as pure functions on plain arrays: training, prefill and decoding all call these.
+"""The arithmetic of one block as pure functions, which training, prefill and decoding share.
 
-`layer` is always one block's dictionary: the leaves of `params["layers"]` without their leading L axis.
-Products accumulate in float32 whatever the compute type; norms and rotations are float32 throughout.
+`layer` is the dictionary of one block: the leaves of `params["layers"]` without their leading L axis.
+Products accumulate in float32 whatever the compute type; norms and rotations are computed in float32.
 """
 
 import math
@@ -22,11 +22,11 @@ def rms_norm(x: Float[Array, "*dims N"], scale: Float[Array, "*heads N"], eps: f
 
     Args:
         x: activations.
-        scale: one factor a channel, or a channel of each head.
+        scale: one factor per channel, or per channel of each head.
         eps: added to the mean square.
 
     Returns:
-        The normed activations, in x's type.
+        The normalized activations, in x's type.
 
     Source: arXiv:1910.07467.
     """
@@ -36,18 +36,18 @@ def rms_norm(x: Float[Array, "*dims N"], scale: Float[Array, "*heads N"], eps: f
 
 
 def project(x: Float[Array, "*dims"], weight: Float[Array, "*rest"], axes: int = 1) -> Float[Array, "*out"]:
-    """x times weight over x's last and weight's first `axes` axes: bf16 in, float32 sums, x's type out.
+    """The product of x and weight over x's last and weight's first `axes` axes, accumulated in float32.
 
     Args:
         x: activations.
-        weight: any floating type; cast to x's.
-        axes: how many axes are summed over.
+        weight: any floating type; cast to x's type.
+        axes: how many axes to sum over.
 
     Returns:
         The product, in x's type.
     """
-    # As one plain matrix product: of more axes XLA's CPU backend makes, in the backward pass, a transposed copy of the
-    # output's gradient, element by element, which costs more than the product.
+    # One plain matrix product: with more axes, XLA's CPU backend would transpose the output's gradient element by
+    # element in the backward pass, which costs more than the product.
     kept = x.shape[: x.ndim - axes]
     flat = x.reshape(math.prod(kept), math.prod(x.shape[x.ndim - axes :]))
     matrix = weight.astype(x.dtype).reshape(flat.shape[1], -1)
@@ -62,7 +62,7 @@ def qkv(
     sin: Float[Array, "*dims half"],
     config: ModelConfig,
 ) -> tuple[Float[Array, "*dims H E"], Float[Array, "*dims K E"], Float[Array, "*dims K E"]]:
-    """Queries, keys and values of a block, normed and turned: what attention and a cache take.
+    """Queries, keys and values of a block, normalized and rotated, ready for attention or a cache.
 
     Args:
         layer: one block's parameters.
@@ -72,7 +72,7 @@ def qkv(
         config: the model.
 
     Returns:
-        (q, k, v) in x's type; q and k are already rotated, q is not scaled.
+        (q, k, v) in x's type; q is not scaled.
     """
     normed = rms_norm(x, layer["attn_norm"], config.norm_eps)
     if "qkv" in layer:
@@ -100,16 +100,16 @@ def _fused_qkv(layer: Layer, normed: Array, cos: Array, sin: Array, config: Mode
 
 
 def fuse(layer: Layer, config: ModelConfig) -> Layer:
-    """A block whose queries, keys and values are one product: a CPU with few rows to decode pays by the call.
+    """A block that computes queries, keys and values in one product, which saves calls when a CPU decodes few rows.
 
-    Not so the MLP's: the product of both is wide enough for XLA to hand it to other threads, which costs more.
+    The MLP's two products stay apart: fused, XLA would spread them over threads, which costs more.
 
     Args:
         layer: one block's parameters.
         config: the model.
 
     Returns:
-        What `qkv` takes in its place; `attention_out` and `mlp` find what they had.
+        A block for `qkv`, `attention_out` and `mlp`.
     """
     fused = {name: layer[name] for name in ("attn_norm", "o", "mlp_norm", "gate", "up", "down")}
     fused["qkv"] = jnp.concatenate([layer["q"], layer["k"], layer["v"]], axis=1)
@@ -138,7 +138,7 @@ def attention_out(
 
 
 def mlp(layer: Layer, x: Float[Array, "*dims D"], config: ModelConfig) -> Float[Array, "*dims D"]:
-    """Adds the block's gated MLP, its norm included, to the residual stream.
+    """Adds the block's gated MLP, including its norm, to the residual stream.
 
     Args:
         layer: one block's parameters.

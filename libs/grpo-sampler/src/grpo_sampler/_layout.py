@@ -1,4 +1,4 @@
-"""Where each parameter lives in the Hugging Face layout: one table, read by loading and by saving."""
+"""Where each parameter is in the Hugging Face layout: one table for loading and saving, and the check against it."""
 
 import dataclasses
 import math
@@ -17,15 +17,15 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our parameters and the tensors of a checkpoint it is made of.
+    """One of our parameters, and the tensors of a checkpoint that make it up.
 
     Args:
         path: keys into the parameter tree.
-        name: tensor name, with `{}` for the layer where the parameter is stacked.
+        name: tensor name, with `{}` for the layer if the parameter is stacked.
         rows: our axes that a checkpoint flattens into the tensor's first axis.
         columns: likewise the second axis; empty for vectors.
         transposed: our axes are columns then rows (a linear layer's weight is stored output first).
-        layers: length of the leading L axis, or None where the parameter is not stacked.
+        layers: length of the leading L axis, or None if the parameter is not stacked.
     """
 
     path: tuple[str, ...]
@@ -37,7 +37,7 @@ class Leaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Our shape, the L axis included."""
+        """Our shape, including the L axis."""
         single = self.columns + self.rows if self.transposed else self.rows + self.columns
         return single if self.layers is None else (self.layers, *single)
 
@@ -48,15 +48,15 @@ class Leaf:
         return (rows, columns) if self.columns else (rows,)
 
     def tensor_names(self) -> list[str]:
-        """The tensors this parameter is made of, in the order of layers."""
+        """The tensors that make up this parameter, in the order of layers."""
         return [self.name] if self.layers is None else [self.name.format(layer) for layer in range(self.layers)]
 
     def read(self, fetch: Callable[[Index], np.ndarray], index: Index) -> np.ndarray:
-        """Cuts a block of ours out of one stored tensor, reading no other rows or columns than it must.
+        """Reads a block of our parameter from one stored tensor, fetching only the rows and columns that it needs.
 
         Args:
-            fetch: gives the stored tensor at a tuple of slices.
-            index: slices into our axes, the L axis left out.
+            fetch: reads the stored tensor at a tuple of slices.
+            index: slices into our axes, without the L axis.
 
         Returns:
             The block, a view of what was fetched.
@@ -76,10 +76,10 @@ class Leaf:
         return block.transpose(*range(n, block.ndim), *range(n))
 
     def stored(self, value: np.ndarray) -> np.ndarray:
-        """Turns one layer's parameter into what a checkpoint holds.
+        """Turns the parameter of one layer into the tensor of a checkpoint.
 
         Args:
-            value: our array, the L axis left out.
+            value: our array, without the L axis.
 
         Returns:
             A contiguous array of `stored_shape`.
@@ -96,7 +96,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
         config: the model.
 
     Returns:
-        One `Leaf` a parameter, in a fixed order.
+        One `Leaf` per parameter, in a fixed order.
     """
     L, D, F, V = config.layers, config.width, config.mlp_width, config.vocab_size
     queries, keys = (config.query_heads, config.head_size), (config.kv_heads, config.head_size)
@@ -189,7 +189,7 @@ def listed(names: list[str]) -> str:
 
 
 def _flat(parts: list[slice], sizes: tuple[int, ...]) -> slice:
-    """The stored range that holds the first axis's slice; the inner axes are read whole and cut afterwards."""
+    """The stored range that contains the slice of the first axis; inner axes are read whole and cut afterwards."""
     inner = math.prod(sizes[1:])
     return slice(parts[0].start * inner, parts[0].stop * inner)
 

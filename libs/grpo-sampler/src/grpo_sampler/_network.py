@@ -24,18 +24,18 @@ from grpo_sampler._rope import rope_tables
 
 Params = dict[str, Any]
 _INITIAL_STD = 0.02
-# Deeper models are scanned over their layers, which compiles in the time of one.
+# Deeper models scan over their layers, so that compiling takes the time of one layer.
 _MOST_UNROLLED = 8
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of one block's parameters, by name, without the leading L axis.
+    """Shapes of the parameters of one block by name, without the leading L axis.
 
     Args:
         config: the model.
 
     Returns:
-        name -> shape; biases and head norms only where the family has them.
+        Shapes by name; biases and head norms only if the family has them.
     """
     D, F, H, K, E = config.width, config.mlp_width, config.query_heads, config.kv_heads, config.head_size
     shapes: dict[str, tuple[int, ...]] = {"attn_norm": (D,), "q": (D, H, E), "k": (D, K, E), "v": (D, K, E)}
@@ -47,19 +47,20 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model without its last product: tokens in, hidden states out.
+    """A decoder-only language model without the unembedding: tokens in, hidden states out.
 
     Args:
-        config: what to build.
-        rngs: keys of the initial weights (normal, standard deviation 0.02; norms 1, biases 0).
-        param_dtype: type the parameters are kept in.
-        compute_dtype: type of activations and products' inputs; None is `param_dtype`. Sums are float32 in any case.
-        attention: `auto`, `xla`, `cudnn` (GPU) or `splash` (TPU); the attribute holds what `auto` came to.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-        mesh: devices the model will run on; only splash attention on several devices needs it.
+        config: the model.
+        rngs: random keys for the initial weights (normal, standard deviation 0.02; norms 1, biases 0).
+        param_dtype: type of the parameters.
+        compute_dtype: type of activations and of the inputs of products; None for `param_dtype`. Products accumulate in
+            float32.
+        attention: `auto`, `xla`, `cudnn` (GPU) or `splash` (TPU); the attribute holds what `auto` resolved to.
+        remat: recompute each block in the backward pass instead of storing its activations.
+        mesh: devices that the model will run on; needed only by splash attention on several devices.
 
     Raises:
-        SamplerError: an attention that cannot run this configuration.
+        SamplerError: an attention kernel that cannot run this configuration.
     """
 
     def __init__(
@@ -100,11 +101,11 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: token ids.
-            positions_BT: absolute positions; None counts from 0 in every row.
-            segment_BT: 0 is padding, tokens see earlier tokens of their own segment; None is one segment a row.
+            positions_BT: absolute positions; None to count from 0 in every row.
+            segment_BT: 0 is padding; tokens see earlier tokens of their own segment. None for one segment per row.
 
         Returns:
-            hidden_BTD in the compute type; what stands at padding has no meaning.
+            hidden_BTD in the compute type, undefined at padding.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
@@ -131,23 +132,23 @@ class Transformer(nnx.Module):
         *,
         shards: int = 1,
     ) -> Float[Array, "R T D"]:
-        """Hidden states of packed completions whose prompts are computed once, not once a completion.
+        """Hidden states of packed completions whose prompts are computed once, not once per completion.
 
         Args:
             prompt_tokens_PT: shared prompts, right-padded.
             prompt_length_P: their lengths in tokens, at least 0.
-            tokens_RT: packed rows, of C equal blocks each; the tokens of a block continue the same prompt.
-            positions_RT: absolute positions, as in the unpacked sequences: below Tp + T, or the result is NaN.
+            tokens_RT: packed rows of C equal blocks; all tokens of a block continue the same prompt.
+            positions_RT: absolute positions, as in the unpacked sequences; from Tp + T on the result is NaN.
             segment_RT: 0 is padding; tokens see their block's prompt and earlier tokens of their own segment.
-            prompt_RC: row of `prompt_tokens_PT` that each block continues.
-            shards: equal parts of rows and prompts that lie on different devices, where a row only continues prompts
-                of its own part: what a row reads of a prompt then never moves between devices.
+            prompt_RC: the row of `prompt_tokens_PT` that each block continues.
+            shards: equal parts of rows and prompts on different devices, where rows continue only prompts of their own
+                part, so that prompts never move between devices.
 
         Returns:
-            hidden_RTD in the compute type, equal to that of each whole sequence run by itself.
+            hidden_RTD in the compute type, equal to those of the unpacked sequences.
 
         Raises:
-            SamplerError: rows or prompts do not divide by the shards, or a row's length by its blocks.
+            SamplerError: rows or prompts are not divisible by the shards, or the length of rows by the blocks.
         """
         config, (R, T), (P, Tp) = self.config, tokens_RT.shape, prompt_tokens_PT.shape
         check_packed(prompts=P, rows=R, length=T, blocks=prompt_RC.shape[1], shards=shards)
@@ -188,14 +189,14 @@ class Transformer(nnx.Module):
             body = jax.checkpoint(block) if self.remat else block
             stream, _ = jax.lax.scan(lambda x, layer: (body(x, layer), None), stream, layers)
             return stream
-        # A scan copies what the backward pass needs into stacked arrays and out again: a fifth of a small update.
+        # A scan would copy what the backward pass needs to stacked arrays and back: a fifth of a small update's time.
         for i in range(self.config.layers):
             stream = block(stream, {name: leaf[i] for name, leaf in layers.items()})
         return stream
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
-    """Takes a model apart into what is static and its parameters.
+    """Splits a model into its static part and its parameters.
 
     Args:
         model: the network.
@@ -208,7 +209,7 @@ def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
 
 
 def merge(graphdef: nnx.GraphDef[Transformer], params: Params) -> Transformer:
-    """Puts a model together again; inside jit this costs nothing.
+    """Puts a model back together; inside jit this is free.
 
     Args:
         graphdef: from `split`.
@@ -221,7 +222,7 @@ def merge(graphdef: nnx.GraphDef[Transformer], params: Params) -> Transformer:
 
 
 def abstract(config: ModelConfig, **options: Any) -> tuple[nnx.GraphDef[Transformer], Params]:
-    """`split` of a network that is never allocated: for loaded parameters, and for planning memory.
+    """`split` of a network that is never allocated, for loaded parameters and for planning memory.
 
     Args:
         config: the model.

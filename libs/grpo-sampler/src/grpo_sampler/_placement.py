@@ -1,4 +1,4 @@
-"""Where the engine's arrays live: on one device, or on a mesh with rows split over its data axes."""
+"""Where the engine's arrays are: on one device, or on a mesh with rows split over its data axes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ from grpo_sampler._partition import TENSOR_AXIS
 class Placement:
     """Rows, units and their caches are split over every axis but `tp`; weights over `tp` alone.
 
-    A shard decodes its rows without talking to others, which is why weights that training splits over `fsdp` are
-    gathered once a call, from device to device, and not in every step.
+    A shard decodes its rows without communication, so weights that training splits over `fsdp` are gathered from device
+    to device once per call instead of once per step.
     """
 
     def __init__(self, mesh: Mesh | None, params: Any) -> None:
@@ -24,7 +24,7 @@ class Placement:
             devices = {device for leaf in leaves if leaf.sharding is not None for device in leaf.sharding.device_set}
             if len(devices) > 1:
                 raise SamplerError(
-                    f"params lie on {len(devices)} devices and the sampler has no mesh. "
+                    f"params must be on one device if the sampler has no mesh: got {len(devices)} devices. "
                     "Pass the mesh they are sharded over: Sampler(..., mesh=mesh)."
                 )
             self.row_axes: tuple[str, ...] = ()
@@ -37,11 +37,11 @@ class Placement:
 
     @property
     def tensor(self) -> int:
-        """Devices that split each product."""
+        """Number of devices that each product is split over."""
         return 1 if self.mesh is None else self.mesh.shape.get(TENSOR_AXIS, 1)
 
     def rows(self, axis: int = 0, heads: int | None = None) -> Sharding:
-        """Sharding of an array whose `axis` counts rows or units, and whose next axis counts `heads`."""
+        """Sharding of an array whose `axis` is rows or units, and whose next axis is `heads`."""
         if self.mesh is None:
             return self.replicated
         split = heads is not None and self.tensor > 1 and heads % self.tensor == 0
@@ -49,19 +49,19 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, self.row_axes, *tail))
 
     def given(self, leaf: Any) -> Sharding | None:
-        """Sharding of a parameter on its way in; parameters that are not on the mesh are spread over it first."""
+        """Sharding of a given parameter; parameters that are not on the mesh are first replicated over it."""
         sharding = getattr(leaf, "sharding", None)
         if self.mesh is None or (sharding is not None and sharding.device_set == set(self.mesh.devices.flat)):
             return sharding
         return self.replicated
 
     def weight(self, leaf: Any, drop: int = 0, transposed: bool = False) -> Sharding:
-        """Sharding of a weight for decoding: what training gave it, kept on the tensor axis only.
+        """Sharding of a weight for decoding: that of training, on the tensor axis only.
 
         Args:
-            leaf: the weight as training has it.
-            drop: leading axes that decoding's does not have.
-            transposed: decoding's has its two axes the other way round.
+            leaf: the parameter, as in training.
+            drop: number of leading axes that the weight does not have.
+            transposed: whether the weight's two axes are swapped.
         """
         if self.mesh is None or not isinstance(getattr(leaf, "sharding", None), NamedSharding):
             return self.replicated
@@ -73,8 +73,8 @@ class Placement:
         """Runs a function of one shard on every shard.
 
         Args:
-            function: sees its own rows only.
-            in_axes: for each argument the axis that counts rows or units, None for what all shards share.
+            function: a function of the rows of one shard.
+            in_axes: for each argument the axis of rows or units, None for what all shards share.
             out_axes: the same for the results.
         Returns:
             A function of the whole arrays.

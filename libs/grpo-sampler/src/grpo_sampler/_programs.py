@@ -1,4 +1,4 @@
-"""Compiled programs, counted: each is compiled ahead of its call, so nothing can recompile unnoticed."""
+"""Compiled programs, counted: each is compiled ahead of time, so nothing recompiles unnoticed."""
 
 import threading
 from collections.abc import Callable, Hashable, Mapping
@@ -11,7 +11,7 @@ Options = Mapping[str, str | bool] | None
 
 
 class Programs:
-    """A table of ahead-of-time compiled programs; several compile at once in background threads."""
+    """A table of programs that are compiled ahead of time, several at once in background threads."""
 
     def __init__(self, workers: int = 2) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="grpo-sampler-compile")
@@ -20,16 +20,16 @@ class Programs:
 
     @property
     def count(self) -> int:
-        """Programs compiled so far, those under way included."""
+        """Programs compiled so far, including those still compiling."""
         return len(self._table)
 
     def start(self, key: Hashable, lower: Callable[[], Lowered], options: Options = None) -> Future[Any]:
-        """Begins compiling a program unless that has happened already.
+        """Starts compiling a program unless it has been started before.
 
         Args:
-            key: all that the program's shapes and code depend on.
-            lower: traces.
-            options: of the compiler; as much part of a program as its key.
+            key: everything that the program's shapes and code depend on.
+            lower: traces and lowers it.
+            options: compiler options, which are part of the key.
         Returns:
             A future of the compiled program.
         """

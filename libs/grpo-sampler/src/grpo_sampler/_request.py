@@ -1,4 +1,4 @@
-"""What a call asks for, checked before anything is compiled."""
+"""The request of one call, checked before anything is compiled."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a sampler has room for: vocabulary, tokens of a prompt, and of a completion (at least, at most)."""
+    """The limits of a sampler: vocabulary, tokens of a prompt, and fewest and most tokens of a completion."""
 
     vocabulary: int
     prompt: int
@@ -45,17 +45,17 @@ def make_request(
     """Checks a call's arguments against the sampler's limits.
 
     Args:
-        prompts: as for `Sampler.generate`, and so the next five.
-        max_new_tokens: one a prompt [P], one a sequence [P, G], one for all, or None for the sampler's own.
+        prompts: as for `Sampler.generate`.
+        max_new_tokens: a limit per prompt [P], per sequence [P, G] or for all; None for the sampler's own.
         group_size: samples of one prompt.
-        sampling: what to draw from.
+        sampling: how to draw tokens.
         seed: of the run.
         step: optimizer step.
-        limits: the sampler's.
+        limits: those of the sampler.
     Returns:
-        The request, its tokens cut to the longest prompt.
+        The request, with tokens cut to the longest prompt.
     Raises:
-        SamplerError: prompts or limits that do not fit, or a law that cannot be met.
+        SamplerError: prompts, limits or sampling parameters that do not fit.
         ContractError: `prompts` break the contract.
     """
     validate(prompts, level="values")
@@ -72,8 +72,8 @@ def make_request(
     _check_prompts(tokens_PT, length_P, limits)
     if prompts.vocab_size > limits.vocabulary:
         raise SamplerError(
-            f"prompts.vocab_size must be at most the model's vocabulary, {limits.vocabulary}: got {prompts.vocab_size}. "
-            "Was the tokenizer made for this model?"
+            f"prompts.vocab_size must be at most the model's vocabulary, {limits.vocabulary}: "
+            f"got {prompts.vocab_size}. Was the tokenizer made for this model?"
         )
     limit_PG = _limits(max_new_tokens, len(length_P), group_size, limits)
     sampling_arrays(sampling, limits.vocabulary, limits.min_new)

@@ -1,4 +1,4 @@
-"""Rotary positions: tables of cosines and sines, and the turn."""
+"""Rotary positions: tables of cosines and sines, and the rotation."""
 
 import math
 
@@ -10,7 +10,7 @@ from grpo_sampler._config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position, one for each pair of a head.
+    """Radians per position, one for each pair of a head.
 
     Args:
         config: head size, base and scaling.
@@ -18,7 +18,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     Returns:
         float32 [E/2], in numpy: a constant of every program.
 
-    Source: RoFormer (arXiv:2104.09864); Llama 3.1's piecewise stretch as in transformers' `rope_type: llama3`.
+    Source: RoFormer (arXiv:2104.09864); Llama 3.1's piecewise stretching, `rope_type: llama3` of transformers.
     """
     exponent = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
     plain = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
@@ -36,7 +36,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 def rope_tables(
     positions: Int[Array, "*dims"], config: ModelConfig
 ) -> tuple[Float[Array, "*dims half"], Float[Array, "*dims half"]]:
-    """Cosines and sines of every angle at the given positions, float32.
+    """Cosines and sines of all angles at the given positions, in float32.
 
     Args:
         positions: absolute positions of tokens, any shape.
@@ -52,17 +52,17 @@ def rope_tables(
 def rope_constants(
     end: int, config: ModelConfig
 ) -> tuple[Float[np.ndarray, "rows half"], Float[np.ndarray, "rows half"]]:
-    """`rope_tables` of every position below `end`, known when a program is traced.
+    """`rope_tables` of every position below `end`, as constants.
 
-    Looking a position up costs less than its angles do: XLA on CPUs computes those anew for every head that it turns.
+    A lookup is cheaper than computing angles, which XLA on CPUs repeats for every head.
 
     Args:
         end: positions in the tables.
         config: head size, base and scaling.
 
     Returns:
-        (cos, sin), in numpy: constants of the program, rounded once from float64. Behind the last position stands a row
-        of NaN, where an index too large is clamped to.
+        (cos, sin), in numpy, rounded once from float64. After the last position comes a row of NaN, to which larger
+        indices are clamped.
     """
     angle = np.arange(end, dtype=np.float32)[:, None] * inverse_frequencies(config)
     exact = np.pad(angle.astype(np.float64), ((0, 1), (0, 0)), constant_values=np.nan)
@@ -72,7 +72,7 @@ def rope_constants(
 def rotate(
     x: Float[Array, "*dims N E"], cos: Float[Array, "*dims half"], sin: Float[Array, "*dims half"]
 ) -> Float[Array, "*dims N E"]:
-    """Turns every head of x by its position; the first and second half of a head form the pairs.
+    """Rotates every head of x by its position; pairs consist of one element of each half of a head.
 
     Args:
         x: queries or keys, N heads of size E.
@@ -80,7 +80,7 @@ def rotate(
         sin: likewise.
 
     Returns:
-        The turned heads, in x's type; the arithmetic is float32.
+        The rotated heads, in x's type; computed in float32.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]

@@ -1,4 +1,4 @@
-"""The sampler: prompts in, sequences with exact log-probabilities out."""
+"""The sampler: prompts in, completions with exact log-probabilities out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,32 +26,32 @@ from grpo_sampler._slots import Shape, few_rows, shapes_for
 class Sampler:
     """Draws groups of completions from a policy.
 
-    Every prompt is computed once and shared by its group; sequences that end leave, waiting ones enter, and a draining
-    batch shrinks. Shapes come from a small fixed set: per group size one program for each of a few batch sizes.
+    Every prompt is computed once and shared by its group. Finished sequences free their slots for waiting ones, and a
+    draining batch shrinks. Shapes come from a small fixed set: for each group size, one program per batch size.
 
-    A sequence's random numbers depend on (seed, step, prompt id, sample, position) alone. The same call gives the same
-    bits. In another order, slot, company, batch shape or mesh logits may differ by float32 rounding, so
-    log-probabilities agree to about 1e-6 and a token differs only where its uniform number falls into that gap.
+    A sequence's random numbers depend only on (seed, step, prompt id, sample, position). The same call gives the same
+    bits. In another order, slot, batch or mesh, logits may differ by float32 rounding, so log-probabilities agree to
+    about 1e-6, and a token differs only if its uniform number falls into that gap.
 
     Args:
         config: the model.
-        sampling: what to draw from, unless a call says otherwise.
+        sampling: how to draw tokens, unless a call overrides it; `SamplingParams()` if None.
         max_prompt_length: longest prompt, in tokens.
         max_new_tokens: longest completion, in tokens.
         slots: sequences that decode at once, over all devices.
-        sizes: most batch sizes compiled, each half of the one before; a draining batch passes through them. For a tiny
-            model on a CPU, a quarter is the last: there a step of 16 rows takes hardly longer than one of 8.
-        pad_id: fills the padding of rollouts.
-        min_new_tokens: stop ids are forbidden (and the law renormalised) before that many tokens.
-        prompt_buckets: padded prompt lengths, the last one at least `max_prompt_length`; a batch takes the shortest
-            that holds its longest prompt. None is one bucket.
-        compute_dtype: type of weights, cache and activations while decoding; None is the parameters' own.
-        unroll: write the layers out instead of looping over them: about twice as fast on a CPU, slower to compile.
-            None: on CPU.
-        attention: kernel for whole prompts, as for `Transformer`; with a `tp` axis `xla` takes the place of `cudnn`.
-        mesh: devices to use; rows are split over all axes but `tp`. None is the device the parameters are on.
+        sizes: maximum number of batch sizes, each half of the one before, that a draining batch passes through. For a
+            tiny model on a CPU the last one is a quarter, because a step of 16 rows takes about as long as one of 8.
+        pad_id: token id of the padding in rollouts.
+        min_new_tokens: tokens before which stop ids are forbidden and the distribution is renormalized.
+        prompt_buckets: padded prompt lengths, the longest at least `max_prompt_length`; a batch uses the shortest that
+            its longest prompt fits in. None for one bucket.
+        compute_dtype: type of weights, cache and activations while decoding; None for the type of the parameters.
+        unroll: unroll the layers instead of looping over them: about twice as fast on a CPU, slower to compile. None
+            for True on a CPU.
+        attention: kernel for prompts, as for `Transformer`; with a `tp` axis `xla` replaces `cudnn`.
+        mesh: devices to use; rows are split over all axes but `tp`. None for the device that the parameters are on.
     Raises:
-        SamplerError: sizes that make no sense, or a law that cannot be met.
+        SamplerError: sizes or sampling parameters that are invalid.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Sampler:
         if not 0 <= min_new_tokens <= max_new_tokens:
             raise SamplerError(
                 f"min_new_tokens must lie in [0, max_new_tokens={max_new_tokens}]: got {min_new_tokens}. "
-                "A longer minimum than maximum cannot be met."
+                "Lower min_new_tokens or raise max_new_tokens."
             )
         if max_prompt_length + max_new_tokens > config.max_positions:
             raise SamplerError(
@@ -130,13 +130,16 @@ class Sampler:
         sampling: Sequence[SamplingParams] | None = None,
         streaming: bool = True,
     ) -> None:
-        """Compiles all that later calls can need, and waits for it.
+        """Compiles everything that later calls can need, and waits for it.
 
         Args:
-            params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
-            group_sizes: group sizes that calls will use; each has its programs.
-            sampling: sampling parameters that calls will use; only whether they filter matters. None is the sampler's own.
+            params: the policy's parameters, or `jax.ShapeDtypeStruct`s with their shapes and shardings.
+            group_sizes: group sizes that calls will use; each has its own programs.
+            sampling: sampling parameters that calls will use; only whether they filter matters. None for the sampler's.
             streaming: whether batches may exceed the slots.
+
+        Raises:
+            SamplerError: parameters of another model.
         """
         if isinstance(sampling, SamplingParams):
             raise SamplerError("sampling must be a sequence of SamplingParams: got one. Write sampling=[sampling].")
@@ -159,19 +162,22 @@ class Sampler:
     def programs(
         self, params: Any, *, group_size: int, sampling: SamplingParams | None = None, streaming: bool = False
     ) -> dict[str, Callable[..., Compiled]]:
-        """What a call that fills all slots runs, for planning memory and time on devices that may not be there.
+        """The programs of a call that fills all slots, to plan memory and time, also for devices that are not present.
 
         Args:
-            params: the policy, or `jax.ShapeDtypeStruct`s with shardings like it.
+            params: the policy's parameters, or `jax.ShapeDtypeStruct`s with their shapes and shardings.
             group_size: samples of one prompt.
-            sampling: as for `generate`; only whether it filters matters.
+            sampling: as for `generate`; only whether they filter matters.
             streaming: whether the batch exceeds the slots.
         Returns:
-            Functions that compile (with `compiler_options`, as `jax.stages.Lowered.compile` takes them), by name, in
-            the order of their first run: `weights` (parameters as decoding wants
-            them), `cache` (an empty one), `prefill` (prompts into the cache), `decode` (a chunk of steps; its loop's
-            end depends on the data), and `shrink` (the cache of a draining batch) where there is a smaller size. Each
-            is the largest of its kind, for the longest prompt bucket.
+            Functions that compile, by name, in the order in which they first run: `weights` (lays the parameters out
+            for decoding), `cache` (allocates it), `prefill` (prompts into the cache), `decode` (a chunk of steps, in a
+            loop whose end depends on the data) and, if there is a smaller size, `shrink` (the cache of a draining
+            batch). Each program is the largest of its kind, for the longest prompt bucket. The functions take
+            `compiler_options` as `jax.stages.Lowered.compile` does.
+
+        Raises:
+            SamplerError: parameters of another model.
         """
         check_params(params, self.config)
         engine = self._engine(params, self._buckets[-1])
@@ -197,14 +203,14 @@ class Sampler:
             prompts: right-padded token ids.
             group_size: samples of one prompt.
             seed: 0 to 2**64 - 1.
-            step: optimizer step; with the seed, the prompt's id and the sample's index it fixes the random numbers.
+            step: optimizer step; with seed, prompt id and sample index it determines the random numbers.
             policy: version of the parameters, recorded in the rollout; `PolicyVersion(step, "")` if None.
             sampling: replaces the sampler's own for this call.
-            max_new_tokens: limits in tokens, one a prompt [P] or one a sequence [P, G]; None is the sampler's own.
+            max_new_tokens: limits in tokens, per prompt [P] or per sequence [P, G]; None for the sampler's own.
         Returns:
-            P * group_size rows of `max_prompt_length + max_new_tokens` tokens, groups adjacent.
+            P * group_size rows of `max_prompt_length + max_new_tokens` tokens, those of a group adjacent.
         Raises:
-            SamplerError: prompts or limits that do not fit, or a law that cannot be met.
+            SamplerError: parameters of another model, or prompts, limits or sampling parameters that do not fit.
             ContractError: `prompts` break the contract.
         """
         check_params(params, self.config)
@@ -226,7 +232,7 @@ class Sampler:
         sampling: SamplingParams | None = None,
         max_new_tokens: np.ndarray | None = None,
     ) -> Iterator[FinishedSequence]:
-        """The same draws as `generate`, each sequence as soon as it has ended.
+        """Yields the sequences that `generate` would draw, each as soon as it has ended.
 
         Args:
             params: the policy's parameters.
@@ -237,9 +243,9 @@ class Sampler:
             sampling: see `generate`.
             max_new_tokens: see `generate`.
         Yields:
-            Sequences in the order in which they end.
+            Sequences, in the order in which they end.
         Raises:
-            SamplerError: at the call, not at the first element: see `generate`.
+            SamplerError: see `generate`; raised by the call, not by the first element.
         """
         check_params(params, self.config)
         request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
@@ -265,7 +271,7 @@ class Sampler:
         engine = self._engine(params, bucket)
         need = -(-len(request.length_P) * request.group_size // engine.placement.shards)
         shapes = self._shapes(engine, request.group_size, streaming=need > self._shard_slots(engine))
-        # A small batch starts in a small shape, but in one that still shares prompts.
+        # A small batch starts in a small shape that still shares prompts.
         first = max(
             i for i, shape in enumerate(shapes) if i == 0 or (need <= shape.rows and shape.share == shapes[0].share)
         )
@@ -279,7 +285,7 @@ class Sampler:
             placement = Placement(self.mesh, params)
             attention = resolve_attention(self._attention, self.config, jnp.dtype(dtype), self.mesh)
             if attention == "cudnn" and placement.tensor > 1:
-                attention = "xla"  # nothing splits cuDNN's kernel over its heads
+                attention = "xla"  # cuDNN's kernel cannot be split over heads
             plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
             self._engines[key] = Engine(plan, placement, self._programs, params)
         return self._engines[key]

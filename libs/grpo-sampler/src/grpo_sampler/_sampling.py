@@ -1,11 +1,11 @@
-"""The sampling law on the device: exact draws, and what they were worth.
+"""Sampling on the device: exact draws and their log-probabilities.
 
-A law maps logits to a distribution in the order of transformers and vLLM: forbidden ids, temperature, top-k, top-p,
-min-p, then renormalisation. Ties at a filter's boundary all stay, so the law depends on the logits alone and not on the
-order of the vocabulary. All values of a law are arrays: changing them compiles nothing.
+Sampling parameters turn logits into a distribution in the order of transformers and vLLM: forbidden ids, temperature,
+top-k, top-p, min-p, then renormalization. All tokens that tie at a filter's boundary stay, so the distribution does not
+depend on the order of the vocabulary. On the device the parameters are arrays: changing them compiles nothing.
 
-Draws invert the distribution function on two levels: a block of the vocabulary first, a token of that block second. The
-block masses are the partial sums of the log-probability's own normaliser, so a draw costs one pass over the logits.
+A draw inverts the cumulative distribution on two levels: first a block of the vocabulary, then a token of that block.
+The masses of the blocks are partial sums of the normalizer, so a draw costs one pass over the logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ from grpo_contracts import SamplingParams
 from grpo_sampler._errors import SamplerError
 
 STOP_CAPACITY = 16
-_ONE_AS_BITS = 30  # 1.0 is 0x3F800000: every float in [0, 1] is ordered like its low 30 bits
+_ONE_AS_BITS = 30  # 1.0 is 0x3F800000: floats in [0, 1] are ordered like their low 30 bits
 
 
 class SamplingArrays(NamedTuple):
-    """A sampling law as arrays: scalars, and stop ids padded with -1 to a fixed length."""
+    """Sampling parameters as arrays: scalars, and stop ids padded with -1 to a fixed length."""
 
     temperature: Any
     top_k: Any
@@ -35,7 +35,7 @@ class SamplingArrays(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A drawn token, its log-probability under the law, and under the plain policy."""
+    """Drawn tokens, with their log-probabilities under the sampling parameters and under the plain policy."""
 
     token_B: Int[Array, "B"]
     logp_B: Float[Array, "B"]
@@ -50,23 +50,23 @@ def check_sampling(sampling: Any) -> None:
 
 
 def is_filtered(sampling: SamplingParams, min_new_tokens: int = 0) -> bool:
-    """Whether the law cuts tokens off, which needs the program that looks for a threshold."""
+    """Whether tokens are removed, which needs the program that searches for a threshold."""
     check_sampling(sampling)
     filters = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
     return (sampling.temperature > 0.0 and filters) or (min_new_tokens > 0 and len(sampling.stop_ids) > 0)
 
 
 def sampling_arrays(sampling: SamplingParams, vocab_size: int, min_new_tokens: int = 0) -> SamplingArrays:
-    """The law as arrays for the device.
+    """Sampling parameters as arrays for the device.
 
     Args:
-        sampling: temperature (0 is greedy), top_k, top_p, min_p (0, 1, 0 switch them off), stop_ids.
+        sampling: how to draw tokens.
         vocab_size: number of rows of the unembedding.
         min_new_tokens: tokens before which stop ids are forbidden.
     Returns:
         Arrays on the host.
     Raises:
-        SamplerError: a stop id outside the vocabulary, too many stop ids, or nothing left to sample.
+        SamplerError: not sampling parameters, stop ids outside the vocabulary, too many of them, or no token left.
     """
     check_sampling(sampling)
     stop = np.unique(np.asarray(sampling.stop_ids, np.int64))
@@ -77,8 +77,8 @@ def sampling_arrays(sampling: SamplingParams, vocab_size: int, min_new_tokens: i
         )
     if min_new_tokens > 0 and stop.size >= vocab_size:
         raise SamplerError(
-            f"min_new_tokens={min_new_tokens} forbids every stop id, and stop_ids hold the whole vocabulary of "
-            f"{vocab_size}: no token is left to sample. Drop stop ids or set min_new_tokens=0."
+            f"min_new_tokens={min_new_tokens} forbids every stop id, and stop_ids contain the whole vocabulary of "
+            f"{vocab_size}: no token is left to sample. Remove stop ids or set min_new_tokens=0."
         )
     if stop.size > STOP_CAPACITY:
         raise SamplerError(f"stop_ids must hold at most {STOP_CAPACITY} different ids: got {stop.size}.")
@@ -101,16 +101,16 @@ def draw(
     *,
     filtered: bool,
 ) -> Draw:
-    """One token a row, exactly from the law, with its two log-probabilities.
+    """Draws one token per row from exactly the requested distribution.
 
     Args:
         logits_BV: float32 logits.
-        bits_B2: 64 random bits a row: one word picks the block, the other the token in it.
+        bits_B2: 64 random bits per row: one word picks the block, the other the token in it.
         sampling: from `sampling_arrays`.
-        forbid_stop_B: rows that may not stop yet; read by the filtered program only.
-        filtered: static; False skips top-k, top-p, min-p and forbidden ids (`is_filtered` says which is needed).
+        forbid_stop_B: rows that must not stop yet; only used if `filtered`.
+        filtered: static; False skips top-k, top-p, min-p and forbidden ids. See `is_filtered`.
     Returns:
-        Token ids; log-probability under the law (0 when greedy); log-probability at temperature 1 without filters.
+        Token ids; log-probabilities under the sampling parameters (0 if greedy), and at temperature 1 without filters.
     """
     allowed_BV = _forbid(logits_BV, sampling, forbid_stop_B) if filtered else logits_BV
     sampled = _filtered if filtered else _tempered
@@ -146,7 +146,7 @@ def log_probabilities(
 
 
 def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
-    # jnp.argmax over a vocabulary is 10 to 50 times dearer on a CPU than a maximum: find the block by its maximum.
+    # On a CPU, jnp.argmax over a vocabulary takes 10 to 50 times as long as a maximum: find the block by its maximum.
     blocks_BNC = _blocks(allowed_BV, -jnp.inf)
     block_B = jnp.argmax(blocks_BNC.max(-1), -1)
     inside_BC = _pick(blocks_BNC, block_B)
@@ -170,14 +170,14 @@ def _forbid(logits_BV: Array, sampling: SamplingArrays, forbid_stop_B: Array | N
     if forbid_stop_B is None:
         return logits_BV
     vocabulary = logits_BV.shape[-1]
-    # Padding (-1) goes past the end: a negative index would wrap round to the last token.
+    # Padding (-1) goes past the end: a negative index would wrap around to the last token.
     ids_N = jnp.where(sampling.stop_ids < 0, vocabulary, sampling.stop_ids)
     is_stop_V = jnp.zeros(vocabulary, bool).at[ids_N].set(True, mode="drop")
     return jnp.where(forbid_stop_B[:, None] & is_stop_V, -jnp.inf, logits_BV)
 
 
 def _kept_weights(allowed_BV: Array, sampling: SamplingArrays) -> tuple[Array, Array]:
-    """Logits over the temperature, and exp(logit - maximum) with 0 where a filter cuts."""
+    """Logits divided by the temperature, and exp(logit - maximum), 0 where a filter removes the token."""
     scaled_BV = allowed_BV / sampling.temperature
     weight_BV = jnp.exp(scaled_BV - scaled_BV.max(-1, keepdims=True))
     zero_B = jnp.zeros(len(weight_BV))
@@ -199,10 +199,10 @@ def _kept_weights(allowed_BV: Array, sampling: SamplingArrays) -> tuple[Array, A
 
 
 def _largest(holds: Callable[[Array], Array], like_B: Array) -> Array:
-    """The largest float in [0, 1] for which a condition, true at 0 and once false always false, still holds.
+    """The largest float in [0, 1] for which a monotone condition, true at 0, holds.
 
-    Thirty comparisons settle the thirty bits of the float: no sort of the vocabulary, and the same work whatever the
-    logits are.
+    Thirty comparisons determine the thirty bits of the float, without sorting the vocabulary and with the same work for
+    all logits.
     """
 
     def step(i: Array, bits_B: Array) -> Array:
@@ -214,7 +214,7 @@ def _largest(holds: Callable[[Array], Array], like_B: Array) -> Array:
 
 
 def _invert(scaled_BV: Array, bits_B2: Array) -> tuple[Array, Array]:
-    """Draw from softmax(scaled) by inverting its distribution function; the token and its log-probability."""
+    """Draws from softmax(scaled) by inverting its cumulative distribution; the token and its log-probability."""
     top_B1 = scaled_BV.max(-1, keepdims=True)
     blocks_BNC = _blocks(scaled_BV, -jnp.inf)
     mass_BN = jnp.exp(blocks_BNC - top_B1[..., None]).sum(-1)
@@ -228,7 +228,7 @@ def _invert(scaled_BV: Array, bits_B2: Array) -> tuple[Array, Array]:
 
 
 def _first_past(mass_BN: Array, uniform_B: Array) -> Array:
-    """Index drawn in proportion to `mass_BN`; never one of mass zero, however the running sum was rounded."""
+    """An index drawn in proportion to `mass_BN`; never one of mass zero, whatever the rounding of the running sum."""
     running_BN = jnp.cumsum(mass_BN, -1)
     positive_BN = mass_BN > 0
     past_BN = (running_BN > (uniform_B * running_BN[:, -1])[:, None]) & positive_BN
@@ -242,7 +242,7 @@ def _policy_logp(logits_BV: Array, token_B: Array) -> Array:
 
 
 def _blocks(values_BV: Array, fill: float) -> Array:
-    """The vocabulary in blocks of about its square root, padded only where no near divisor exists."""
+    """The vocabulary in blocks of about its square root, padded only if there is no divisor nearby."""
     vocabulary = values_BV.shape[-1]
     size = _block_size(vocabulary)
     short = -vocabulary % size

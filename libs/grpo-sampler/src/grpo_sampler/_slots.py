@@ -1,7 +1,7 @@
-"""The host's table of decoding slots: who sits where, who has finished, who comes next. numpy only.
+"""The host's table of decoding slots: which sequence is where, what has finished, what is next. numpy only.
 
-Every array has a leading axis N of shards (groups of devices that decode their own rows). `request` is a row's index
-into the batch of B sequences, -1 where the slot is empty; `unit_prompt` the prompt whose keys and values a unit holds.
+Every array has a leading axis N of shards (groups of devices that decode their own rows). `request` is the index of a
+row in the batch of B sequences, -1 if the slot is empty; `unit_prompt` is the prompt that a unit holds.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ _FEW_ROWS, _FEW_PRODUCTS = 16, 2**24
 
 
 class Shape(NamedTuple):
-    """One compiled size of a shard: decoding rows, units of shared prompts, rows a unit serves at most."""
+    """One compiled size of a shard: decoding rows, units of shared prompts, and most rows per unit."""
 
     rows: int
     units: int
@@ -24,15 +24,15 @@ class Shape(NamedTuple):
 
     @property
     def aligned(self) -> bool:
-        """Whether row r always sits at place r, so that no gather is needed between rows and units."""
+        """Whether row r is always at place r, so that no gather is needed between rows and units."""
         return self.rows == self.units * self.share
 
 
 def few_rows(config: ModelConfig, *, unroll: bool) -> int:
-    """Rows of a shard at which halving hardly saves time.
+    """Rows of a shard below which halving saves hardly any time.
 
-    On a CPU (`unroll`) a step of a tiny model takes the time of its calls: up to 16 rows of a million weights.
-    Elsewhere each halving pays, down to one row.
+    On a CPU (`unroll`), the step of a tiny model is dominated by overhead, up to 16 rows with a million weights.
+    Otherwise each halving pays off, down to one row.
 
     Args:
         config: the model.
@@ -46,19 +46,19 @@ def few_rows(config: ModelConfig, *, unroll: bool) -> int:
 
 
 def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool, few: int = 1) -> tuple[Shape, ...]:
-    """The sizes a draining batch passes through, largest first.
+    """The sizes that a draining batch passes through, largest first.
 
-    While prompts stream, stragglers hold on to their units, so a quarter more of them lets new groups enter. A small
-    batch of rows from many groups keeps one prompt copy a row: never more copies than the full batch had.
+    While prompts stream, stragglers keep their units, so a quarter more units let new groups start. A small batch of
+    rows from many groups keeps one copy of the prompt per row, but never more copies than the full batch.
 
     Args:
         rows: slots of a shard.
         group_size: samples of one prompt.
-        levels: most sizes; each is half of the one before.
+        levels: maximum number of sizes; each is half of the one before.
         streaming: whether prompts wait for a slot.
-        few: from `few_rows`; below twice as many rows, a quarter is the last size.
+        few: from `few_rows`; with fewer than twice as many rows, the last size is a quarter.
     Returns:
-        Shapes; all but the first are the same whether streaming or not.
+        Shapes; all but the first are the same with and without streaming.
     """
     full = -(-rows // group_size)
     spare = full + max(1, full // 4) if group_size > 1 else rows
@@ -72,14 +72,14 @@ def shapes_for(rows: int, group_size: int, levels: int, *, streaming: bool, few:
 
 
 class Finished(NamedTuple):
-    """Places of sequences that just ended."""
+    """Sequences that have just ended."""
 
     request_F: np.ndarray
     length_F: np.ndarray
 
 
 class Fill(NamedTuple):
-    """A prompt to be computed into a unit of a shard."""
+    """A prompt to be prefilled into a unit of a shard."""
 
     shard: int
     unit: int
@@ -103,7 +103,7 @@ class Slots:
         self._prompts, self._length_P, self._prompt_id_P, self._limit_B = prompts, length_P, prompt_id_P, limit_B
         count = len(length_P) * group_size
         self.waiting = deque(range(count))
-        self._fair = -(-count // shards)  # rows a shard starts with, so that no device idles
+        self._fair = -(-count // shards)  # rows that a shard starts with, so that no device is idle
         N, S, U, _ = (shards, *shape)
         self.request = np.full((N, S), -1, np.int32)
         self.token = np.zeros((N, S), np.int32)
@@ -117,7 +117,7 @@ class Slots:
         return self.request >= 0
 
     def seat(self) -> list[Fill]:
-        """Lets waiting requests into free slots.
+        """Moves waiting requests into free slots.
 
         Returns:
             The prompts that must be computed before the next step.
@@ -161,7 +161,7 @@ class Slots:
         return fills
 
     def rows(self, column_N: np.ndarray) -> Rows:
-        """The table as the device wants it; every field has a leading axis N.
+        """The table for the device; every field has a leading axis N.
 
         Args:
             column_N: the next column of each shard's ring.
@@ -187,13 +187,13 @@ class Slots:
         )
 
     def absorb(self, token_iS: np.ndarray, stop_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, Finished]:
-        """Books what a chunk emitted and frees the slots of sequences that ended.
+        """Records what a chunk emitted, and frees the slots of finished sequences.
 
         Args:
-            token_iS: emitted tokens, -1 where none.
+            token_iS: emitted tokens, -1 for none.
             stop_ids: ids that end a sequence.
         Returns:
-            (request of each row before the chunk, tokens it had emitted before, sequences that ended in it).
+            (request of each row before the chunk, tokens that it had emitted, sequences that ended in the chunk).
         """
         before_S, had_S = self.request.reshape(-1).copy(), self.emitted.reshape(-1).copy()
         count_S = (token_iS >= 0).sum(0)
@@ -210,9 +210,9 @@ class Slots:
         """Moves to a smaller shape.
 
         Args:
-            shape: with at least as many rows as any shard has live ones.
+            shape: a shape with at least as many rows as any shard has live ones.
         Returns:
-            Which old unit each new one keeps, then which old row; within its shard, shards one after the other.
+            The old unit of each new unit, then the old row of each new row, by shard; indices are within the shard.
         """
         N = self.shards
         unit_src, row_src = np.zeros((N, shape.units), np.int32), np.zeros((N, shape.rows), np.int32)

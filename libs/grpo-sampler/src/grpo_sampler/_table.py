@@ -1,7 +1,7 @@
-"""What goes to the device beside weights and cache, each as one array of integers: a transfer costs by the piece.
+"""What is sent to the device besides weights, as one array of integers each, because every transfer has a fixed cost.
 
-The table holds the rows' state and stays on the device from chunk to chunk; the host keeps a copy of its own, and sends
-it again when rows have come or moved. The call holds the law and the identity of the randomness.
+The table is the state of the rows. It stays on the device between chunks; the host keeps a copy and sends it again when
+rows have been added or moved. The call holds the sampling parameters and what determines the random numbers.
 """
 
 from typing import Any, NamedTuple
@@ -16,23 +16,23 @@ from grpo_sampler._sampling import STOP_CAPACITY, SamplingArrays, sampling_array
 
 
 class Rows(NamedTuple):
-    """The rows' state between steps. int32, `live_S` bool in a program."""
+    """The state of the rows between steps: int32, and bool for `live_S` inside a program."""
 
-    token_S: Any  # what the row reads next
-    start_S: Any  # absolute position of the first token it read: the prompt's last
+    token_S: Any  # the row's next input
+    start_S: Any  # absolute position of its first input, the prompt's last token
     emitted_S: Any  # tokens of the completion so far
-    limit_S: Any  # tokens at which the completion ends
+    limit_S: Any  # maximum tokens of the completion
     live_S: Any
     prompt_id_S: Any
     sample_S: Any
     place_S: Any  # unit * g + seat
     row_Ug: Any  # the row in each seat
     shared_length_U: Any  # prompt tokens in each unit
-    column: Any  # the ring's next column
+    column: Any  # next column of the ring
 
 
 class Call(NamedTuple):
-    """What one batch is drawn from."""
+    """What the draws of one batch depend on."""
 
     sampling: SamplingArrays
     seed_N: Any  # uint32, two words
@@ -51,7 +51,7 @@ def write_table(rows: Rows) -> np.ndarray:
 
 
 def read_table(table_n: Int[Array, "n"], rows: int, units: int, share: int) -> Rows:
-    """One shard's table inside a program."""
+    """One shard's table, inside a program."""
     ends = np.cumsum([rows] * 8 + [units * share, units])
     fields = jnp.split(table_n, ends)
     fields[4] = fields[4].astype(bool)
@@ -59,7 +59,7 @@ def read_table(table_n: Int[Array, "n"], rows: int, units: int, share: int) -> R
 
 
 def renew_table(table_n: Int[Array, "n"], rows: Rows) -> Int[Array, "n"]:
-    """The table after some steps, inside a program; only what decoding changes is written."""
+    """The table after some steps, inside a program; only the fields that decoding changes are written."""
     count = rows.token_S.shape[0]
     table_n = table_n.at[:count].set(rows.token_S)
     table_n = table_n.at[2 * count : 3 * count].set(rows.emitted_S)
@@ -79,7 +79,7 @@ def write_call(sampling: SamplingParams, vocab_size: int, *, seed: int, step: in
 
 
 def read_call(call_n: Int[Array, "n"]) -> Call:
-    """`write_call` undone, inside a program."""
+    """The inverse of `write_call`, inside a program."""
     temperature, top_p, min_p = lax.bitcast_convert_type(call_n[:3], jnp.float32)
     words = lax.bitcast_convert_type(call_n[3:6], jnp.uint32)
     sampling = SamplingArrays(temperature, call_n[6], top_p, min_p, call_n[8:])

@@ -36,25 +36,26 @@ def load_pretrained(
     sharding: ShardingChoice = None,
     revision: str | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """Reads a model in Hugging Face layout straight into the wanted type and onto the wanted devices.
+    """Reads a model in Hugging Face layout, straight into the requested type and onto the requested devices.
 
-    Each device's part of each parameter is read from the file by itself: the host never holds more than one
-    stacked parameter (or one device's part of it) besides what the devices hold.
+    Each device's part of a parameter is read from the file separately: besides what the devices hold, the host never
+    holds more than one stacked parameter, or one device's part of it.
 
     Args:
-        path_or_hub_id: a folder with config.json and safetensors, single or sharded; or, where there is no such
-            folder, a Hub id, which needs `huggingface-hub`.
+        path_or_hub_id: a folder with config.json and one or more safetensors files; or, if there is no such folder, a
+            Hub id, which needs `huggingface-hub`.
         dtype: floating type of the parameters; None for the type that the checkpoint is stored in.
-        sharding: one sharding for all, a function from a path like `layers/q` to a sharding, or a tree of shardings
-            in the parameters' shape; None puts all on the default device.
+        sharding: one sharding for all parameters, a function from a path such as `layers/q` to a sharding, or a tree of
+            shardings like the parameters; None for the default device.
         revision: branch, tag or commit of a Hub id.
 
     Returns:
         (config, params).
 
     Raises:
-        UnsupportedModelError: an architecture that is not here.
-        WeightsError: no such model; a tensor that is missing, unexpected or misshaped; a damaged file.
+        UnsupportedModelError: an architecture that is not supported.
+        WeightsError: no such model; a tensor that is missing, unexpected or misshaped; a damaged file; weights of
+            several types and no `dtype`.
     """
     folder = _folder(path_or_hub_id, revision)
     config = ModelConfig.from_file(folder)
@@ -77,19 +78,19 @@ def load_pretrained(
 def save_pretrained(
     folder: str | os.PathLike[str], config: ModelConfig, params: Params, *, max_shard_bytes: int = 4_000_000_000
 ) -> None:
-    """Writes config.json and safetensors that transformers loads and `load` reads back bit for bit.
+    """Writes config.json and safetensors, which transformers loads and `load_pretrained` reads back bit for bit.
 
-    Parameters spread over several processes are gathered a tensor at a time: every process must call this, the first
-    one writes. Weight files of an earlier save in the folder are replaced.
+    Parameters on several processes are gathered one tensor at a time: every process must call this, and the first one
+    writes. Weight files of an earlier save in the folder are replaced.
 
     Args:
-        folder: made where absent.
+        folder: where to write; created if necessary.
         config: the model.
-        params: its parameters, all of one type.
-        max_shard_bytes: above this the weights are split over several files with an index.
+        params: its parameters, all of the same type.
+        max_shard_bytes: size above which the weights are split into several files with an index.
 
     Raises:
-        WeightsError: parameters that are not the configuration's.
+        WeightsError: parameters that do not match the configuration, or are of several types.
     """
     table = leaves(config)
     check_params(params, config)
@@ -121,7 +122,7 @@ def save_pretrained(
             tensors[leaf.name.format(layer)] = leaf.stored(_on_host(value))
         where |= dict.fromkeys(tensors, name)
         if writes:
-            # Renamed when whole: a killed save leaves no half file under the name that `load` opens.
+            # Renamed when complete: a killed save leaves no partial file under the name that `load_pretrained` opens.
             save_file(tensors, target / f"{name}.part", metadata={"format": "pt"})
             os.replace(target / f"{name}.part", target / name)
     if not writes:
@@ -142,12 +143,14 @@ def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Pat
         return path
     name = os.fspath(path_or_hub_id)
     if not _HUB_ID.fullmatch(name):
-        raise WeightsError(f"{name!r} must be a folder or a Hub id like 'Qwen/Qwen2.5-0.5B': no such folder.")
+        raise WeightsError(
+            f"{name!r} must be a local folder or a Hub id like 'Qwen/Qwen2.5-0.5B': there is no such folder."
+        )
     try:
         import huggingface_hub
     except ImportError:
         raise WeightsError(
-            f"{name!r} must be a folder: there is none. To fetch it from the Hub, `pip install huggingface-hub`."
+            f"{name!r} is not a local folder. To download it from the Hub, `pip install huggingface-hub`."
         ) from None
     try:
         return Path(
@@ -156,11 +159,11 @@ def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Pat
             )
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise WeightsError(f"{name!r} must be a folder or a model on the Hub: no such folder, and {error}") from error
+        raise WeightsError(f"{name!r} is not a local folder, and the Hub download failed: {error}") from error
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Opens every weight file; tensor name -> the file that holds it. Only headers are read here."""
+    """Opens every weight file; the file of each tensor by name. Only headers are read here."""
     promised: dict[str, str] = {}
     if (folder / _SINGLE).exists():
         names = [_SINGLE]
@@ -168,11 +171,11 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         try:
             promised = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{folder / _INDEX} must hold a weight_map: {error!r}.") from error
+            raise WeightsError(f"{folder / _INDEX} must contain a weight_map: {error!r}.") from error
         names = sorted(set(promised.values()))
     else:
         raise WeightsError(
-            f"{folder} must hold {_SINGLE} or {_INDEX}: got neither. Only safetensors are read; "
+            f"{folder} must contain {_SINGLE} or {_INDEX}: got neither. Only safetensors are read; "
             "convert other formats with transformers' save_pretrained."
         )
     files: dict[str, Any] = {}
@@ -180,23 +183,25 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         try:
             file = stack.enter_context(safe_open(folder / name, framework="numpy"))
         except FileNotFoundError:
-            raise WeightsError(f"{folder / name} must exist, the index names it: it does not.") from None
+            raise WeightsError(f"{folder / name} must exist, because the index names it: it does not.") from None
         except SafetensorError as error:
-            raise WeightsError(f"{folder / name} must be a whole safetensors file: {error}. Fetch it again.") from error
+            raise WeightsError(
+                f"{folder / name} must be a complete safetensors file: {error}. Download it again."
+            ) from error
         files |= dict.fromkeys(file.keys(), file)
     lost = sorted(set(promised) - set(files))
     if lost:
-        raise WeightsError(f"{folder / _INDEX} promises tensors that no file holds: {listed(lost)}.")
+        raise WeightsError(f"{folder / _INDEX} must name only tensors of its files: no file holds {listed(lost)}.")
     return files
 
 
 def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, folder: Path) -> None:
-    """All tensors are there, of the right shape, and no others."""
+    """Checks that all tensors are there with the right shapes, and no others."""
     expected = {name: leaf for leaf in table for name in leaf.tensor_names()}
     missing = sorted(set(expected) - set(files))
     if missing:
-        raise WeightsError(f"{folder} must hold every tensor of its config.json: missing {listed(missing)}.")
-    # Old checkpoints keep the rotary table; a tied one may keep its embedding a second time.
+        raise WeightsError(f"{folder} must contain every tensor of its config.json: missing {listed(missing)}.")
+    # Old checkpoints contain the rotary table; tied ones may contain their embedding twice.
     unexpected = sorted(name for name in set(files) - set(expected) if not name.endswith("rotary_emb.inv_freq"))
     if config.tied and "lm_head.weight" in unexpected:
         unexpected.remove("lm_head.weight")
@@ -205,11 +210,11 @@ def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, fol
         blocks = [slice(at, min(at + _COMPARED_ROWS, size)) for at in range(0, size, _COMPARED_ROWS)]
         if head.get_shape() != embed.get_shape() or any(not np.array_equal(head[at], embed[at]) for at in blocks):
             raise WeightsError(
-                f"{folder} ties its embeddings but holds another lm_head.weight. "
+                f"{folder} ties its embeddings but contains a different lm_head.weight. "
                 'Set "tie_word_embeddings": false in config.json to use it.'
             )
     if unexpected:
-        raise WeightsError(f"{folder} must hold no tensors but its config.json's: got also {listed(unexpected)}.")
+        raise WeightsError(f"{folder} must contain only the tensors of its config.json: got also {listed(unexpected)}.")
     for name, leaf in expected.items():
         stored = files[name].get_slice(name)
         if tuple(stored.get_shape()) != leaf.stored_shape:
@@ -230,7 +235,7 @@ def _stored_dtype(files: Mapping[str, Any], table: list[Leaf], folder: Path) -> 
 
 
 def _place(leaf: Leaf, files: Mapping[str, Any], dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Reads one parameter, each device's part from the file by itself."""
+    """Reads one parameter, each device's part separately."""
     names = leaf.tensor_names()
 
     def block(index: Index | None) -> np.ndarray:

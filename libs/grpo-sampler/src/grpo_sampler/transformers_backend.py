@@ -1,4 +1,4 @@
-"""transformers' own `generate` as a rollout backend: an oracle to hold `Sampler` against, and a way out of JAX.
+"""The `generate` of transformers as a rollout backend: an oracle for `Sampler`, and an alternative without JAX.
 
 Imported on demand; needs `pip install 'grpo-sampler[transformers]'`.
 """
@@ -30,17 +30,17 @@ __all__ = ["TransformersBackend"]
 class TransformersBackend:
     """`grpo_contracts.RolloutBackend` over transformers' `generate`.
 
-    One call a sequence: torch draws a batch from one stream of random numbers, so that only a batch of one depends on
-    (seed, step, prompt, sample, position) alone. Exact, and slow.
+    It makes one call per sequence, because torch draws a whole batch from one stream of random numbers and draws must
+    depend only on (seed, step, prompt, sample, position). Exact, and slow.
 
     Args:
         config: the model.
-        sampling: what to draw from. A nucleus that ends in a tie is cut by transformers in the middle of it, where
-            `Sampler` keeps all of it.
+        sampling: how to draw tokens. If several tokens tie at the end of the nucleus, transformers keeps some of them
+            and `Sampler` keeps all.
         max_new_tokens: longest completion, in tokens.
         device: torch device to run on.
     Raises:
-        SamplerError: a law that cannot be met.
+        SamplerError: invalid sampling parameters or limits.
     """
 
     def __init__(
@@ -54,23 +54,25 @@ class TransformersBackend:
         self._held: tuple[Any, PolicyVersion] | None = None
 
     def start(self) -> None:
-        """Takes nothing: the model comes with its weights."""
+        """Does nothing: the model comes with its weights."""
 
     def update_weights(self, params: Any, policy: PolicyVersion) -> None:
-        """Hands the parameters over through a temporary folder in Hugging Face layout.
+        """Passes the parameters on through a temporary folder in Hugging Face layout.
 
         Args:
             params: the policy's parameters, a plain nested dictionary; may be donated afterwards.
-            policy: which parameters they are.
+            policy: their version.
         Raises:
-            WeightsError: parameters that are not the configuration's.
+            WeightsError: parameters that do not match the configuration.
         """
         self._held = None
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(folder, self._config, params)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         model.to(self._device).eval()
-        model.generation_config = GenerationConfig()  # or what the model's has, such as stop ids, is mixed in
+        model.generation_config = (
+            GenerationConfig()
+        )  # otherwise the model's own settings, such as stop ids, are mixed in
         self._held = model, policy
 
     def generate(self, prompts: Prompts, *, group_size: int, seed: int, step: int) -> Rollout:
@@ -113,11 +115,11 @@ class TransformersBackend:
         )
 
     def close(self) -> None:
-        """Lets the model go."""
+        """Releases the model."""
         self._held = None
 
     def _complete(self, model: Any, prompt_1T: Any, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One completion: token ids, log-probabilities under the law, and under the plain policy."""
+        """One completion: token ids, log-probabilities under the sampling parameters and under the plain policy."""
         sampling, greedy = self._sampling, self._sampling.temperature == 0
         filters = (
             {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
@@ -127,7 +129,7 @@ class TransformersBackend:
             attention_mask=torch.ones_like(prompt_1T),
             generation_config=GenerationConfig(
                 do_sample=not greedy,
-                top_k=0 if greedy else sampling.top_k,  # unsaid, it is 50
+                top_k=0 if greedy else sampling.top_k,  # the default is 50
                 **filters,
                 max_new_tokens=self._max_new_tokens,
                 eos_token_id=list(sampling.stop_ids) or None,

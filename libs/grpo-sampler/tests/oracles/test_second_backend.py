@@ -30,7 +30,7 @@ def test_both_backends_agree_on_greedy_completions():
     np.testing.assert_allclose(ours.policy_logp_BT, theirs.policy_logp_BT, atol=2e-5, rtol=0)
 
 
-def test_a_law_that_cannot_be_met_is_refused():
+def test_sampling_parameters_that_do_not_fit_are_refused():
     with pytest.raises(SamplerError, match="stop_ids must lie in"):
         TransformersBackend(CONFIG, SamplingParams(stop_ids=(32,)), max_new_tokens=4)
     with pytest.raises(SamplerError, match="max_new_tokens must be at least 1"):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from grpo_mesh import digest, make_mesh
 from grpo_sampler import ModelConfig, load_pretrained
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
 from grpo_trainer.assemble.policy import check_same_model, policy_folder
+from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
-from grpo_trainer.data.stream import Asked, ProblemStream, held_out, open_problems
-from grpo_trainer.data.tokenizer import load_tokenizer
+from grpo_trainer.data.stream import Asked, ProblemStream, Reader
+from grpo_trainer.data.tokenizer import end_ids, load_tokenizer, padding_id
 from grpo_trainer.rewards import Rewards
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
@@ -45,6 +46,7 @@ class Run:
         rewards: the reward functions.
         tokenizer: turns completions into text.
         versions: installed ones, of everything that the app declares.
+        prompt: one whole prompt as the model sees it, special tokens and all.
         identity: what a checkpoint must agree with.
         description: lines to print at the start.
     """
@@ -58,6 +60,7 @@ class Run:
     rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
     versions: dict[str, str]
+    prompt: str
     identity: dict[str, Any]
     description: tuple[str, ...]
 
@@ -90,15 +93,14 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
             f"the tokenizer of {settings.model.path} has {len(tokenizer)} tokens but its model only "
             f"{model.vocab_size}: they do not belong together"
         )
-    # `load_tokenizer` has made sure of both; transformers types them for every kind of tokenizer.
-    stop_ids, pad_id = (cast(int, tokenizer.eos_token_id),), cast(int, tokenizer.pad_token_id)
-    plan = blueprint(settings, model, mesh, stop_ids=stop_ids, pad_id=pad_id)
+    stop_ids = end_ids(tokenizer, folder, model.eos_ids)
+    plan = blueprint(settings, model, mesh, stop_ids=stop_ids, pad_id=padding_id(tokenizer))
     reference_folder = None
     if settings.loss.reference not in ("none", "initial"):
         reference_folder = policy_folder("loss.reference", settings.loss.reference, task.policies)
         check_same_model(settings.loss.reference, ModelConfig.from_file(reference_folder), model)
-    problems = open_problems(settings, task, tokenizer, vocab_size=model.vocab_size)
-    asked = held_out(settings, task, tokenizer, vocab_size=model.vocab_size)
+    reader = Reader(settings, task, tokenizer, model.vocab_size)
+    problems, asked = reader.training(), reader.held_out()
     rewards = Rewards.start(settings.reward, task, max_new_tokens=settings.rollout.max_new_tokens)
 
     dtype = jnp.dtype(settings.model.dtype)
@@ -113,7 +115,8 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         identity["reference"] = digest(reference)
     identity |= {
         "tokenizer": sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-        "chat_template": sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "prompt": prompt_digest(tokenizer, reader.style()),
+        "stop_ids": list(stop_ids),
         "problems": problems.digest,
         "held_out": digest_of_problems(asked.problems),
     }
@@ -128,6 +131,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         tokenizer=tokenizer,
         versions=versions(f"grpo-{task.name}"),
         identity=identity,
+        prompt=tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist()),
         description=_description(plan, problems, asked),
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
@@ -16,7 +18,7 @@ from grpo_trainer.task import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PromptError", "PromptStyle", "encode_prompts"]
+__all__ = ["PromptError", "PromptStyle", "encode_prompts", "prompt_digest"]
 
 
 class PromptError(GrpoError, ValueError):
@@ -82,7 +84,7 @@ def encode_prompts(
         style: how.
 
     Returns:
-        The ids of each prompt, unpadded, with the special tokens that the template wrote and one BOS at most at the beginning.
+        The ids of each prompt, unpadded, with the template's own special tokens.
 
     Raises:
         PromptError: there is no template, it fails, it leaves the question out, or it writes BOS twice.
@@ -104,6 +106,20 @@ def encode_prompts(
         ids = [row if row[: len(prefix)] == prefix else [*prefix, *row] for row in ids]
     _check_bos(ids, problems, tokenizer)
     return ids
+
+
+def prompt_digest(tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
+    """Identify how questions are put, whatever they are: the ids of one fixed question.
+
+    Args:
+        tokenizer: the policy's.
+        style: how.
+
+    Returns:
+        sha256 in hexadecimal; it changes with the template, its date, the instruction or the examples.
+    """
+    probe = Problem("How many are 1 and 1?", "2", "the probe")
+    return sha256(json.dumps(encode_prompts([probe], tokenizer, style)).encode()).hexdigest()
 
 
 def _by_template(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
 
 from grpo_contracts import Prompts
-from grpo_trainer.data.sources import DataError, digest
-from grpo_trainer.task import Problem, Task
+from grpo_trainer.data.prompts import PromptStyle, encode_prompts
+from grpo_trainer.data.sources import DataError, digest, read_problems
+from grpo_trainer.data.tokenizer import padding_id
+from grpo_trainer.task import Problem, Split, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,15 +75,17 @@ def tokenize(
     problems: Sequence[Problem],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    style: PromptStyle | None = None,
     max_length: int,
     overlong: Overlong = "refuse",
     vocab_size: int | None = None,
 ) -> Questions:
-    """Turn questions into prompts by the tokenizer's chat template.
+    """Turn problems into prompts of one padded length.
 
     Args:
         problems: to put to the policy.
-        tokenizer: with a chat template and a padding token.
+        tokenizer: the policy's.
+        style: how questions are put; None is the bare question in the model's chat template.
         max_length: tokens of the longest prompt; every row is padded to it, so that no batch compiles anew.
         overlong: what to do with longer ones: refuse the data set, naming the first, or drop and count them.
         vocab_size: the model's; None is the tokenizer's.
@@ -91,12 +95,9 @@ def tokenize(
 
     Raises:
         DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
+        PromptError: if a prompt cannot be made.
     """
-    asked = [[{"role": "user", "content": problem.question}] for problem in problems]
-    texts = cast("list[str]", tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-    # The template has written every special token: the tokenizer must add none of its own.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-    ids = cast("list[list[int]]", encoded["input_ids"])
+    ids = encode_prompts(problems, tokenizer, PromptStyle() if style is None else style)
     fitting = [n for n, row in enumerate(ids) if len(row) <= max_length]
     if overlong == "refuse" and len(fitting) < len(problems):
         first = next(n for n, row in enumerate(ids) if len(row) > max_length)
@@ -109,7 +110,7 @@ def tokenize(
         raise DataError(
             f"a problem must fit in {max_length} tokens (data.max_prompt_length): none of {len(problems)} does"
         )
-    pad_id = cast("int", tokenizer.pad_token_id)
+    pad_id = padding_id(tokenizer)
     tokens_NT = np.full((len(fitting), max_length), pad_id, np.int32)
     for row, n in enumerate(fitting):
         tokens_NT[row, : len(ids[n])] = ids[n]
@@ -171,54 +172,75 @@ class ProblemStream(Iterator[Asked]):
         self._steps.set_state(state)
 
 
-def open_problems(
-    settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
-) -> ProblemStream:
-    """Open the training problems.
+@dataclass(frozen=True)
+class Reader:
+    """Reads a run's problems and puts them to its policy.
 
     Args:
-        settings: ``data``, ``rollout.prompts`` and ``seed`` are read.
-        task: reads them.
+        settings: ``data``, ``prompt``, ``rollout.prompts``, ``eval.problems`` and ``seed`` are read.
+        task: reads the problems.
         tokenizer: the policy's.
-        vocab_size: the model's; None is the tokenizer's.
-
-    Returns:
-        Their stream.
-
-    Raises:
-        DataError: if they cannot be read or do not fit.
+        vocab_size: the model's.
     """
-    problems = task.problems(settings.data.source, "train", settings.data.train_size)
-    questions = _fitting(problems, settings, tokenizer, vocab_size)
-    return ProblemStream(questions, count=settings.rollout.prompts, seed=settings.seed)
 
+    settings: Settings
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
 
-def held_out(
-    settings: Settings, task: Task, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = None
-) -> Asked:
-    """Read the problems of every evaluation: the first ``eval.problems`` of the test split, all if there are fewer.
+    def style(self) -> PromptStyle:
+        """How questions are put."""
+        prompt = self.settings.prompt
+        examples: Sequence[Problem] = ()
+        if prompt.examples_file:
+            examples = read_problems(prompt.examples_file, "train")
+        elif prompt.examples:
+            examples = self._split("train", prompt.examples)
+        return PromptStyle(
+            system=prompt.system,
+            instruction=prompt.instruction or "",
+            examples=tuple(examples),
+            template=prompt.template,
+            prefill=prompt.prefill,
+            arguments=prompt.arguments,
+            date=prompt.date,
+        )
 
-    Args:
-        settings: ``data`` and ``eval.problems`` are read.
-        task: reads them.
-        tokenizer: the policy's.
-        vocab_size: the model's; None is the tokenizer's.
+    def training(self) -> ProblemStream:
+        """Open the training problems, less those that are shown as examples.
 
-    Returns:
-        The problems, the same in every run.
+        Raises:
+            DataError, PromptError: they cannot be read or do not fit.
+        """
+        style, data = self.style(), self.settings.data
+        shown = {example.question for example in style.examples}
+        limit = data.train_size + self.settings.prompt.examples if data.train_size else 0
+        problems = [problem for problem in self._split("train", limit) if problem.question not in shown]
+        questions = self._fitting(problems, style)
+        return ProblemStream(questions, count=self.settings.rollout.prompts, seed=self.settings.seed)
 
-    Raises:
-        DataError: if they cannot be read or do not fit.
-    """
-    problems = task.problems(settings.data.test_source or settings.data.source, "test", settings.eval.problems)
-    questions = _fitting(problems, settings, tokenizer, vocab_size)
-    return questions.ask(range(len(questions.problems)))
+    def held_out(self) -> Asked:
+        """Read the problems of every evaluation: the first ``eval.problems`` of the test split, or all of fewer.
 
+        Raises:
+            DataError, PromptError: they cannot be read or do not fit.
+        """
+        problems = self._split("test", self.settings.eval.problems)
+        questions = self._fitting(problems, self.style())
+        return questions.ask(range(len(questions.problems)))
 
-def _fitting(
-    problems: Sequence[Problem], settings: Settings, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
-) -> Questions:
-    data = settings.data
-    return tokenize(
-        problems, tokenizer, max_length=data.max_prompt_length, overlong=data.overlong, vocab_size=vocab_size
-    )
+    def _split(self, split: Split, limit: int) -> Sequence[Problem]:
+        data = self.settings.data
+        source = data.test_source or data.source if split == "test" else data.source
+        return self.task.problems(source, split, limit)
+
+    def _fitting(self, problems: Sequence[Problem], style: PromptStyle) -> Questions:
+        data = self.settings.data
+        return tokenize(
+            problems,
+            self.tokenizer,
+            style=style,
+            max_length=data.max_prompt_length,
+            overlong=data.overlong,
+            vocab_size=self.vocab_size,
+        )

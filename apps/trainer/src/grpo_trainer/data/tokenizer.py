@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_contracts import GrpoError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenizerError", "load_tokenizer"]
+__all__ = ["TokenizerError", "end_ids", "load_tokenizer", "padding_id"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -27,11 +29,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         path: a folder or a hub id.
 
     Returns:
-        The tokenizer, with an end token, a padding token and a chat template.
+        The tokenizer, with an end token.
 
     Raises:
-        TokenizerError: if it cannot be read, or has no end token, no token to pad with other than its end token, or
-            no chat template.
+        TokenizerError: if it cannot be read, or has no end token.
     """
     # Its import advises to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -49,13 +50,38 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer of {path} must have an eos_token, which ends a completion: it has none")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise TokenizerError(
-            f"the tokenizer of {path} must have a pad_token other than its eos_token {tokenizer.eos_token!r}: "
-            f"got {tokenizer.pad_token!r}. Set pad_token in its tokenizer_config.json to an unused token"
-        )
-    if tokenizer.chat_template is None:
-        raise TokenizerError(
-            f"the tokenizer of {path} must have a chat_template: it has none. Use an instruction-tuned model"
-        )
     return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to fill padding with. Lengths say where a sequence ends, so any id will do."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int(pad) if isinstance(pad, int) else int(end) if isinstance(end, int) else 0
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, config_ids: Iterable[int]) -> tuple[int, ...]:
+    """Every token id that ends a completion: the tokenizer's, config.json's and generation_config.json's together.
+
+    Args:
+        tokenizer: the policy's.
+        folder: of the policy.
+        config_ids: those of config.json.
+
+    Returns:
+        Ids in ascending order.
+
+    Raises:
+        TokenizerError: generation_config.json cannot be read.
+    """
+    file = folder / "generation_config.json"
+    given: Any = None
+    if file.is_file():
+        try:
+            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TokenizerError(f"{file} must be a JSON object: {error}") from error
+    listed = given if isinstance(given, list) else [given]
+    ids = {*config_ids, tokenizer.eos_token_id, *listed} - {None}
+    if wrong := [value for value in ids if not isinstance(value, int) or isinstance(value, bool) or value < 0]:
+        raise TokenizerError(f"{file}: eos_token_id must hold token ids: got {wrong[0]!r}")
+    return tuple(sorted(ids))

@@ -54,6 +54,7 @@ def write_report(folder: Path) -> Path:
         facts=_facts(settings, records, summary),
         charts=[chart for chart in (plan.draw(records) for plan in _plans(records)) if chart],
         settings=_settings(settings),
+        prompt=_prompt(folder / "prompt.txt"),
         examples=_examples(read_lines(folder / "completions.jsonl")),
         versions=summary.get("versions", {}),
         number=number,
@@ -61,6 +62,10 @@ def write_report(folder: Path) -> Path:
     file = folder / "report.html"
     file.write_text(page, encoding="utf-8", errors="backslashreplace")
     return file
+
+
+def _prompt(file: Path) -> str:
+    return printable(file.read_text(encoding="utf-8")) if file.is_file() else ""
 
 
 def _percent(value: float) -> str:
@@ -255,5 +260,6 @@ def _example(record: Mapping[str, Any]) -> dict[str, Any]:
         "reward": record.get("reward"),
         "rewards": {printable(str(name)): value for name, value in rewards.items()},
         "answer": None if record.get("answer") is None else printable(str(record["answer"])),
+        "read": printable(str(record.get("read") or "")),
         "finish": record.get("finish"),
     }

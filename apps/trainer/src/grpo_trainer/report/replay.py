@@ -119,7 +119,9 @@ def _update(run: Run, state: TrainState, packed: PackedBatch) -> Iterator[str]:
             tokens["ratio to the old policy"] = np.exp(logp - micro.old_logp_RT)
         if micro.reference_logp_RT is not None:
             tokens["reference's log-probability"] = np.asarray(micro.reference_logp_RT)
-            tokens["KL to the reference"] = np.asarray(kl_estimate(logp, np.asarray(micro.reference_logp_RT)))
+            tokens["KL to the reference"] = np.asarray(
+                kl_estimate(jnp.asarray(logp), jnp.asarray(micro.reference_logp_RT))
+            )
     for name, array in tokens.items():
         bad = counted & ~np.isfinite(array)
         if bad.any():

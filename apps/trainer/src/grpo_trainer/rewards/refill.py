@@ -56,7 +56,7 @@ def _with_signal(scored: Scored) -> np.ndarray:
     """By group, in order: groups are adjacent."""
     rollout = scored.rollout
     signal_B = groups_with_signal(scored.reward_B, scored_B=scored.scored_B, group_B=rollout.group_B)
-    return np.asarray(signal_B).reshape(-1, rollout.group_size).any(1)
+    return np.any(np.asarray(signal_B).reshape(-1, rollout.group_size), axis=1)
 
 
 def _take(stages: Sequence[Any], rows_B: np.ndarray) -> Any:

@@ -28,7 +28,7 @@ _LONGEST_SHOWN = 200
 
 def send(pipe: IO[bytes], message: Any) -> None:
     """Write one message; lone surrogates, which a policy may well sample, survive as JSON escapes."""
-    data = json.dumps(message).encode("ascii")
+    data = json.dumps(message, default=str).encode("ascii")  # a column may hold a date or the like
     pipe.write(len(data).to_bytes(4, "big") + data)
     pipe.flush()
 
@@ -72,8 +72,8 @@ def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[s
         given: its keyword arguments.
 
     Returns:
-        `values` (a number, None where unscored) and `wrong` (row -> what was returned, for values that are not numbers);
-        or `kind` (`exception` or `shape`) and `message`, where there are no values.
+        `values` (a number, None where unscored) and `wrong` (row -> what was returned in place of a number); or
+        `kind` (`exception` or `shape`) and `message`, where there are no values.
     """
     rows = len(given["completions"])
     try:

@@ -100,6 +100,11 @@ class Checkpoints:
         self._any_version, self._any_data = any_version, any_data
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
+    @classmethod
+    def reader(cls, folder: Path) -> Checkpoints:
+        """Checkpoints to be read and not written: nothing of them is deleted, whatever run and versions wrote them."""
+        return cls(folder, keep=1_000_000, versions={}, any_version=True, any_data=True)
+
     def save(
         self, loop: LoopState, identity: Mapping[str, Any], settings: Settings, *, accuracy: float | None = None
     ) -> None:
@@ -163,13 +168,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(
-        self, like: Any, expected: Mapping[str, Any], *, at: int | None = None, donate: bool = False
+        self, like: Any, expected: Mapping[str, Any] | None, *, at: int | None = None, donate: bool = False
     ) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
-            expected: facts of this run (model, tokenizer, data set, ...) that must equal those it was saved with.
+            expected: facts of this run (model, tokenizer, data set, ...) that must equal those it was saved with; None:
+                not compared.
             at: read the checkpoint of this step and no other; None: the newest.
             donate: the arrays of `like` are deleted before one that is there is read: a device that a state fills
                 cannot hold it twice.
@@ -189,8 +195,9 @@ class Checkpoints:
             folder, state = self._manager.directory / f"step_{step}", None
             body, damage = _attempt(partial(_read_notes, folder / "notes"))
             if not damage:
-                self._check_identity(step, body, expected)
-                self._check_versions(step, body["versions"])
+                self._check_identity(step, body, body["identity"] if expected is None else expected)
+                if self._versions:
+                    self._check_versions(step, body["versions"])
                 state, damage = _attempt(partial(_read_state, folder / "state", abstract))
             if not damage and digest(state) != body["state_digest"]:
                 damage = "its arrays do not match their checksum"

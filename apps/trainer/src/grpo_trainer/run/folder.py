@@ -95,11 +95,12 @@ class RunFolder:
         """Whether a summary says that the run reached its last step."""
         return read_summary(self.path).get("steps", 0) >= self.settings.steps
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, *, prompt: str = "") -> None:
         """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
 
         Args:
             step: the last step that the restored checkpoint contains.
+            prompt: one whole prompt as the model sees it, kept as prompt.txt.
 
         Raises:
             ConfigError: log.wandb is set and wandb is not installed.
@@ -111,6 +112,8 @@ class RunFolder:
             for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
             (self.path / "summary.json").unlink(missing_ok=True)
+            if prompt:
+                replace(self.path / "prompt.txt", prompt)
             if self.settings.log.tensorboard:
                 from tensorboardX import SummaryWriter
 

@@ -57,4 +57,5 @@ class LoopState:
     @classmethod
     def from_notes(cls, train: TrainState, notes: dict[str, Any]) -> LoopState:
         """The inverse of `notes`, with the arrays beside them."""
-        return cls(train=train, **(notes | {"health": HealthMemory(**notes["health"])}))
+        health = HealthMemory(**notes["health"])
+        return cls(train=train, health=health, **{name: value for name, value in notes.items() if name != "health"})

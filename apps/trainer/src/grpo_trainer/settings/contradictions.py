@@ -44,6 +44,13 @@ def contradictions(settings: Settings) -> Iterator[str]:
         )
     if rollout.top_k == 1:
         yield "rollout.top_k must not be 1: samples of a group would all be the same; use 0 for all tokens"
+    prompt = settings.prompt
+    if prompt.template and "{prompt}" not in prompt.template:
+        yield f"prompt.template must hold {{prompt}}, where the question goes: got {prompt.template!r}"
+    if prompt.template and prompt.arguments:
+        yield "prompt.arguments are those of the chat template, which prompt.template replaces: set one of the two"
+    if prompt.examples and prompt.examples_file:
+        yield "prompt.examples and prompt.examples_file must not both be set: take examples from one place"
     if rollout.prompts % loss.minibatches:
         yield (
             f"loss.minibatches must divide rollout.prompts (groups are kept whole): got {loss.minibatches} for "
@@ -69,8 +76,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield "optimizer.decay=matrices does nothing while optimizer.weight_decay is 0: set it, or optimizer.decay=all"
     if optimizer.end_learning_rate and optimizer.schedule == "constant":
         yield (
-            "optimizer.end_learning_rate does nothing for optimizer.schedule=constant: set it to 0, or choose linear or "
-            "cosine"
+            "optimizer.end_learning_rate does nothing for optimizer.schedule=constant: set it to 0, or choose linear "
+            "or cosine"
         )
     if settings.cpu_devices > 0 and settings.slices:
         yield (
@@ -101,7 +108,7 @@ def _of_the_objective(settings: Settings) -> Iterator[str]:
             "loss.kl_in=reward"
         )
     if loss.kl_ratio and (loss.kl_in == "reward" or not loss.kl_coefficient):
-        yield "loss.kl_ratio needs a KL in the loss: set loss.kl_coefficient and loss.kl_in=loss, or loss.kl_ratio=false"
+        yield "loss.kl_ratio needs a KL in the loss: set loss.kl_coefficient and loss.kl_in=loss, or turn it off"
     if loss.kl_in == "reward" and not loss.kl_coefficient:
         yield "loss.kl_in=reward needs loss.kl_coefficient above 0: set it, or loss.kl_in=loss"
     if loss.advantage == "gdpo" and loss.kl_in == "reward":

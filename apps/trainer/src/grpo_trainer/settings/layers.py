@@ -44,7 +44,7 @@ def load(task: Task, configs: Sequence[str] = (), sets: Sequence[str] = ()) -> S
         _merge(merged, _checked_keys(_parse(text, source), source))
     for assignment in sets:
         _merge(merged, _assigned(assignment))
-    return _validated(_with_rewards(merged, task))
+    return _validated(_with_prompt(_with_rewards(merged, task), task))
 
 
 def load_saved(file: Path) -> Settings:
@@ -102,6 +102,15 @@ def _validated(merged: Mapping[str, Any]) -> Settings:
         return Settings.model_validate(merged)
     except ValidationError as error:
         _refuse("\n".join(dict.fromkeys(_explained(error))))
+
+
+def _with_prompt(merged: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The instruction as the run will use it: a policy that ships with the task was taught on bare questions."""
+    prompt = merged.get("prompt", {})
+    if prompt.get("instruction") is not None:
+        return merged
+    shipped = merged.get("model", {}).get("path", Settings().model.path) in task.policies
+    return merged | {"prompt": prompt | {"instruction": "" if shipped else task.instruction}}
 
 
 def _with_rewards(merged: dict[str, Any], task: Task) -> dict[str, Any]:

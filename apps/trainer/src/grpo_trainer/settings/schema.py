@@ -19,6 +19,7 @@ __all__ = [
     "LossSettings",
     "ModelSettings",
     "OptimizerSettings",
+    "PromptSettings",
     "RewardSettings",
     "RolloutSettings",
     "RunSettings",
@@ -63,6 +64,31 @@ class DataSettings(_Section):
     max_prompt_length: Positive = Field(default=48, description="tokens of the longest prompt")
     overlong: Literal["refuse", "drop"] = Field(
         default="refuse", description="longer prompts: refuse the data set, naming the first; or drop and count them"
+    )
+
+
+class PromptSettings(_Section):
+    """How a question is put to the policy."""
+
+    system: str = Field(default="", description="text of the system turn; empty: none")
+    instruction: str | None = Field(
+        default=None,
+        description="what to ask for: after the question, or around it with {question} inside; null: what the task "
+        "asks for, and nothing for a policy that ships with it",
+    )
+    examples: Count = Field(
+        default=0, description="solved problems to show first: the first of the training split, which then leave it"
+    )
+    examples_file: str = Field(default="", description="JSONL file of solved problems to show first, all of them")
+    template: str = Field(
+        default="", description="text with {prompt} in place of the model's chat template; empty: the chat template"
+    )
+    prefill: str = Field(default="", description="text that the completion continues, such as <think>")
+    arguments: dict[str, str | int | float | bool | None] = Field(
+        default={}, description="arguments of the chat template, such as {enable_thinking: false}"
+    )
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = Field(
+        default="2024-07-26", description="the day that templates with a date are given, so that no prompt changes"
     )
 
 
@@ -320,6 +346,7 @@ class Settings(_Section):
     )
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
+    prompt: PromptSettings = PromptSettings()
     model: ModelSettings = ModelSettings()
     rollout: RolloutSettings = RolloutSettings()
     loss: LossSettings = LossSettings()
