@@ -336,7 +336,7 @@ def test_what_one_process_cannot_read_all_step_over(
     monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, tree=jax.tree))
     monkeypatch.setattr(
         "grpo_trainer.run.checkpoint.multihost_utils.process_allgather",
-        lambda mine: np.asarray([bool(mine), next(others)]),
+        lambda mine: np.asarray([mine, [next(others), False]]),
     )
     restored = checkpoints(tmp_path).restore(state, IDENTITY)
     assert restored is not None

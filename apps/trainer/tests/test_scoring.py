@@ -18,7 +18,7 @@ from grpo_trainer.task import Problem
 from toy import TASK, load
 
 TEXTS = ("=5", "is =6", "it is 5", "=7, no: ")
-PROBLEMS = (Problem("one?", "=5", "x:1"), Problem("two?", "=7", "x:2"))
+PROBLEMS = (Problem("one?", "=5", "x:1", {"numbers": [2, 3]}), Problem("two?", "=7", "x:2", {"level": 4}))
 
 
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +112,8 @@ def test_functions_see_what_is_promised(rollout: Rollout, transcript: Transcript
         "finished": [True, True, True, False],
         "lengths": list(transcript.lengths),
         "step": 4,
+        "numbers": [[2, 3], [2, 3], None, None],  # the data set's further columns
+        "level": [None, None, 4, 4],
     }
 
 

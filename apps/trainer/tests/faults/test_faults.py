@@ -27,6 +27,7 @@ from grpo_loss import TrainState
 from grpo_mesh import MeshError
 from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
 from grpo_trainer.assemble import assemble
+from grpo_trainer.data.prompts import PromptError
 from grpo_trainer.data.sources import DataError, read_problems
 from grpo_trainer.data.tokenizer import TokenizerError
 from grpo_trainer.rewards.functions import RewardError
@@ -478,14 +479,14 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "a tokenizer without a padding token", TokenizerError, "must have a pad_token other than its eos_token")
+@fault("Model", "a tokenizer without an end token", TokenizerError, "must have an eos_token, which ends a completion")
 def _(bench: Bench) -> None:
     policy = bench.policy()
-    bench.rewrite(policy / "tokenizer_config.json", pad_token="<|im_end|>")
+    bench.rewrite(policy / "tokenizer_config.json", eos_token=None)
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "a tokenizer without a chat template", TokenizerError, "must have a chat_template")
+@fault("Model", "a tokenizer without a chat template", PromptError, "no chat template", "set prompt.template")
 def _(bench: Bench) -> None:
     policy = bench.policy("chat_template.jinja")
     bench.rewrite(policy / "tokenizer_config.json", chat_template=None)
