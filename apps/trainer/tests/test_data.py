@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import END, TASK, load
 
 from grpo_contracts import GrpoError, validate
 from grpo_trainer.data import sources
@@ -14,7 +15,6 @@ from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.stream import ProblemStream, Questions, Reader, tokenize
 from grpo_trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer, padding_id
 from grpo_trainer.task import Problem
-from toy import END, TASK, load
 
 GOOD = '{"question": "1 + 1?", "answer": "=2"}'
 

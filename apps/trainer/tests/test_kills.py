@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from toy import metrics
 
 TESTS = Path(__file__).parent

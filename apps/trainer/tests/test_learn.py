@@ -8,13 +8,13 @@ from typing import Any, cast
 import jax
 import numpy as np
 import pytest
+from toy import load
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams, Scored, validate
 from grpo_loss import PackShape
 from grpo_mesh import make_mesh
 from grpo_trainer.assemble import Run
 from grpo_trainer.learn import make_batch
-from toy import load
 
 P, G, PROMPT, NEW = 2, 3, 2, 4
 B, T = P * G, PROMPT + NEW
@@ -93,7 +93,7 @@ def grpo(reward_B: np.ndarray) -> np.ndarray:
 
 def gdpo(first_B: np.ndarray, second_B: np.ndarray) -> np.ndarray:
     total = grpo(first_B) + 0.5 * grpo(second_B)
-    return (total - total.mean()) / total.std(ddof=1)
+    return (total - total.mean()) / total.std()
 
 
 GROUPS = by_group(REWARD)
@@ -101,7 +101,7 @@ ESTIMATES = {
     "grpo": grpo(REWARD),
     "dr-grpo": (GROUPS - GROUPS.mean(1, keepdims=True)).reshape(-1),
     "rloo": (GROUPS - (GROUPS.sum(1, keepdims=True) - GROUPS) / (G - 1)).reshape(-1),
-    "batch-std": (GROUPS - GROUPS.mean(1, keepdims=True)).reshape(-1) / REWARD.std(ddof=1),
+    "batch-std": (GROUPS - GROUPS.mean(1, keepdims=True)).reshape(-1) / REWARD.std(),
     "gdpo": gdpo(FIRST, SECOND),
 }
 
@@ -159,7 +159,7 @@ def test_unscored_completions_have_no_kl_either(scored: Scored) -> None:
     reward_B = FIRST - 0.25 * ((OLD - REFERENCE) * COMPLETION).sum(1)
     expected = np.zeros(B)
     for group in range(P):
-        rows = keep_B & (GROUP == group)
+        rows = keep_B & (group == GROUP)
         expected[rows] = reward_B[rows] - reward_B[rows].mean()
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 

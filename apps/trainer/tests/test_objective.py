@@ -7,10 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import load
 
 from grpo_loss import MicroBatch
 from grpo_trainer.assemble.objective import make_policy_loss
-from toy import load
 
 # Three packed completions in two rows of five: lengths 2, 2 and 4, the rest padding.
 SEGMENT = np.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 0]], np.int32)
@@ -133,7 +133,9 @@ def test_the_kl_in_the_loss(sets: tuple[str, ...], term: np.ndarray) -> None:
 
 
 def test_the_entropy_bonus() -> None:
-    assert loss("loss.entropy_coefficient=0.25") == pytest.approx(-token_mean(PPO) - 0.25 * token_mean(ENTROPY), rel=1e-5)
+    assert loss("loss.entropy_coefficient=0.25") == pytest.approx(
+        -token_mean(PPO) - 0.25 * token_mean(ENTROPY), rel=1e-5
+    )
 
 
 WEIGHT = np.exp(OLD - SAMPLER)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy import load
 
 from grpo_loss import init_state
 from grpo_sampler import ModelConfig, abstract
 from grpo_trainer.assemble.optimizer import make_optimizer
 from grpo_trainer.settings.errors import ConfigError
-from toy import load
 
 NAMES = ("adamw", "adam", "lion", "muon", "adafactor", "rmsprop", "sgd")
 MODEL = ModelConfig(

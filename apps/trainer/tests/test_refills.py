@@ -1,4 +1,4 @@
-"""Groups that teach nothing are replaced by further ones: which are kept, and that a run with refills is still exact."""
+"""Groups that teach nothing are replaced by further ones: which are kept, and a run with refills is still exact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import TASK, metrics, settings
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams, Scored, validate
 from grpo_trainer.assemble import assemble
@@ -18,7 +19,6 @@ from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Problem
 from grpo_trainer.train import fit, train
-from toy import TASK, metrics, settings
 
 G, T = 2, 5
 

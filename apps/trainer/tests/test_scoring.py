@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import TASK, load
 from transformers import PreTrainedTokenizerBase
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams
@@ -15,7 +16,6 @@ from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.rewards import RewardError, Rewards, Transcript, transcribe
 from grpo_trainer.rewards.functions import load_function
 from grpo_trainer.task import Problem
-from toy import TASK, load
 
 TEXTS = ("=5", "is =6", "it is 5", "=7, no: ")
 PROBLEMS = (Problem("one?", "=5", "x:1", {"numbers": [2, 3]}), Problem("two?", "=7", "x:2", {"level": 4}))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy import load
 
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import changed_keys, dump, flat, load_saved
 from grpo_trainer.settings.schema import LossSettings, RolloutSettings, Settings
-from toy import load
 
 
 def refused(*sets: str, configs: tuple[str, ...] = ()) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from toy import TASK, metrics, settings
 
 from grpo_mesh import AXES, digest
 from grpo_trainer.assemble import assemble
@@ -21,7 +22,6 @@ from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.train import fit, train
-from toy import TASK, metrics, settings
 
 MEASURED = ("steps=4", "eval.before=true", "eval.after=true", "eval.every=2", "checkpoint.every=2")
 

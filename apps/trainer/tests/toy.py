@@ -125,7 +125,7 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def make_policy(folder: Path, **entries: Any) -> Path:
-    """A policy of random weights in Hugging Face layout, one layer unless `entries` of its config.json say otherwise."""
+    """A policy of random weights in Hugging Face layout; `entries` are further ones of its config.json."""
     from flax import nnx
 
     from grpo_sampler import ModelConfig, Transformer, save_pretrained, split

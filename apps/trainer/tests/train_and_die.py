@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import compilation_cache, compiler
+from toy import TASK, load
 
 import grpo_mesh
 from grpo_contracts import Rollout, Scored
@@ -35,7 +36,6 @@ from grpo_trainer.run.progress import Progress
 from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.train import fit
-from toy import TASK, load
 
 
 class Trace:
@@ -150,7 +150,9 @@ def observed(run: Run, trace: Trace) -> Run:
         trace.write(step=trace.step, losses=losses)
         return state, metrics
 
-    return replace(run, plan=replace(run.plan, update=update), rewards=ObservedRewards(**vars(run.rewards), trace=trace))
+    return replace(
+        run, plan=replace(run.plan, update=update), rewards=ObservedRewards(**vars(run.rewards), trace=trace)
+    )
 
 
 def every_rank_caches() -> None:

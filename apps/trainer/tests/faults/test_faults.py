@@ -43,11 +43,11 @@ from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.settings.startup import prepare_process
 
-TESTS = Path(__file__).parents[1]
-sys.path.append(str(TESTS))  # where this file is run to write the page, there is no conftest.py
+sys.path.append(str(Path(__file__).parents[1]))  # run to write the page, this file has no conftest.py
 
 from toy import TASK, load, settings
 
+TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "FAULTS.md"
 GOOD = [{"question": f"{n} + 1?", "answer": f"={n + 1}"} for n in range(8)]
 VERSIONS = {"grpo-loss": "0.3.1", "jax": "0.10.0"}
@@ -250,7 +250,9 @@ def _(bench: Bench) -> None:
     bench.settings("reward.overlong_buffer=99")
 
 
-@fault("Settings", "an argument of another optimizer", ConfigError, "optimizer.arguments of adamw", "eps", "got momentum")
+@fault(
+    "Settings", "an argument of another optimizer", ConfigError, "optimizer.arguments of adamw", "eps", "got momentum"
+)
 def _(bench: Bench) -> None:
     bench.assemble("optimizer.arguments={momentum: 0.9}")
 
