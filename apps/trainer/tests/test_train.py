@@ -12,21 +12,22 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from toy import TASK, metrics, settings
 
 from grpo_mesh import AXES, digest
 from grpo_trainer.assemble import assemble
 from grpo_trainer.evaluate import evaluate_command
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
+from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.train import fit, train
-from toy import TASK, metrics, settings
 
 MEASURED = ("steps=4", "eval.before=true", "eval.after=true", "eval.every=2", "checkpoint.every=2")
 
 
 def checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, keep=9, versions={})
+    return Checkpoints(folder, keep=9, versions=versions("grpo-toy"))
 
 
 def last_state_digest(given: Settings, folder: Path) -> str:
