@@ -72,6 +72,7 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
         (folder / "problems.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
         settings = {
             "run.dir": folder / "run", "steps": options.repeats + 3, "cpu_devices": 0, "compilation_cache": "''",
+            "prompt.instruction": "''",
             "model.path": folder / "policy", "data.source": folder / "problems.jsonl",
             "data.test_source": folder / "problems.jsonl", "data.max_prompt_length": LONGEST_PROMPT,
             "rollout.prompts": len(length_P), "rollout.group_size": GROUP_SIZE, "rollout.max_new_tokens": NEW_TOKENS,
