@@ -6,30 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from grpo_gsm8k.embedded.problems import Problem, generate, main, split_of, write_splits
+from grpo_gsm8k.embedded.problems import WordProblem, generate, main, split_of, write_splits
 from grpo_gsm8k.embedded.templates import TEMPLATES
+from grpo_gsm8k.task import TASK
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 
 
 @pytest.fixture(scope="module")
-def train() -> list[Problem]:
+def train() -> list[WordProblem]:
     return generate("train", 6_000)
 
 
 @pytest.fixture(scope="module")
-def test() -> list[Problem]:
+def test() -> list[WordProblem]:
     return generate("test", 1_500)
 
 
-def test_every_template_is_drawn(train: list[Problem], test: list[Problem]) -> None:
+def test_every_template_is_drawn(train: list[WordProblem], test: list[WordProblem]) -> None:
     names = {template.name for template in TEMPLATES}
     assert len(names) == len(TEMPLATES) >= 20
     assert {problem.template.name for problem in train} == names
     assert {problem.template.name for problem in test} == names
 
 
-def test_worked_steps_are_right(train: list[Problem]) -> None:
+def test_worked_steps_are_right(train: list[WordProblem]) -> None:
     for problem in train:
         *steps, final = problem.answer.split("\n")
         assert 1 <= len(steps) <= 3
@@ -44,7 +45,7 @@ def test_worked_steps_are_right(train: list[Problem]) -> None:
         assert 0 < int(value) < 1000
 
 
-def test_mistakes_end_in_another_answer(train: list[Problem]) -> None:
+def test_mistakes_end_in_another_answer(train: list[WordProblem]) -> None:
     wrong = [problem for problem in train if problem.mistaken is not None]
     assert len(wrong) > 0.8 * len(train)
     for problem in wrong:
@@ -52,7 +53,7 @@ def test_mistakes_end_in_another_answer(train: list[Problem]) -> None:
         assert problem.mistaken.rsplit("#### ")[1] != problem.answer.rsplit("#### ")[1]
 
 
-def test_train_and_test_share_neither_texts_nor_numbers(train: list[Problem], test: list[Problem]) -> None:
+def test_train_and_test_share_neither_texts_nor_numbers(train: list[WordProblem], test: list[WordProblem]) -> None:
     assert not {p.question for p in train} & {p.question for p in test}
     assert not {tuple(sorted(p.numbers)) for p in train} & {tuple(sorted(p.numbers)) for p in test}
     assert len({p.question for p in train}) == len(train)
@@ -62,7 +63,7 @@ def test_split_does_not_see_the_order_of_numbers() -> None:
     assert all(split_of((a, b)) == split_of((b, a)) for a in range(30) for b in range(30))
 
 
-def test_deterministic_prefixes_and_seeds(train: list[Problem]) -> None:
+def test_deterministic_prefixes_and_seeds(train: list[WordProblem]) -> None:
     assert generate("train", 50) == train[:50]
     assert generate("train", 50, seed=1) != train[:50]
 
@@ -72,7 +73,7 @@ def test_ten_thousand_problems_are_all_different() -> None:
 
 
 def test_written_as_gsm8k_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), "--train", "30", "--test", "10"]) == 0
+    assert main(TASK, [str(tmp_path), "--train", "30", "--test", "10"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")]
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 30

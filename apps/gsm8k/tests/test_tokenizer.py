@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_gsm8k.embedded.problems import generate
-from grpo_gsm8k.embedded.tokenizer import END, PAD, TokenizerError, load_tokenizer, main, make_tokenizer
+from grpo_gsm8k.embedded.tokenizer import main, texts
+from grpo_gsm8k.task import TASK
+from grpo_trainer.data.tokenizer import TokenizerError, load_tokenizer
+from grpo_trainer.teach import make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    assert main([str(path)]) == 0
+    assert main(TASK, [str(path)]) == 0
     # What stands beside it in a policy's folder: transformers picks the tokenizer's class by it.
     (path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
     return path
@@ -63,7 +66,7 @@ def test_lengths_fit_the_laptop(tokenizer: Any) -> None:
 
 
 def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     text = tokenizer.apply_chat_template(talk, tokenize=False)
@@ -76,13 +79,17 @@ def test_special_tokens_and_chat_template(tokenizer: Any) -> None:
 
 
 def test_making_it_again_gives_the_same_file(folder: Path, tmp_path: Path) -> None:
-    assert make_tokenizer(tmp_path) % 64 == 0
+    assert make_tokenizer(tmp_path, texts()) % 64 == 0
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("eos_token", None, "eos_token"), ("pad_token", END, "pad_token"), ("chat_template", None, "chat_template")],
+    [
+        ("eos_token", None, "eos_token"),
+        ("pad_token", "<|im_end|>", "pad_token"),
+        ("chat_template", None, "chat_template"),
+    ],
 )
 def test_a_tokenizer_that_would_not_do_is_refused(
     folder: Path, tmp_path: Path, key: str, value: str | None, message: str

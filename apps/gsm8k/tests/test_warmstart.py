@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import grpo_gsm8k
 from grpo_gsm8k.embedded.lessons import Teacher, lessons, teach
 from grpo_gsm8k.embedded.problems import generate
-from grpo_gsm8k.embedded.tokenizer import load_tokenizer, make_tokenizer
-from grpo_gsm8k.embedded.warmstart import Recipe, main, measure, train
-from grpo_sampler import ModelConfig, load
+from grpo_gsm8k.embedded.tokenizer import texts
+from grpo_gsm8k.embedded.warmstart import main
+from grpo_gsm8k.task import TASK
+from grpo_sampler import ModelConfig, load_pretrained
+from grpo_trainer.data.tokenizer import load_tokenizer
+from grpo_trainer.teach import Recipe, make_tokenizer, measure, train_policy
 
-POLICY = Path(grpo_gsm8k.__file__).parent / "policy"
+POLICY = TASK.policies["embedded"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_lessons_hold_whole_solutions_and_teach_completions_alone(tokenizer: Any
     for row in range(6):
         for segment in range(1, batch.segment_RT[row].max() + 1):
             here = batch.segment_RT[row] == segment
-            learned = tokenizer.decode(batch.target_RT[row, here & batch.learn_RT[row]])
+            learned = tokenizer.decode(batch.target_RT[row, here & batch.mask_RT[row]])
             whole = tokenizer.decode([*batch.tokens_RT[row, here][:1], *batch.target_RT[row, here]])
             np.testing.assert_array_equal(batch.positions_RT[row, here], np.arange(here.sum()))
             if row < 4:
@@ -77,7 +79,7 @@ def test_lessons_and_the_embedded_data_share_no_question(tokenizer: Any) -> None
 def test_training_lowers_the_loss(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(steps=12, width=32, mlp_width=64, layers=2, query_heads=2, kv_heads=1, head_size=16)
     teacher = Teacher(rows=2, drill_rows=1)
-    train(recipe.model(len(tokenizer), 2), lessons(tokenizer, teacher, block=128), recipe, every=6)
+    train_policy(recipe.model(len(tokenizer), 2), lessons(tokenizer, teacher, block=128), recipe, every=6)
     early, late = (float(value) for value in re.findall(r"loss ([\d.]+)", capsys.readouterr().out))
     assert late < early
 
@@ -88,7 +90,7 @@ def test_the_embedded_policy_is_small_and_whole(tokenizer: Any) -> None:
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert sum(files.values()) < 8_000_000
-    config, params = load(POLICY, dtype=np.float32)
+    config, params = load_pretrained(POLICY, dtype=np.float32)
     expected = Recipe().model(len(tokenizer), tokenizer.eos_token_id)
     assert isinstance(config, ModelConfig)
     assert config == expected
@@ -102,14 +104,14 @@ def test_the_embedded_policy_is_small_and_whole(tokenizer: Any) -> None:
 
 
 def test_the_embedded_tokenizer_is_the_one_the_problems_make(tmp_path: Path) -> None:
-    make_tokenizer(tmp_path)
+    make_tokenizer(tmp_path, texts())
     assert (tmp_path / "tokenizer.json").read_bytes() == (POLICY / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.slow
 def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer: Any) -> None:
-    config, params = load(POLICY, dtype=np.float32)
-    figures = measure(config, params, tokenizer, problems=256)
+    config, params = load_pretrained(POLICY, dtype=np.float32)
+    figures = measure(config, params, tokenizer, TASK, problems=256)
     assert 0.2 <= figures.greedy <= 0.55
     assert figures.form > 0.95
     assert figures.pass_at_8 > figures.greedy + 0.25
@@ -118,7 +120,9 @@ def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer:
 
 @pytest.mark.slow
 def test_the_command_writes_a_policy_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", str(tmp_path), "--steps", "3", "--layers", "1", "--width", "32", "--mlp-width", "64"]) == 0
+    assert (
+        main(TASK, ["--out", str(tmp_path), "--steps", "3", "--layers", "1", "--width", "32", "--mlp-width", "64"]) == 0
+    )
     assert "held-out problems: greedy" in capsys.readouterr().out
-    config, _ = load(tmp_path, dtype=np.float32)
+    config, _ = load_pretrained(tmp_path, dtype=np.float32)
     assert (config.layers, config.width) == (1, 32)

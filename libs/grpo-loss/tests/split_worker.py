@@ -39,7 +39,7 @@ def gradients(dtype, rows, layout, devices=1):
 
     import grpo_loss
 
-    data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12, dtype=np.dtype(dtype))
+    data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12, dtype=getattr(np, dtype))
     sizes = {"sequences": 20, "groups": 5, "max_prompt_length": 6, "max_new_tokens": 12, "row_length": 16}
     shape = grpo_loss.PackShape.for_rollout(
         rows=rows, shards=devices, blocks=4 if layout == "blocks" else 1, prompts=rows, **sizes

@@ -1,5 +1,7 @@
 """The library satisfies the laws, and says what is wrong when asked for something it cannot do."""
 
+from typing import Any
+
 import grpo_loss_laws as laws
 import jax
 import jax.numpy as jnp
@@ -164,7 +166,7 @@ def test_an_objective_of_your_own():
 def test_a_kl_of_coefficient_zero_is_only_a_metric():
     sequences = random_sequences(np.random.default_rng(6), 3, 5)
     arrays, mask, _, _ = padded(sequences, 5)
-    given = {"advantage_RT": jnp.asarray(arrays["advantage"]), "mask_RT": jnp.asarray(mask)}
+    given: dict[str, Any] = {"advantage_RT": jnp.asarray(arrays["advantage"]), "mask_RT": jnp.asarray(mask)}
     logp, reference = jnp.asarray(arrays["logp"]), jnp.asarray(arrays["reference"])
     plain = grpo_loss.policy_loss(logp, **given)
     shown = grpo_loss.policy_loss(logp, **given, reference_logp_RT=reference, kl=KL("k2", 0.0))
@@ -180,7 +182,7 @@ def test_a_kl_of_coefficient_zero_is_only_a_metric():
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=3), "divide"),
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scale="std"), "sample"),  # pyright: ignore[reportArgumentType]
         (lambda: grpo_loss.group_advantage(np.ones(4), group_size=2, scored_B=np.ones(3, bool)), "scored_B"),
-        (lambda: grpo_loss.group_advantage([1, np.nan, 0, 1], group_size=2), r"got nan at \[1\]"),
+        (lambda: grpo_loss.group_advantage(np.array([1, np.nan, 0, 1]), group_size=2), r"got nan at \[1\]"),
         (lambda: grpo_loss.rloo_advantage(np.array([1, 2, np.inf, 1]), group_size=2), r"got inf at \[2\]"),
         (lambda: grpo_loss.overlong_penalty(np.ones(4, int), max_tokens=10, buffer_tokens=0), "buffer"),
         (lambda: grpo_loss.token_reward(np.ones(2), np.ones((2, 3), bool), kl_coefficient=0.1), "go together"),
@@ -195,5 +197,6 @@ def test_advantages_refuse(call, message):
 
 def test_a_reward_that_could_not_be_computed_may_be_anything():
     scored = np.array([True, False, True, True])
-    advantage = grpo_loss.group_advantage([1, np.nan, 0, 1], scored_B=scored, group_B=[0, 0, 0, 1], scale="none")
+    reward, group = np.array([1, np.nan, 0, 1]), np.array([0, 0, 0, 1])
+    advantage = grpo_loss.group_advantage(reward, scored_B=scored, group_B=group, scale="none")
     laws.close(advantage, [0.5, 0, -0.5, 0])

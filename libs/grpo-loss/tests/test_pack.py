@@ -1,6 +1,7 @@
 """Packed rows hold every kept completion once, next to its own prompt, in the fewest rows that a group allows."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,14 +174,14 @@ def test_advantages_and_log_probabilities_go_into_rows_and_back(layout, per_toke
     B, T = data.tokens_BT.shape
     advantage = np.random.default_rng(0).normal(size=(B, T) if per_token else B).astype(np.float32)
     data = replace(data, advantage=advantage)
-    micro = (data.pack(shape_for(4, 3, 9)) if layout == "packed" else data.pad(5)).micro
+    micro: Any = (data.pack(shape_for(4, 3, 9)) if layout == "packed" else data.pad(5)).micro
     advantage_BT = advantage if per_token else np.repeat(advantage[:, None], T, axis=1)
     in_completion = np.arange(T) >= data.prompt_length_B[:, None]
     in_completion &= np.arange(T) < data.total_length_B[:, None]
     for packed, values_BT in (
         (micro.advantage_RT, advantage_BT),
         (micro.sampler_logp_RT, data.sampler_logp_BT),
-        (micro.old_logp_RT, data.old_logp_BT),
+        (micro.old_logp_RT, np.asarray(data.old_logp_BT)),
     ):
         back_BT = unpack_tokens(packed, micro.source_RT, (B, T))
         np.testing.assert_array_equal(back_BT, np.where(in_completion, values_BT, 0))
@@ -194,11 +195,12 @@ def test_numpy_jax_and_lists_are_packed_alike():
     shape = shape_for(4, 3, 9)
     expected = jax.tree.leaves(grpo_loss.pack(batch, shape=shape))
 
-    def converted(stage, convert):
+    def converted(stage: Any, convert: Any) -> Any:
         arrays = {name: convert(value) for name, value in vars(stage).items() if isinstance(value, np.ndarray)}
         return replace(stage, **arrays)
 
-    for convert in (jnp.asarray, np.ndarray.tolist):
+    converts: list[Any] = [jnp.asarray, np.ndarray.tolist]
+    for convert in converts:
         rollout = converted(batch.scored.rollout, convert)
         other = replace(converted(batch, convert), scored=replace(converted(batch.scored, convert), rollout=rollout))
         leaves = jax.tree.leaves(grpo_loss.pack(other, shape=shape, keep_B=convert(np.ones(12, bool))))
@@ -274,7 +276,7 @@ def test_minibatches_carry_log_probabilities_scored_once_before_the_first(epochs
     ]
     assert len(parts) == len(keeps) == epochs * minibatches
     for part, keep_B in zip(parts, keeps, strict=True):
-        micro = part.micro
+        micro: Any = part.micro
         there = np.unique(micro.sequence_RT)
         np.testing.assert_array_equal(
             there[there >= 0], np.flatnonzero(keep_B & data.scored_B & (data.total_length_B > data.prompt_length_B))

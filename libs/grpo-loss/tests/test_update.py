@@ -1,6 +1,7 @@
 """One optimizer step: what it applies, what it refuses, and what it reports."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def test_an_update_that_cannot_be_trusted_changes_nothing(batch, poison):
     if poison == "parameter":
         state.params["mix"] = state.params["mix"].at[0, 0].set(jnp.nan)
     if poison == "moment":
-        state.opt_state[0].nu["mix"] = -jnp.ones_like(state.opt_state[0].nu["mix"])
+        adam: Any = state.opt_state
+        adam[0].nu["mix"] = -jnp.ones_like(adam[0].nu["mix"])
     before = copied((state.params, state.opt_state))
     broken = batch
     if poison == "advantage":
@@ -172,20 +174,19 @@ def test_the_loss_of_a_packed_batch_reads_its_fields(data, batch):
             make_update(toy_forward, missing, OPTIMIZER).lower(fresh(), without)
 
 
+PARAMS: Any = toy_params(jnp.float32)
+NUMBER: Any = lambda logp_RT, entropy_RT, micro: 1.0  # noqa: E731
+LOGP_ONLY: Any = lambda params, micro: toy_forward(params, micro)[0]  # noqa: E731
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda batch: UPDATE(toy_params(jnp.float32), batch), "state must be a TrainState: got a dict"),
-        (
-            lambda batch: make_update(toy_forward, lambda *_: 1.0, OPTIMIZER)(fresh(), batch),
-            "loss must return LossTerms",
-        ),
-        (
-            lambda batch: make_update(lambda *a: toy_forward(*a)[0], toy_loss, OPTIMIZER)(fresh(), batch),
-            r"forward must return \(logp_RT, entropy_RT\)",
-        ),
-        (lambda batch: make_score(lambda *a: toy_forward(*a)[0])(fresh().params, batch), "forward must return"),
-        (lambda batch: init_state(OPTIMIZER, toy_params(jnp.float32)), r"Call init_state\(params, optimizer\)"),
+        (lambda batch: UPDATE(PARAMS, batch), "state must be a TrainState: got a dict"),
+        (lambda batch: make_update(toy_forward, NUMBER, OPTIMIZER)(fresh(), batch), "loss must return LossTerms"),
+        (lambda batch: make_update(LOGP_ONLY, toy_loss, OPTIMIZER)(fresh(), batch), "forward must return"),
+        (lambda batch: make_score(LOGP_ONLY)(fresh().params, batch), r"\(logp_RT, entropy_RT\)"),
+        (lambda batch: init_state(OPTIMIZER, PARAMS), r"Call init_state\(params, optimizer\)"),
         (lambda batch: init_state({"a": jnp.ones(2), "n": jnp.ones(2, int)}, OPTIMIZER), r"got int32 at \['n'\]"),
         (lambda batch: init_state({}, OPTIMIZER), "empty tree"),
     ],

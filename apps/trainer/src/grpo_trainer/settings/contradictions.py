@@ -66,7 +66,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
             f"loss.blocks must divide loss.row_length={loss.row_length}: got {loss.blocks}. "
             f"Use rows of {settings.row_length + -settings.row_length % loss.blocks} tokens"
         )
-    updates = settings.steps * loss.epochs * loss.minibatches
+    updates = settings.updates
     if optimizer.warmup_steps >= updates:
         yield (
             f"optimizer.warmup_steps must be below the run's {updates} optimizer updates (steps x loss.epochs x "

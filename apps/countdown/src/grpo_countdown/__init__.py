@@ -1,0 +1,1 @@
+"""GRPO on the numbers game Countdown."""

@@ -1,0 +1,128 @@
+"""The unreliable teacher, its lessons, and the policy that ships."""
+
+import random
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_countdown.expression import calculate
+from grpo_countdown.problems import generate, stream
+from grpo_countdown.task import TASK
+from grpo_countdown.warmstart import Teacher, lessons, main, teach, texts
+from grpo_trainer.data.tokenizer import load_tokenizer
+from grpo_trainer.teach import make_tokenizer, measure
+
+POLICY = TASK.policies["embedded"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(POLICY)
+
+
+def test_the_teacher_errs_as_often_as_it_says() -> None:
+    teacher, rng = Teacher(), random.Random(0)
+    wrong: dict[bool, list[bool]] = {True: [], False: []}
+    for problem in islice(stream("train", seed=3, repeat=True), 3_000):
+        assert problem.solution.parts is not None
+        result = calculate(teach(problem, teacher, rng).rpartition("answer: ")[2])
+        wrong[problem.solution.parts[1] == "+"].append(result.value != problem.target)
+    # Now and then the wrong operator leads out of the whole numbers allowed, and the teacher takes the right one.
+    assert teacher.sum_mistakes - 0.1 < np.mean(wrong[True]) <= teacher.sum_mistakes + 0.04
+    assert teacher.mistakes - 0.1 < np.mean(wrong[False]) <= teacher.mistakes + 0.04
+
+
+def test_the_teacher_always_calculates_correctly_and_keeps_to_the_form() -> None:
+    rng = random.Random(0)
+    for problem in generate("train", 300):
+        *working, answer = teach(problem, Teacher(), rng).split("\n")
+        assert working
+        for line in working:
+            left, value = line.split("=")
+            assert calculate(left).value == int(value)
+        value = int(working[-1].split("=")[1])
+        result = calculate(answer.removeprefix("answer: "))
+        assert result.value == value
+        assert all(count <= problem.numbers.count(number) for number, count in result.numbers.items())
+
+
+def test_lessons_teach_completions_alone(tokenizer: Any) -> None:
+    batch = next(lessons(tokenizer, Teacher(rows=2)))
+    for row in range(2):
+        for segment in range(1, batch.segment_RT[row].max() + 1):
+            here = batch.segment_RT[row] == segment
+            whole = tokenizer.decode([*batch.tokens_RT[row, here][:1], *batch.target_RT[row, here]])
+            learned = tokenizer.decode(batch.target_RT[row, here & batch.mask_RT[row]])
+            prompt, completion = whole.split("<|im_start|>assistant\n")
+            assert prompt.startswith("<|im_start|>user\nReach ")
+            assert learned == completion
+            assert re.fullmatch(r"(\d+[-+*/]\d+=\d+\n)+answer: [-+*/()\d]+<\|im_end\|>", completion)
+
+
+def test_prompts_and_solutions_fit_the_preset(tokenizer: Any) -> None:
+    from grpo_trainer.settings.layers import load
+    from grpo_trainer.teach import chat_prompts
+
+    settings = load(TASK)
+    problems = TASK.problems("embedded", "train", 1_000)
+    prompts = chat_prompts(tokenizer, [problem.question for problem in problems])
+    assert max(len(tokenizer.encode(prompt)) for prompt in prompts) <= settings.data.max_prompt_length
+    for problem in generate("train", 1_000):
+        solution = "\n".join([*problem.solution.working(), f"answer: {problem.solution.text}"])
+        assert len(tokenizer.encode(solution)) < settings.rollout.max_new_tokens
+
+
+def test_the_embedded_policy_is_small_and_whole(tmp_path: Path) -> None:
+    files = {path.name: path.stat().st_size for path in POLICY.iterdir()}
+    assert set(files) == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert sum(files.values()) <= 5_000_000
+    make_tokenizer(tmp_path, texts())
+    assert (tmp_path / "tokenizer.json").read_bytes() == (POLICY / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer: Any) -> None:
+    from grpo_sampler import load_pretrained
+
+    config, params = load_pretrained(POLICY, dtype=np.float32)
+    figures = measure(config, params, tokenizer, TASK, problems=256)
+    assert 0.1 <= figures.greedy <= 0.6
+    assert figures.form > 0.95
+    assert figures.pass_at_8 > figures.greedy + 0.2
+    assert figures.mixed > 0.4
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_policy_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from grpo_countdown import cli
+
+    policy, run = tmp_path / "policy", tmp_path / "run"
+    tiny = [
+        "--steps",
+        "3",
+        "--layers",
+        "1",
+        "--width",
+        "32",
+        "--mlp-width",
+        "64",
+        "--query-heads",
+        "2",
+        "--kv-heads",
+        "1",
+    ]
+    assert main(TASK, ["--out", str(policy), *tiny]) == 0
+    assert "held-out problems: greedy" in capsys.readouterr().out
+    small = [
+        f"model.path={policy}", f"run.dir={run}", "steps=2", "rollout.prompts=4", "rollout.group_size=4",
+        "data.train_size=16", "eval.problems=8", "log.tensorboard=false", "cpu_devices=0", "mesh=dp:1",
+    ]  # fmt: skip
+    assert cli.main(["train", "--set", *small]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert "held-out" in capsys.readouterr().out
