@@ -113,10 +113,10 @@ class LimitedSampler:
 
 def write_policy(folder: Path, model: str) -> None:
     """A random policy in Hugging Face layout, with a tokenizer that its vocabulary holds."""
-    from grpo_gsm8k.embedded.tokenizer import make_tokenizer
     from grpo_sampler import save_pretrained
+    from grpo_trainer.teach import make_tokenizer
 
-    make_tokenizer(folder, problems=10)
+    make_tokenizer(folder, ["1 + 1?", "#### 2"])
     save_pretrained(folder, *network(model))
 
 
