@@ -72,6 +72,7 @@ def ours(model: str, lengths: str, options: argparse.Namespace) -> dict:
         (folder / "problems.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
         settings = {
             "run.dir": folder / "run", "steps": options.repeats + 3, "cpu_devices": 0, "compilation_cache": "''",
+            "prompt.instruction": "''",
             "model.path": folder / "policy", "data.source": folder / "problems.jsonl",
             "data.test_source": folder / "problems.jsonl", "data.max_prompt_length": LONGEST_PROMPT,
             "rollout.prompts": len(length_P), "rollout.group_size": GROUP_SIZE, "rollout.max_new_tokens": NEW_TOKENS,
@@ -112,10 +113,10 @@ class LimitedSampler:
 
 def write_policy(folder: Path, model: str) -> None:
     """A random policy in Hugging Face layout, with a tokenizer that its vocabulary holds."""
-    from grpo_gsm8k.embedded.tokenizer import make_tokenizer
     from grpo_sampler import save_pretrained
+    from grpo_trainer.teach import make_tokenizer
 
-    make_tokenizer(folder, problems=10)
+    make_tokenizer(folder, ["1 + 1?", "#### 2"])
     save_pretrained(folder, *network(model))
 
 

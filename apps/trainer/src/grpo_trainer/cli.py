@@ -27,6 +27,7 @@ _CONFIGURED = {
     ),
 }
 _OWN: dict[str, Command] = {
+    "export": ("grpo_trainer.report.export:main", "write a run's policy as a Hugging Face folder"),
     "replay": ("grpo_trainer.report.replay:main", "run a failed step again and say what was not finite"),
 }
 

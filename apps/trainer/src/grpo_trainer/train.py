@@ -22,7 +22,7 @@ from grpo_trainer.report.printable import printable
 from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
-from grpo_trainer.run.folder import RunFolder
+from grpo_trainer.run.folder import RunFolder, matched_settings
 from grpo_trainer.run.health import Health
 from grpo_trainer.run.metrics import completion_records, step_metrics
 from grpo_trainer.run.progress import Progress
@@ -45,7 +45,7 @@ def train(settings: Settings, task: Task, *, dry_run: bool = False) -> int:
         Exit code: 0 when the last step is done, `EXIT_PREEMPTED` when a signal stopped the run after a saved step.
     """
     started = time.monotonic()
-    run = assemble(settings, task)
+    run = assemble(matched_settings(settings), task)
     if not dry_run:
         return fit(run, started=started)
     _introduce(run)
@@ -216,7 +216,7 @@ def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tup
 
 def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Progress) -> LoopState:
     """The loop's state after the newest checkpoint that is whole, or at the beginning."""
-    restored = checkpoints.restore(run.state, run.identity, donate=True)
+    restored = checkpoints.restore(run.state, run.identity, settings=run.settings, donate=True)
     if restored is None:
         loop = LoopState(run.state)
     else:
@@ -224,7 +224,7 @@ def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Pro
         run.problems.set_state(loop.problems)
         if restored.identity.get("held_out") != run.identity["held_out"]:
             loop.accuracy = {}  # of other problems: no gain can be told from it
-        checkpoints.forget_after(loop.step)
+        checkpoints.set_aside_after(loop.step)
         progress.note(f"going on after step {loop.step} of {folder.path}")
     folder.start(loop.step, prompt=run.prompt)
     progress.resume(loop.step)

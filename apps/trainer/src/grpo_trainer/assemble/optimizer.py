@@ -75,7 +75,7 @@ def make_optimizer(settings: Settings) -> tuple[optax.GradientTransformation, op
 
 def _schedule(settings: Settings) -> optax.Schedule:
     given = settings.optimizer
-    updates = settings.steps * settings.loss.epochs * settings.loss.minibatches
+    updates = given.decay_steps or settings.updates
     start = 0.0 if given.warmup_steps else given.learning_rate
     match given.schedule:
         case "constant":

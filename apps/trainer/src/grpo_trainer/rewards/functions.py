@@ -3,8 +3,9 @@
 A reward function has the signature ``f(*, prompts, completions, answers, **extra) -> list[float | None]``: one value a
 completion, None where it cannot be judged. It gets the questions, the texts of the completions without their stop
 tokens, and the data set's ``answer`` fields, all as they are; ``extra`` holds ``finished`` (a list of bool: did the
-completion end by itself), ``lengths`` (tokens of each completion), ``step`` and whatever later versions add. It must
-judge each completion by itself: after a failure it is called again with one completion at a time (see `workers`).
+completion end by itself), ``lengths`` (tokens of each completion), ``step``, every further column of the data set by
+its name, and whatever later versions add. It must judge each completion by itself: after a failure it is called again
+with one completion at a time (see `workers`).
 """
 
 from __future__ import annotations

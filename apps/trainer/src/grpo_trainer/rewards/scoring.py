@@ -42,8 +42,10 @@ class Transcript:
     step: int
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of a reward function."""
-        return {
+        """Keyword arguments of a reward function, every further column of the data set by its name among them."""
+        names = sorted({name for problem in self.problems for name in problem.columns})
+        columns = {name: [problem.columns.get(name) for problem in self.problems] for name in names}
+        return columns | {
             "prompts": [problem.question for problem in self.problems],
             "completions": list(self.completions),
             "answers": [problem.answer for problem in self.problems],

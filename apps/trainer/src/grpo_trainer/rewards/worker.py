@@ -28,7 +28,7 @@ _LONGEST_SHOWN = 200
 
 def send(pipe: IO[bytes], message: Any) -> None:
     """Write one message; lone surrogates, which a policy may well sample, survive as JSON escapes."""
-    data = json.dumps(message).encode("ascii")
+    data = json.dumps(message, default=str).encode("ascii")  # a column may hold a date or the like
     pipe.write(len(data).to_bytes(4, "big") + data)
     pipe.flush()
 

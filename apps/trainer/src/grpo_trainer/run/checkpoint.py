@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from pydantic import ValidationError
 
 from grpo_contracts import GrpoError
 from grpo_mesh import digest
 from grpo_trainer.run.state import LoopState
+from grpo_trainer.settings.changes import differences
 from grpo_trainer.settings.schema import Settings
 
 FORMAT = 2
@@ -28,8 +32,11 @@ FORMAT = 2
 # What of a run's identity may change under a checkpoint, where that is asked for.
 _DATA = ("problems", "held_out")
 
-# What orbax, tensorstore and zarr raise for bytes that are missing, cut short or changed.
-_DAMAGE = (ValueError, OSError, KeyError, TypeError)
+# What orbax, tensorstore and zarr raise for bytes that are missing, cut short or changed, and for what hinders reading.
+_READING = (ValueError, OSError, KeyError, TypeError)
+# Only a missing part proves damage. Permissions, stale mounts, failing disks and too few descriptors may pass.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_OS_ERROR = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +107,11 @@ class Checkpoints:
         self._any_version, self._any_data = any_version, any_data
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
+    @classmethod
+    def reader(cls, folder: Path) -> Checkpoints:
+        """Checkpoints to be read and not written: nothing of them is deleted, whatever run and versions wrote them."""
+        return cls(folder, keep=1_000_000, versions={}, any_version=True, any_data=True)
+
     def save(
         self, loop: LoopState, identity: Mapping[str, Any], settings: Settings, *, accuracy: float | None = None
     ) -> None:
@@ -163,13 +175,21 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(
-        self, like: Any, expected: Mapping[str, Any], *, at: int | None = None, donate: bool = False
+        self,
+        like: Any,
+        expected: Mapping[str, Any] | None,
+        *,
+        settings: Settings | None = None,
+        at: int | None = None,
+        donate: bool = False,
     ) -> Restored | None:
         """Reads the newest checkpoint that is whole.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` with the shapes, dtypes and shardings wanted.
-            expected: facts of this run (model, tokenizer, data set, ...) that must equal those it was saved with.
+            expected: facts of this run (model, tokenizer, data set, ...) that must equal those it was saved with; None:
+                not compared.
+            settings: of this run, which must be those it was saved with, as far as a resume allows; None: not compared.
             at: read the checkpoint of this step and no other; None: the newest.
             donate: the arrays of `like` are deleted before one that is there is read: a device that a state fills
                 cannot hold it twice.
@@ -179,7 +199,7 @@ class Checkpoints:
 
         Raises:
             ResumeRefused: the newest whole checkpoint was made by another run; the message shows the difference.
-            CheckpointError: there are checkpoints and every one of them is damaged.
+            CheckpointError: there are checkpoints and every one of them is damaged, or one cannot be read now.
         """
         steps = [step for step in self.steps if at in (None, step)]
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -189,8 +209,11 @@ class Checkpoints:
             folder, state = self._manager.directory / f"step_{step}", None
             body, damage = _attempt(partial(_read_notes, folder / "notes"))
             if not damage:
-                self._check_identity(step, body, expected)
-                self._check_versions(step, body["versions"])
+                if settings is not None:
+                    self._check_settings(step, body, settings)
+                self._check_identity(step, body, body["identity"] if expected is None else expected)
+                if self._versions:
+                    self._check_versions(step, body["versions"])
                 state, damage = _attempt(partial(_read_state, folder / "state", abstract))
             if not damage and digest(state) != body["state_digest"]:
                 damage = "its arrays do not match their checksum"
@@ -204,10 +227,37 @@ class Checkpoints:
             )
         return None
 
-    def forget_after(self, step: int) -> None:
-        """Deletes checkpoints newer than `step`: the damaged ones that `restore` stepped over."""
-        for later in [s for s in self.steps if s > step]:
-            self._manager.delete(later)
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints newer than `step`, the damaged ones that `restore` stepped over, to `damaged/` beside."""
+        later = [newer for newer in self.steps if newer > step]
+        if not later:
+            return
+        aside = self._folder.absolute().parent / "damaged"
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for newer in later:
+                taken = sum(1 for _ in aside.glob(f"step_{newer}*"))
+                name = f"step_{newer}-{taken}" if taken else f"step_{newer}"
+                (self._folder.absolute() / f"step_{newer}").rename(aside / name)
+                log.warning("the damaged checkpoint of step %s was moved to %s", newer, aside / name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def _check_settings(self, step: int, body: Mapping[str, Any], settings: Settings) -> None:
+        """Refuse a checkpoint that was moved here from a run with other settings."""
+        whose = f"the checkpoint of step {step} in {self._folder}"
+        if body["format"] != FORMAT:
+            raise ResumeRefused(f"{whose} has format {body['format']}; this program reads {FORMAT}.")
+        try:
+            saved = Settings.model_validate(body["settings"])
+        except ValidationError as error:
+            raise ResumeRefused(f"{whose} was made with settings that this version does not have: {error}") from error
+        if bad := differences(saved, settings):
+            listed = "".join(f"\n  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in bad.items())
+            raise ResumeRefused(
+                f"{whose} was made by a run with other settings; name another run.dir, or undo:{listed}"
+            )
 
     def _check_identity(self, step: int, body: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Refuse what another run left; other problems can be allowed, since the arrays mean the same with them."""
@@ -257,21 +307,41 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
 
     Each process reads its own part, and damage may be in one of them. They agree before they go on, or those that
     succeeded would wait in the next collective operation for those that did not.
+
+    Raises:
+        CheckpointError: a part cannot be read now, which does not make it damaged.
     """
-    found, damage = None, ""
+    found, problem, unreadable = None, "", False
     try:
         found = read()
     except Exception as error:
         # orbax wraps what tensorstore says of an array's bytes into a bare Exception.
         cause = error.__cause__ if type(error) is Exception else error
-        if not isinstance(cause, _DAMAGE):
+        if not isinstance(cause, _READING):
             raise
-        damage = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        problem = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        code = _os_error(cause)
+        unreadable = code is not None and code not in _MISSING
     if jax.process_count() > 1:
-        bad = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(damage))))
-        if len(bad) and not damage:
-            damage = f"process {bad[0]} could not read its part"
-    return found, damage
+        verdicts = np.asarray(multihost_utils.process_allgather(np.asarray([bool(problem), unreadable])))
+        others = np.flatnonzero(verdicts[:, 0])
+        if len(others) and not problem:
+            problem = f"process {others[0]} could not read its part"
+        unreadable = bool(verdicts[:, 1].any())
+    if unreadable:
+        raise CheckpointError(
+            f"a checkpoint cannot be read now: {problem[:300]}. It may be whole, so nothing was changed: once it can "
+            "be read, the same command goes on"
+        )
+    return found, problem
+
+
+def _os_error(error: BaseException | None) -> int | None:
+    """The operating system's code, where it is one that failed; tensorstore writes it into the text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 # Not by the manager, whose reading ends in a barrier: a process that failed would never come to it.

@@ -20,15 +20,12 @@ from typing import Any, Self
 
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
+from grpo_trainer.settings.changes import continued, differences
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from grpo_trainer.settings.layers import changed_keys, dump, load_saved
+from grpo_trainer.settings.layers import dump, load_saved
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["RunFolder", "versions"]
-
-# Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
-_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "health.")
-_FREE_KEYS = ("cpu_devices", "mesh", "slices", "compilation_cache", "huge_pages", "phase_timeout")
+__all__ = ["RunFolder", "matched_settings", "versions"]
 
 
 class RunFolder:
@@ -77,9 +74,9 @@ class RunFolder:
         self._lock = lock(self.path)
         try:
             if self.resumed:
-                _refuse_other(self.path, settings)
+                self.settings = _matched(self.path, settings)
             with writing(self.path):
-                replace(self.path / "config.yaml", dump(settings))
+                replace(self.path / "config.yaml", dump(self.settings))
                 (self.path / "error.txt").unlink(missing_ok=True)
         except BaseException:
             self.close()
@@ -247,6 +244,24 @@ class RunFolder:
                 os.close(descriptor)
 
 
+def matched_settings(settings: Settings, *, root: str | os.PathLike[str] = "runs") -> Settings:
+    """The settings that a run goes on with, compared before anything heavy is loaded; nothing is written.
+
+    Args:
+        settings: resolved.
+        root: as of `RunFolder`.
+
+    Returns:
+        They, with the schedule of the run that is continued; as they are, for a new run.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+        RunFolderError: its config.yaml cannot be read.
+    """
+    path = _auto(settings, Path(root)) if settings.run.dir == "auto" else Path(settings.run.dir).expanduser()
+    return _matched(path, settings) if (path / "config.yaml").is_file() else settings
+
+
 def versions(distribution: str) -> dict[str, str]:
     """Installed versions of Python, the trainer, an app, and everything they declare.
 
@@ -271,24 +286,22 @@ def _requirements(distribution: str) -> list[str]:
         return []
 
 
-def _refuse_other(path: Path, settings: Settings) -> None:
+def _matched(path: Path, settings: Settings) -> Settings:
+    """The settings to go on with in a folder; refuses those of another run."""
     file = path / "config.yaml"
     try:
         old = load_saved(file)
     except ConfigError as error:
         raise RunFolderError(f"{file} is not the settings of a run of this version: {error}") from error
-    changed = changed_keys(old, settings)
-    if settings.optimizer.schedule == "constant" and settings.steps >= old.steps:
-        changed.pop("steps", None)  # a longer run under a constant learning rate is the same run, continued
-    free = (*_FREE_SECTIONS, "data.") if settings.checkpoint.any_data else _FREE_SECTIONS
-    bad = {key: pair for key, pair in changed.items() if key not in _FREE_KEYS and not key.startswith(free)}
-    if bad:
+    settings = continued(old, settings)
+    if bad := differences(old, settings):
         listed = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in bad.items())
         hint = "\nIf the problems were corrected, checkpoint.any_data=true lets data.* change."
         raise ConfigError(
             f"run.dir={path} holds a run with other settings; name another folder, or undo:{listed}"
             + (hint if all(key.startswith("data.") for key in bad) else "")
         )
+    return settings
 
 
 def _auto(settings: Settings, root: Path) -> Path:
@@ -298,7 +311,7 @@ def _auto(settings: Settings, root: Path) -> Path:
         if (path / "summary.json").exists():
             continue
         try:
-            _refuse_other(path, settings)
+            _matched(path, settings)
             os.close(lock(path))
         except (ConfigError, RunFolderError):
             continue

@@ -44,7 +44,12 @@ def load(task: Task, configs: Sequence[str] = (), sets: Sequence[str] = ()) -> S
         _merge(merged, _checked_keys(_parse(text, source), source))
     for assignment in sets:
         _merge(merged, _assigned(assignment))
-    return _validated(_with_prompt(_with_rewards(merged, task), task))
+    settings = _validated(_with_prompt(_with_rewards(merged, task), task))
+    if settings.optimizer.decay_steps:
+        return settings
+    # Resolved, so that the saved settings tell a longer run how long its schedule is.
+    optimizer = settings.optimizer.model_copy(update={"decay_steps": settings.updates})
+    return settings.model_copy(update={"optimizer": optimizer})
 
 
 def load_saved(file: Path) -> Settings:

@@ -222,6 +222,10 @@ class OptimizerSettings(_Section):
         default="constant", description="after the warm-up; linear and cosine end at end_learning_rate"
     )
     warmup_steps: Count = Field(default=0, description="linear warm-up, in optimizer updates")
+    decay_steps: Count = Field(
+        default=0,
+        description="optimizer updates after which linear and cosine have ended; 0: those of the steps first asked for",
+    )
     end_learning_rate: float = Field(default=0.0, ge=0.0, description="last learning rate of linear and cosine")
     weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled weight decay")
     decay: Literal["all", "matrices"] = Field(
@@ -363,6 +367,11 @@ class Settings(_Section):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.steps * self.loss.epochs * self.loss.minibatches
 
     @property
     def row_length(self) -> int:
