@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_countdown.expression import calculate
-from grpo_countdown.problems import generate, stream
+from grpo_countdown.problems import calculations, generate, stream
 from grpo_countdown.task import TASK
 from grpo_countdown.warmstart import Teacher, lessons, main, teach, texts
 from grpo_trainer.data.tokenizer import load_tokenizer
@@ -25,33 +25,34 @@ def tokenizer() -> Any:
     return load_tokenizer(POLICY)
 
 
-def test_the_teacher_errs_as_often_as_it_says() -> None:
+def test_the_teacher_is_as_impatient_as_it_says() -> None:
     teacher, rng = Teacher(), random.Random(0)
-    wrong: dict[bool, list[bool]] = {True: [], False: []}
-    for _, term in islice(stream("train", seed=3), 3_000):
-        assert term.parts is not None
-        result = calculate(teach(term, teacher, rng).rpartition("answer: ")[2])
-        assert result is not None
-        wrong[term.parts[1] == "+"].append(result[0] != term.value)
-    # Now and then the wrong operator leads out of the whole numbers allowed, and the teacher takes the right one.
-    assert teacher.sum_mistakes - 0.1 < np.mean(wrong[True]) <= teacher.sum_mistakes + 0.04
-    assert teacher.mistakes - 0.2 < np.mean(wrong[False]) <= teacher.mistakes + 0.04
-
-
-def test_the_teacher_always_calculates_correctly_and_keeps_to_the_form() -> None:
-    rng = random.Random(0)
-    for question, term in generate("train", 300).items():
-        *working, answer = teach(term, Teacher(), rng).split("\n")
-        assert working
-        for line in working:
-            left, value = line.split("=")
-            assert calculate(left) is not None
-            assert calculate(left)[0] == int(value)  # pyright: ignore[reportOptionalSubscript]
+    missed = {True: 0, False: 0}
+    problems = list(islice(stream("train", seed=3), 3_000))
+    for problem in problems:
+        *tries, answer = teach(problem, teacher, rng).split("\n")
         result = calculate(answer.removeprefix("answer: "))
         assert result is not None
-        assert result[0] == int(working[-1].split("=")[1])
-        assert set(result[1].values()) == {1}
-        assert set(result[1]) <= set(map(int, re.findall(r"\d+", question)[1:]))
+        if result[0] != problem.target:
+            missed[len(tries) == 1] += 1
+    # It errs with its first try or not at all. That hits by luck in one of the problem's calculations.
+    luck = np.mean(
+        [np.mean([value == problem.target for value in calculations(problem.numbers).values()]) for problem in problems]
+    )
+    assert missed[False] == 0
+    assert missed[True] / len(problems) == pytest.approx(teacher.impatience * (1 - luck), abs=0.03)
+
+
+def test_the_teacher_calculates_correctly_and_tries_nothing_twice() -> None:
+    rng = random.Random(0)
+    for problem in generate("train", 300):
+        *tries, answer = teach(problem, Teacher(), rng).split("\n")
+        assert 1 <= len(set(tries)) == len(tries) <= 8
+        for line in tries:
+            text, value = line.split("=")
+            assert calculations(problem.numbers)[text] == int(value)
+            assert (int(value) == problem.target) <= (line == tries[-1])
+        assert tries[-1].startswith(f"{answer.removeprefix('answer: ')}=")
 
 
 def test_lessons_teach_completions_alone(tokenizer: Any) -> None:
@@ -94,7 +95,7 @@ def test_the_embedded_policy_has_something_to_learn_and_to_learn_from(tokenizer:
 
     config, params = load_pretrained(POLICY, dtype=np.float32)
     figures = measure(config, params, tokenizer, TASK, problems=256)
-    assert 0.1 <= figures.greedy <= 0.6
+    assert 0.1 <= figures.greedy <= 0.5
     assert figures.form > 0.95
     assert figures.pass_at_8 > figures.greedy + 0.2
     assert figures.mixed > 0.4

@@ -53,10 +53,8 @@ class CountdownTask:
             return problems
         from grpo_countdown.problems import generate
 
-        solved = generate(split, limit or (2_048 if split == "train" else 512)).items()
-        return [
-            Problem(question, term.solution, f"embedded {split}:{n}") for n, (question, term) in enumerate(solved, 1)
-        ]
+        problems = generate(split, limit or (2_048 if split == "train" else 512))
+        return [Problem(each.question, each.solution, f"embedded {split}:{n}") for n, each in enumerate(problems, 1)]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
         """Strict: the expression of the last line reaches the target. Lenient: any expression in it does."""

@@ -1,8 +1,8 @@
-"""The embedded policy, made from scratch out of what an unreliable teacher writes.
+"""The embedded policy, made from scratch out of what an impatient teacher writes.
 
-Reinforcement learning sharpens what a policy can do now and then. So this teacher always calculates correctly and keeps
-to the form, but often takes the wrong operator in the last calculation and misses the target. A policy trained on that
-misses when decoded greedily, and hits in some of its samples.
+Reinforcement learning sharpens what a policy can do now and then. So this teacher tries one calculation after another
+and calculates correctly, but more often than not gives up after the first that misses the target, and answers with it
+all the same. A policy trained on that gives up when decoded greedily, and goes on trying in some of its samples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_countdown.problems import Term, combine, generate, stream
+from grpo_countdown.problems import Countdown, calculations, generate, stream
 from grpo_trainer.task import Task
 from grpo_trainer.teach import Example, Recipe, SupervisedBatch, chat_examples, fill_batches, warmstart
 
@@ -23,46 +23,44 @@ if TYPE_CHECKING:
 
 __all__ = ["Teacher", "lessons", "main", "teach"]
 
-_SEED = 1  # other solutions, in another order, than those of the problems that reinforcement learning sees
-_MISTAKEN = {"+": "-", "-": "+", "*": "+", "/": "-"}
+_SEED = 1  # another order than that of the problems that reinforcement learning sees
+_TRIES = 8  # that fit in the completions of presets/laptop.yaml
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """How reliable the teacher is, and how its lessons are packed.
+    """How patient the teacher is, and how its lessons are packed.
 
     Args:
-        seed: of the problems and of the mistakes.
-        mistakes: share of solutions that end with the wrong operator, where the right one is -, * or /.
-        sum_mistakes: the same where the right one is +.
+        seed: of the problems and of what the teacher tries.
+        impatience: share of problems where it answers with its first try, right or wrong.
         rows: rows of one batch.
         row_length: tokens of a row.
     """
 
     seed: int = 0
-    mistakes: float = 0.6
-    sum_mistakes: float = 0.2
+    impatience: float = 0.6
     rows: int = 6
     row_length: int = 160
 
 
-def teach(term: Term, teacher: Teacher, rng: random.Random) -> str:
-    """Write a solution as the unreliable teacher does.
+def teach(problem: Countdown, teacher: Teacher, rng: random.Random) -> str:
+    """Write a solution as the impatient teacher does.
 
     Args:
-        term: the right one.
-        teacher: how reliable it is.
-        rng: decides whether it errs here.
+        problem: what to solve.
+        teacher: how patient it is.
+        rng: decides what it tries, and whether it gives up.
 
     Returns:
         The text to learn.
     """
-    if term.parts is None:
-        return term.solution
-    left, operator, right = term.parts
-    if rng.random() < (teacher.sum_mistakes if operator == "+" else teacher.mistakes):
-        term = combine(left, _MISTAKEN[operator], right) or term
-    return term.solution
+    results = calculations(problem.numbers)
+    tries = rng.sample(list(results), len(results))
+    hit = next(index for index, text in enumerate(tries) if results[text] == problem.target)
+    last = 0 if rng.random() < teacher.impatience else min(hit, _TRIES - 1)
+    tries[last] = tries[hit] if last else tries[0]  # a patient teacher's last try is right
+    return "\n".join([*(f"{text}={results[text]}" for text in tries[: last + 1]), f"answer: {tries[last]}"])
 
 
 def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[SupervisedBatch]:
@@ -72,10 +70,7 @@ def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[Su
 
 def texts() -> list[str]:
     """What the tokenizer is trained on."""
-    rng = random.Random(0)
-    return [
-        text for question, term in generate("train", 2_000).items() for text in (question, teach(term, Teacher(), rng))
-    ]
+    return [text for problem in generate("train", 2_000) for text in (problem.question, problem.solution)]
 
 
 def main(task: Task, arguments: Sequence[str]) -> int:
@@ -89,5 +84,6 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[li
     rng = random.Random(teacher.seed)
     problems = stream("train", seed=_SEED + teacher.seed)
     while True:
-        questions, terms = zip(*islice(problems, 512))
-        yield [chat_examples(tokenizer, questions, [teach(term, teacher, rng) for term in terms])]
+        chosen = list(islice(problems, 512))
+        solutions = [teach(problem, teacher, rng) for problem in chosen]
+        yield [chat_examples(tokenizer, [problem.question for problem in chosen], solutions)]
