@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).parent / "train_in_a_job.py"
 SETTINGS = [
     "steps=2", "data.train_size=40", "rollout.prompts=4", "rollout.group_size=4", "rollout.max_new_tokens=16",
     "loss.rows=8", "eval.problems=8", "eval.every=0", "eval.before=false", "eval.after=false", "checkpoint.every=2",
-    "log.tensorboard=false", "log.completions=16", f"reward.functions=[{SCRIPT.stem}:share_of_digits]",
+    "log.tensorboard=false", "log.completions=16", "prompt.instruction=",
+    f"reward.functions=[{SCRIPT.stem}:share_of_digits]",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ WORKSPACE = read_workspace(ROOT)
 LIBRARIES = [library.name for library in WORKSPACE.libraries]
 ASSEMBLIES = [package.name for package in WORKSPACE.assemblies]
 # An app's loop on a toy policy, its command line and its settings; for a package without these, all fast tests.
-PINNED_TESTS = ("::".join(map(str, LOOP_TEST)), "tests/test_cli.py", "tests/test_config.py")
+PINNED_TESTS = ("::".join(map(str, LOOP_TEST)), "tests/test_cli.py", "tests/test_settings.py")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 from flax import nnx
 
 import grpo_mesh
-from grpo_contracts import PolicyVersion, TrainBatch
-from grpo_trainer import train as training
-from grpo_trainer.assemble.run import Assembly, assemble
-from grpo_trainer.run.checkpoint import Checkpoints
-from runs import load
-from grpo_trainer.learn import advantages, place, updates
-from grpo_gsm8k.embedded.tokenizer import make_tokenizer
+from grpo_contracts import PolicyVersion
+from grpo_gsm8k.embedded.tokenizer import texts
+from grpo_gsm8k.task import TASK
 from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
+from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.learn import make_batch, place, updates
+from grpo_trainer.rewards import transcribe
+from grpo_trainer.run.checkpoint import Checkpoints
+from grpo_trainer.settings import layers
+from grpo_trainer.teach import make_tokenizer
+from grpo_trainer.train import fit, sample, train
 
 
 def share_of_digits(*, completions: list[str], **_: Any) -> list[float | None]:
@@ -28,9 +32,9 @@ def share_of_digits(*, completions: list[str], **_: Any) -> list[float | None]:
 
 def make_policy(folder: Path) -> None:
     folder.mkdir()
-    vocabulary = make_tokenizer(folder, problems=300)
     architecture = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": vocabulary,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+        "vocab_size": make_tokenizer(folder, texts()[:600]),
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "hidden_act": "silu",
@@ -40,36 +44,34 @@ def make_policy(folder: Path) -> None:
     save_pretrained(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
 
 
-def run(job: grpo_mesh.Job, settings: list[str]) -> None:
-    config = load([], settings)
-    if code := training.train(config):
-        grpo_mesh.leave(code, "training did not finish")
-    assembled = assemble(config)
-    keep(job, Path(config.run.dir) / "gradient.npz", first_gradient(assembled))
-    restored = Checkpoints(Path(config.run.dir) / "checkpoints", keep=1).restore(assembled.state, assembled.identity)
+def run(job: grpo_mesh.Job, assignments: list[str]) -> None:
+    settings = layers.load(TASK, [], assignments)
+    if code := train(settings, TASK):
+        grpo_mesh.abort(code, "training did not finish")
+    run = assemble(settings, TASK)
+    keep(job, Path(settings.run.dir) / "gradient.npz", first_gradient(run))
+    restored = Checkpoints.reader(Path(settings.run.dir) / "checkpoints").restore(run.state, run.identity)
     assert restored is not None
-    keep(job, Path(config.run.dir) / "weights.npz", restored.state.params)
+    keep(job, Path(settings.run.dir) / "weights.npz", restored.state.params)
 
 
-def first_gradient(assembled: Assembly) -> Any:
+def first_gradient(run: Run) -> Any:
     """Of the first step's loss, before it is clipped: the metrics tell its norm alone."""
-    config, params = assembled.config, assembled.state.params
-    asked, policy = next(assembled.problems), PolicyVersion(0, grpo_mesh.digest(params))
-    rollout = assembled.sampler.generate(
-        params, asked.prompts, group_size=config.rollout.group_size, seed=config.seed, step=0, policy=policy
-    )
-    scored = assembled.rewards.score(rollout, asked)
-    batch = TrainBatch(scored, advantages(scored, config))
-    packed = next(updates(assembled, params, batch, 0))
-    gradient, terms = assembled.gradient(params, place(assembled, packed))
+    params = run.state.params
+    asked = next(run.problems)
+    rollout = sample(run, params, asked, PolicyVersion(0, grpo_mesh.digest(params)))
+    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
+    packed = next(updates(run, params, make_batch(run, params, scored), 0))
+    gradient, terms = run.plan.gradient(params, place(run, packed))
     return jax.tree.map(lambda leaf: leaf / terms.denominator, gradient)
 
 
-def hang(job: grpo_mesh.Job, settings: list[str]) -> None:
+def hang(job: grpo_mesh.Job, assignments: list[str]) -> None:
     """Trains until the last rank never comes back from its first update."""
+    run = assemble(layers.load(TASK, [], assignments), TASK)
     if job.rank == job.processes - 1:
-        training.__dict__["learn"] = lambda *_: time.sleep(600)
-    training.train(load([], settings))
+        run = replace(run, plan=replace(run.plan, update=lambda *_: time.sleep(600)))
+    fit(run)
 
 
 def keep(job: grpo_mesh.Job, file: Path, tree: Any) -> None:

@@ -23,7 +23,7 @@ def test_every_solution_reaches_its_target(train: list[Countdown], test: list[Co
     for problem in [*train, *test]:
         assert 2 <= len(problem.numbers) <= 4
         assert all(1 <= number <= 10 for number in problem.numbers)
-        assert 1 <= problem.target <= 50
+        assert 1 <= problem.target <= 20
         assert problem.target not in problem.numbers
         result = calculate(problem.solution.text)
         assert result.value == problem.target

@@ -9,7 +9,7 @@ from grpo_countdown.task import TASK
 from grpo_trainer.data.sources import DataError
 from grpo_trainer.task import Judgement, Problem
 
-PROBLEM = Problem("Reach 13 from 7, 3, 2 by + - * /", "7 3 2 = 13", "here:1")
+PROBLEM = Problem("Reach 13 from 7, 3, 2.", "answer: 7+3*2", "here:1")
 
 
 def judge(completion: str, *, finished: bool = True) -> Judgement:
@@ -75,13 +75,13 @@ def test_a_completion_that_was_cut_is_right_but_not_formed() -> None:
 
 
 def test_an_exact_fraction_on_the_way_is_right() -> None:
-    problem = Problem("", "5 4 2 = 10", "here:1")
+    problem = Problem("Reach 10 from 5, 4, 2.", "", "here:1")
     assert TASK.judge("answer: 5/2*4", problem, finished=True).strict
     assert not TASK.judge("answer: 5//2*4", problem, finished=True).lenient
 
 
 def test_a_number_given_twice_may_be_used_twice() -> None:
-    problem = Problem("", "4 4 = 8", "here:1")
+    problem = Problem("Reach 8 from 4, 4.", "", "here:1")
     assert TASK.judge("answer: 4+4", problem, finished=True).strict
     assert not TASK.judge("answer: 4+4+4-4", problem, finished=True).strict
 
@@ -106,20 +106,21 @@ def test_rewards_agree_with_the_judge() -> None:
     assert set(TASK.weights) == set(TASK.rewards)
 
 
-def test_embedded_problems_are_what_they_say() -> None:
+def test_embedded_problems_come_with_their_solutions() -> None:
     problems = TASK.problems("embedded", "test", 20)
     assert len(problems) == 20
     for problem in problems:
-        numbers, target = problem.answer.split(" = ")
-        assert problem.question.startswith(f"Reach {target} from {numbers.replace(' ', ', ')} ")
         assert "each number at most once" in problem.question
+        judgement = TASK.judge(problem.answer, problem, finished=True)
+        assert judgement.strict
+        assert judgement.formed
 
 
 def test_other_problems_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
-    file.write_text(json.dumps({"question": "Reach 100.", "answer": "25 4 = 100"}) + "\n")
+    file.write_text(json.dumps({"question": "Reach 100 from 25, 4, please.", "answer": "answer: 25*4"}) + "\n")
     (problem,) = TASK.problems(str(file), "train", 0)
-    assert TASK.judge("answer: 25*4", problem, finished=True).strict
-    file.write_text(json.dumps({"question": "Reach 100.", "answer": "100"}) + "\n")
-    with pytest.raises(DataError, match=r"mine.jsonl:1: answer must be the numbers and the target"):
+    assert TASK.judge(problem.answer, problem, finished=True).strict
+    file.write_text(json.dumps({"question": "Reach 100.", "answer": "25*4"}) + "\n")
+    with pytest.raises(DataError, match=r"mine.jsonl:1: question must hold a target and numbers"):
         TASK.problems(str(file), "train", 0)

@@ -14,7 +14,8 @@ from grpo_countdown.problems import generate, stream
 from grpo_countdown.task import TASK
 from grpo_countdown.warmstart import Teacher, lessons, main, teach, texts
 from grpo_trainer.data.tokenizer import load_tokenizer
-from grpo_trainer.teach import make_tokenizer, measure
+from grpo_trainer.settings.layers import load
+from grpo_trainer.teach import chat_examples, make_tokenizer, measure
 
 POLICY = TASK.policies["embedded"]
 
@@ -64,16 +65,14 @@ def test_lessons_teach_completions_alone(tokenizer: Any) -> None:
 
 
 def test_prompts_and_solutions_fit_the_preset(tokenizer: Any) -> None:
-    from grpo_trainer.settings.layers import load
-    from grpo_trainer.teach import chat_prompts
-
     settings = load(TASK)
     problems = TASK.problems("embedded", "train", 1_000)
-    prompts = chat_prompts(tokenizer, [problem.question for problem in problems])
-    assert max(len(tokenizer.encode(prompt)) for prompt in prompts) <= settings.data.max_prompt_length
-    for problem in generate("train", 1_000):
-        solution = "\n".join([*problem.solution.working(), f"answer: {problem.solution.text}"])
-        assert len(tokenizer.encode(solution)) < settings.rollout.max_new_tokens
+    examples = chat_examples(
+        tokenizer, [problem.question for problem in problems], [problem.answer for problem in problems]
+    )
+    assert max(example.prompt_length for example in examples) <= settings.data.max_prompt_length
+    longest = max(len(example.tokens) - example.prompt_length for example in examples)
+    assert longest <= settings.rollout.max_new_tokens
 
 
 def test_the_embedded_policy_is_small_and_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A policy small enough to train in a test: the embedded tokenizer, one layer, random weights."""
+"""A policy small enough to compile in a test: the embedded tokenizer, one layer, random weights."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from grpo_gsm8k.embedded.tokenizer import make_tokenizer
-from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
-
-# `reward.functions=[graders:digits]` is found as a user's module is: reward processes get this process's path.
+# `reward.functions=[own_rewards:digits]` is found as a user's module is: reward processes get this process's path.
 sys.path.append(str(Path(__file__).parent))
+
+from grpo_gsm8k.embedded.tokenizer import texts
+from grpo_mesh import use_compilation_cache
+from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
+from grpo_trainer.settings.schema import Settings
+from grpo_trainer.teach import make_tokenizer
+
+use_compilation_cache(Settings().compilation_cache)
 
 
 @pytest.fixture(scope="session")
 def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Hugging Face layout."""
     folder = tmp_path_factory.mktemp("toy-policy")
-    vocabulary = make_tokenizer(folder, problems=500)
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                "vocab_size": vocabulary,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "max_position_embeddings": 256,
-                "rms_norm_eps": 1e-6,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-                "tie_word_embeddings": True,
-                "hidden_act": "silu",
-            }
-        )
-    )
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": make_tokenizer(folder, texts()[:1000]),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     model = ModelConfig.from_file(folder)
-    _, params = split(Transformer(model, rngs=nnx.Rngs(0)))
-    save_pretrained(folder, model, params)
+    save_pretrained(folder, model, split(Transformer(model, rngs=nnx.Rngs(0)))[1])
     return folder

@@ -10,9 +10,10 @@ import pytest
 # `reward.functions=[graders:moody]` is found as a user's module is: reward processes get this process's path.
 sys.path.append(str(Path(__file__).parent))
 
+from toy import make_policy
+
 from grpo_mesh import use_compilation_cache
 from grpo_trainer.settings.schema import Settings
-from toy import make_policy
 
 use_compilation_cache(Settings().compilation_cache)
 

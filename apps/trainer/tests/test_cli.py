@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from toy import TASK, load
 
 from grpo_contracts import ContractError, GrpoError
 from grpo_mesh import HostsError
@@ -15,7 +16,6 @@ from grpo_trainer import cli
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import dump
 from grpo_trainer.settings.startup import prepare_process
-from toy import TASK, load
 
 HERE = Path(__file__).parent
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import END, TASK, load
 
 from grpo_contracts import GrpoError, validate
 from grpo_trainer.data import sources
 from grpo_trainer.data.sources import DataError, digest, read_problems
-from grpo_trainer.data.stream import ProblemStream, Questions, held_out, open_problems, tokenize
-from grpo_trainer.data.tokenizer import TokenizerError, load_tokenizer
+from grpo_trainer.data.stream import ProblemStream, Questions, Reader, tokenize
+from grpo_trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer, padding_id
 from grpo_trainer.task import Problem
-from toy import END, TASK, load
 
 GOOD = '{"question": "1 + 1?", "answer": "=2"}'
 
@@ -211,29 +211,46 @@ def test_state_goes_on_exactly_also_with_other_processes(questions: Questions, t
 def test_opened_as_the_settings_say(tokenizer: Any, tmp_path: Path) -> None:
     write_splits(tmp_path, train=30, test=20)
     given = load([], [f"data.source={tmp_path}", "data.train_size=25", "rollout.prompts=6", "eval.problems=500"])
-    stream = open_problems(given, TASK, tokenizer, vocab_size=704)
+    stream = Reader(given, TASK, tokenizer, 704).training()
     first = next(stream)
     assert first.prompts.tokens_PT.shape == (6, given.data.max_prompt_length)
     assert first.prompts.vocab_size == 704
     assert len(stream.questions.problems) == 25
     assert len(stream.digest) == 64
-    test = held_out(given, TASK, tokenizer)
+    test = Reader(given, TASK, tokenizer, 704).held_out()
     assert [problem.place for problem in test.problems] == [f"{tmp_path / 'test.jsonl'}:{n}" for n in range(1, 21)]
     elsewhere = given.data.model_copy(update={"test_source": "embedded"})
-    apart = held_out(given.model_copy(update={"data": elsewhere}), TASK, tokenizer)
+    apart = Reader(given.model_copy(update={"data": elsewhere}), TASK, tokenizer, 704).held_out()
     assert [problem.place for problem in apart.problems] == [f"embedded test:{n}" for n in range(1, 26)]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [("eos_token", None, "eos_token"), ("pad_token", END, "pad_token"), ("chat_template", None, "chat_template")],
-)
-def test_a_tokenizer_that_would_not_do_is_refused(
-    toy_policy: Path, tmp_path: Path, key: str, value: str | None, message: str
-) -> None:
+def with_tokenizer_entries(policy: Path, folder: Path, **entries: Any) -> Path:
+    """A copy of a policy's tokenizer with other entries of its tokenizer_config.json."""
     for name in ("tokenizer.json", "config.json"):
-        (tmp_path / name).write_bytes((toy_policy / name).read_bytes())
-    entries = json.loads((toy_policy / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries | {key: value}))
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(tmp_path)
+        (folder / name).write_bytes((policy / name).read_bytes())
+    old = json.loads((policy / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(old | entries))
+    return folder
+
+
+def test_a_tokenizer_without_an_end_is_refused(toy_policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="must have an eos_token, which ends a completion"):
+        load_tokenizer(with_tokenizer_entries(toy_policy, tmp_path, eos_token=None))
+
+
+@pytest.mark.parametrize("pad", [END, None])
+def test_padding_is_told_by_lengths_and_not_by_an_id(toy_policy: Path, tmp_path: Path, pad: str | None) -> None:
+    """A tokenizer that pads with its end token, or with nothing, pads all the same."""
+    tokenizer = load_tokenizer(with_tokenizer_entries(toy_policy, tmp_path, pad_token=pad))
+    assert padding_id(tokenizer) == tokenizer.eos_token_id
+    asked = tokenize(TASK.problems("embedded", "train", 3), tokenizer, max_length=40).ask([0])
+    validate(asked.prompts, level="values")
+    assert asked.prompts.tokens_PT[0, asked.prompts.length_P[0] :].tolist() == [tokenizer.eos_token_id] * 15
+
+
+def test_every_end_token_of_a_model_ends_a_completion(tokenizer: Any, tmp_path: Path) -> None:
+    """As its makers published it: ids of the tokenizer, config.json and generation_config.json."""
+    own = tokenizer.eos_token_id
+    assert end_ids(tokenizer, tmp_path, ()) == (own,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [200, 201]}')
+    assert set(end_ids(tokenizer, tmp_path, (100, 200))) == {own, 100, 200, 201}

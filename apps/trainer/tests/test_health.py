@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from toy import TASK, load, settings
 
 from grpo_contracts import PolicyVersion
 from grpo_loss import TrainState
@@ -29,7 +30,6 @@ from grpo_trainer.run.progress import Progress
 from grpo_trainer.run.state import HealthMemory, LoopState
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.train import train
-from toy import TASK, load, settings
 
 FINE = {
     "frac_reward_zero_std": 0.5,
@@ -159,9 +159,9 @@ def test_stale_weights_are_refused(tmp_path: Path) -> None:
 def diverged(toy_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose first update throws the parameters out of all bounds: the next three are not finite."""
     folder = tmp_path_factory.mktemp("diverged") / "run"
+    given = settings(toy_policy, folder, "optimizer.learning_rate=1e15", "loss.epochs=4", "checkpoint.every=2")
     with pytest.raises(Diverged, match=r"3 updates in a row up to step 1.*replay .*capsule-000001\.zip") as caught:
-        sets = ("optimizer.learning_rate=1e15", "loss.epochs=4", "checkpoint.every=2")
-        train(settings(toy_policy, folder, *sets), TASK)
+        train(given, TASK)
     assert str(folder / "checkpoints" / "step_1") in str(caught.value)
     return folder
 
@@ -336,7 +336,7 @@ def test_what_one_process_cannot_read_all_step_over(
     monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, tree=jax.tree))
     monkeypatch.setattr(
         "grpo_trainer.run.checkpoint.multihost_utils.process_allgather",
-        lambda mine: np.asarray([bool(mine), next(others)]),
+        lambda mine: np.asarray([mine, [next(others), False]]),
     )
     restored = checkpoints(tmp_path).restore(state, IDENTITY)
     assert restored is not None

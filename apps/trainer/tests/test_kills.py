@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy import metrics
 
 TESTS = Path(__file__).parent
 STEPS, PROBLEMS, PROMPTS = 12, 20, 4  # more than two epochs
@@ -23,7 +24,7 @@ STAGES = ("rollout", "reward", "update", "evaluation", "checkpoint", "restore")
 HASHES = ("policy", "tokens", "rewards", "losses", "state")
 
 
-def settings(policy: Path, folder: Path, cache: Path, **more: Any) -> list[str]:
+def assignments(policy: Path, folder: Path, cache: Path, **more: Any) -> list[str]:
     small = {
         "model.path": policy,
         "run.dir": folder,
@@ -41,10 +42,10 @@ def settings(policy: Path, folder: Path, cache: Path, **more: Any) -> list[str]:
         "checkpoint.every": 1,
         "log.completions": 16,  # every one: what was sampled is compared, and counted
         "log.tensorboard": False,
-        "reward.functions": "[graders:digits]",
+        "reward.functions": "[toy:digits]",  # as a user's own: in a process of its own
         "reward.timeout": 600,  # a frozen machine is no failure of the function
     }
-    return [f"--set={key}={value}" for key, value in (small | more).items()]
+    return [f"{key}={value}" for key, value in (small | more).items()]
 
 
 def job(processes: int, devices: int = 1) -> list[str]:
@@ -55,24 +56,21 @@ def job(processes: int, devices: int = 1) -> list[str]:
 
 
 def train(*sets: str) -> list[str]:
-    return [sys.executable, "-m", "grpo_gsm8k.cli", "train", *sets]
+    return [sys.executable, "toy.py", "train", *(f"--set={assignment}" for assignment in sets)]
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    # In the tests' folder, so that `graders` is a module beside the command.
+    # In the tests' folder, so that `toy` is a module beside the command.
     with log.open("ab") as out:
         return subprocess.Popen(arguments, stdout=out, stderr=out, cwd=TESTS)
 
 
 def result(folder: Path) -> list[Any]:
     """What a run leaves, without what a clock or a cache decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "time", "compiled")
-    kept = [{k: v for k, v in line.items() if not k.startswith(timed) and "per_second" not in k} for line in lines]
     summary = json.loads((folder / "summary.json").read_text())
     return [
-        kept,
-        {k: v for k, v in summary.items() if not k.startswith(timed)},
+        metrics(folder),
+        {k: v for k, v in summary.items() if not k.startswith(("seconds", "compiled"))},
         (folder / "completions.jsonl").read_text(),
     ]
 
@@ -118,7 +116,7 @@ def whole(
     folder = tmp_path_factory.mktemp(f"whole{processes}")
     for name in ("cold", "run"):  # the second one finds its programs compiled, as a run that goes on does
         arguments = [*job(processes), str(folder / f"{name}.trace"), "{}"]
-        run = start([*arguments, *settings(toy_policy, folder / name, cache)], folder / "log")
+        run = start([*arguments, *assignments(toy_policy, folder / name, cache)], folder / "log")
         assert run.wait(1800) == 0, (folder / "log").read_text()
     trace = folder / "run.trace"
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -169,7 +167,7 @@ def test_killed_at_random_instants(kills: int, toy_policy: Path, cache: Path, wh
         # The instants of a round ascend, so that a run goes on from kill to kill, and to its end after the last.
         for kill in [*sorted(todo[:10]), None]:
             trace = tmp_path / f"{interrupted.total()}.{rounds}.trace"
-            code = run_until(kill, job(processes), trace, settings(toy_policy, folder, cache), whole)
+            code = run_until(kill, job(processes), trace, assignments(toy_policy, folder, cache), whole)
             compared = [hashes(trace, rank) for rank in range(processes)]
             for mine, expected in zip(compared, whole.hashes):
                 assert mine.items() <= expected.items(), f"after {row or 'nothing'}"
@@ -193,8 +191,8 @@ def test_killed_at_random_instants(kills: int, toy_policy: Path, cache: Path, wh
 
 def run_until(kill: Kill | None, command: list[str], trace: Path, sets: list[str], whole: Whole) -> int:
     """Start a run that dies at this instant; its exit code."""
-    told = vars(kill) | {"first": whole.first[kill.stage], "later": whole.later[kill.stage]} if kill else {}
-    arguments = [*command, str(trace), json.dumps(told), *sets]
+    orders = vars(kill) | {"first": whole.first[kill.stage], "later": whole.later[kill.stage]} if kill else {}
+    arguments = [*command, str(trace), json.dumps(orders), *sets]
     code = start(arguments, trace.with_suffix(".log")).wait(1800)
     if code:
         assert kill, trace.with_suffix(".log").read_text()
@@ -228,7 +226,7 @@ def assert_every_problem_once_an_epoch(folder: Path) -> None:
 def test_a_signal_saves_and_the_same_command_goes_on(
     toy_policy: Path, cache: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    arguments = train(*settings(toy_policy, tmp_path / "run", cache, **{"checkpoint.every": 1000}))
+    arguments = train(*assignments(toy_policy, tmp_path / "run", cache, **{"checkpoint.every": 1000}))
     run = start(arguments, tmp_path / "log")
     while run.poll() is None and "step 2/" not in (tmp_path / "log").read_text():
         time.sleep(0.02)
@@ -243,7 +241,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_second_run_in_the_same_folder_is_refused(
     toy_policy: Path, cache: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    arguments = train(*settings(toy_policy, tmp_path / "run", cache))
+    arguments = train(*assignments(toy_policy, tmp_path / "run", cache))
     first = start(arguments, tmp_path / "first")
     while first.poll() is None and "step 1/" not in (tmp_path / "first").read_text():
         time.sleep(0.02)
@@ -265,7 +263,7 @@ def test_two_processes_step_over_a_damaged_checkpoint(
     shutil.copytree(whole.folder, folder)
     for file in (folder / "checkpoints" / f"step_{STEPS}" / "state" / "ocdbt.process_1" / "d").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    sets = settings(toy_policy, folder, cache, steps=STEPS + 1)
+    sets = assignments(toy_policy, folder, cache, steps=STEPS + 1)
     run = start([*job(2), str(tmp_path / "trace"), "{}", *sets], tmp_path / "log")
     assert run.wait(1800) == 0, (tmp_path / "log").read_text()
     assert f"step_{STEPS} is damaged" in (tmp_path / "log").read_text()
@@ -281,7 +279,7 @@ def test_a_run_goes_on_on_other_devices(toy_policy: Path, cache: Path, tmp_path:
     there = {"eval.every": 0, "eval.after": False, "loss.rows": 4}
 
     def go_on(name: str, processes: int, devices: int, steps: int) -> None:
-        sets = settings(toy_policy, tmp_path / name, cache, **there, steps=steps)
+        sets = assignments(toy_policy, tmp_path / name, cache, **there, steps=steps)
         trace = tmp_path / f"{name}{steps}"
         run = start([*job(processes, devices), str(trace), "{}", *sets], tmp_path / "log")
         assert run.wait(1800) == 0, (tmp_path / "log").read_text()

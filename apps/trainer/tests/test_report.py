@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from toy import load
 
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
-from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.folder import RunFolder
-from toy import load
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\x1b[2J\u202e</pre> 3 < 4 & 5"
 

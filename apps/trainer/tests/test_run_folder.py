@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy import load
 
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.run.files import read_lines
 from grpo_trainer.run.folder import RunFolder, versions
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from toy import load
-
 
 VERSIONS = {"python": "3.11.4", "grpo-loss": "0.3.0"}
 
@@ -126,11 +125,13 @@ def test_other_settings_are_refused(config):
             assert folder.resumed
 
 
-def test_a_cosine_schedule_fixes_the_number_of_steps(config):
-    with RunFolder(config("optimizer.schedule=cosine"), VERSIONS):
-        pass
-    with pytest.raises(ConfigError, match="steps"):
-        RunFolder(config("optimizer.schedule=cosine", "steps=100"), VERSIONS)
+def test_a_longer_run_keeps_its_schedule(config):
+    with RunFolder(config("optimizer.schedule=cosine"), VERSIONS) as folder:
+        assert folder.settings.optimizer.decay_steps == 60
+    with RunFolder(config("optimizer.schedule=cosine", "steps=100"), VERSIONS) as folder:
+        assert (folder.settings.steps, folder.settings.optimizer.decay_steps) == (100, 60)
+    with pytest.raises(ConfigError, match=r"optimizer\.decay_steps: 60 there, 90 now"):
+        RunFolder(config("optimizer.schedule=cosine", "steps=100", "optimizer.decay_steps=90"), VERSIONS)
 
 
 def test_a_longer_run_is_not_finished(config):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import TASK, load
 from transformers import PreTrainedTokenizerBase
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams
@@ -15,10 +16,9 @@ from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.rewards import RewardError, Rewards, Transcript, transcribe
 from grpo_trainer.rewards.functions import load_function
 from grpo_trainer.task import Problem
-from toy import TASK, load
 
 TEXTS = ("=5", "is =6", "it is 5", "=7, no: ")
-PROBLEMS = (Problem("one?", "=5", "x:1"), Problem("two?", "=7", "x:2"))
+PROBLEMS = (Problem("one?", "=5", "x:1", {"numbers": [2, 3]}), Problem("two?", "=7", "x:2", {"level": 4}))
 
 
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +112,8 @@ def test_functions_see_what_is_promised(rollout: Rollout, transcript: Transcript
         "finished": [True, True, True, False],
         "lengths": list(transcript.lengths),
         "step": 4,
+        "numbers": [[2, 3], [2, 3], None, None],  # the data set's further columns
+        "level": [None, None, 4, 4],
     }
 
 

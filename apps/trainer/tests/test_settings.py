@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy import load
 
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import changed_keys, dump, flat, load_saved
 from grpo_trainer.settings.schema import LossSettings, RolloutSettings, Settings
-from toy import load
 
 
 def refused(*sets: str, configs: tuple[str, ...] = ()) -> str:
@@ -163,7 +163,7 @@ def test_unknown_key(key, nearest, tmp_path):
         ("run.dir=", "run.dir must be non-empty text"),
         ("reward.functions=right", "reward.functions must be a list"),
         ("reward.functions=[1]", "reward.functions must be a list"),
-        ("reward.functions=[rigth]", "`right`, `digits` or module:function"),
+        ("reward.functions=[rigth]", "`right`, `digits`, `sevens` or module:function"),
         ("reward.functions=[right, right]", "must not repeat"),
         ("reward.weights=[1, 2, 3]", "reward.weights must have one number for each of reward.functions"),
         ("reward.weights=[0, 0]", "reward.weights must not all be 0"),
@@ -212,6 +212,10 @@ KL = ["loss.kl_coefficient=0.1", "loss.reference=initial"]
         (["loss.correction_level=token"], ["loss.correction_level", "loss.correction=none"]),
         (["loss.correction_low=0.1"], ["loss.correction_low", "loss.correction=none"]),
         (["loss.correction_high=3"], ["loss.correction_high", "loss.correction=none"]),
+        (
+            ["loss.correction=drop", "loss.correction_low=1", "loss.correction_high=1"],
+            ["loss.correction_low", "loss.correction_high", "got 1 and 1"],
+        ),
         (["reward.overlong_buffer=17"], ["reward.overlong_buffer", "rollout.max_new_tokens=16", "got 17"]),
         ([*KL, "rollout.refills=1"], ["rollout.refills", "loss.kl_coefficient=0"]),
         (["optimizer.decay=matrices"], ["optimizer.decay", "optimizer.weight_decay"]),

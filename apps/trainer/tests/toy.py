@@ -31,6 +31,11 @@ def digits(*, completions: Sequence[str], **_: Any) -> list[float | None]:
     return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
 
 
+def sevens(*, completions: Sequence[str], **_: Any) -> list[float | None]:
+    """1 where there is a 7: so seldom that in most groups of a random policy all rewards are equal."""
+    return [float("7" in text) for text in completions]
+
+
 class Sums:
     """Sums of two digits."""
 
@@ -39,7 +44,7 @@ class Sums:
     instruction = ""
     folder = Path(__file__).parent / "toy_app"
     policies: Mapping[str, Path] = {}
-    rewards: Mapping[str, RewardFunction] = {"right": right, "digits": digits}
+    rewards: Mapping[str, RewardFunction] = {"right": right, "digits": digits, "sevens": sevens}
     weights: Mapping[str, float] = {"right": 1.0, "digits": 0.5}
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
@@ -120,7 +125,7 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def make_policy(folder: Path, **entries: Any) -> Path:
-    """A policy of random weights in Hugging Face layout, one layer unless `entries` of its config.json say otherwise."""
+    """A policy of random weights in Hugging Face layout; `entries` are further ones of its config.json."""
     from flax import nnx
 
     from grpo_sampler import ModelConfig, Transformer, save_pretrained, split

@@ -1,6 +1,6 @@
-"""`grpo-gsm8k train` that writes down what it does and kills itself, by SIGKILL, at the instant it is told to.
+"""A training run of the toy task that writes down what it does and kills itself, by SIGKILL, at a given instant.
 
-    train_and_die.py TRACE KILL --set=steps=12 ...
+    train_and_die.py TRACE KILL steps=12 rollout.prompts=4 ...
 
 TRACE is a file that gets one JSON line an event, with the process's rank appended to its name. KILL is JSON: the
 `stage` and the `step` at or after which a clock is set, as it begins, to `share` of the seconds that the stage takes
@@ -11,25 +11,31 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax._src import compilation_cache, compiler
+from toy import TASK, load
 
 import grpo_mesh
-from grpo_contracts import TrainBatch
-from grpo_trainer import train
+from grpo_contracts import Rollout, Scored
+from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.rewards import Rewards, Transcript
 from grpo_trainer.run.checkpoint import Checkpoints, Restored
-from grpo_trainer.run.metrics import step_metrics
 from grpo_trainer.run.progress import Progress
+from grpo_trainer.run.state import LoopState
+from grpo_trainer.settings.startup import prepare_process
+from grpo_trainer.train import fit
 
 
 class Trace:
@@ -74,47 +80,79 @@ class Trace:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def observe(trace: Trace) -> None:
-    """Let the loop of `train` go through the trace."""
+class ObservedProgress(Progress):
+    """Every phase of the loop goes through the trace."""
 
-    class ObservedProgress(Progress):
-        def resume(self, step: int) -> None:
-            trace.step = step
-            super().resume(step)
+    def __init__(self, trace: Trace, steps: int, *, enabled: bool) -> None:
+        super().__init__(steps, enabled=enabled)
+        self._trace = trace
 
-        @contextmanager
-        def phase(self, name: str) -> Iterator[None]:
-            trace.step += name == "rollout"
-            with trace.stage(name), super().phase(name):
-                yield
+    def resume(self, step: int) -> None:
+        """Steps are counted from here."""
+        self._trace.step = step
+        super().resume(step)
 
-    class ObservedCheckpoints(Checkpoints):
-        def save(self, step: int, state: Any, notes: Mapping[str, Any], **more: Any) -> None:
-            trace.write(state=grpo_mesh.digest(state), step=step)
-            super().save(step, state, notes, **more)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A step begins with its rollout."""
+        self._trace.step += name == "rollout"
+        with self._trace.stage(name), super().phase(name):
+            yield
 
-        def restore(self, like: Any, expected: Mapping[str, Any], **more: Any) -> Restored | None:
-            with trace.stage("restore"):
-                restored = super().restore(like, expected, **more)
-            if restored is not None:
-                trace.write(state=grpo_mesh.digest(restored.state), step=restored.step)
-            trace.write(resumed=restored.step if restored else 0)
-            return restored
 
-    def observed_metrics(batch: TrainBatch, learned: Mapping[str, float], clock: Clock) -> dict[str, float]:
-        rollout = batch.scored.rollout
-        trace.write(
-            step=trace.step,
+class ObservedCheckpoints(Checkpoints):
+    """Everything saved and read goes through the trace."""
+
+    def __init__(self, trace: Trace, folder: Path, *, keep: int, versions: Mapping[str, str]) -> None:
+        super().__init__(folder, keep=keep, versions=versions)
+        self._trace = trace
+
+    def save(self, loop: LoopState, *rest: Any, **options: Any) -> None:
+        """Write down what is saved first."""
+        self._trace.write(state=grpo_mesh.digest(loop.train), step=loop.step)
+        super().save(loop, *rest, **options)
+
+    def restore(self, like: Any, expected: Mapping[str, Any], **options: Any) -> Restored | None:
+        """Write down what was read."""
+        with self._trace.stage("restore"):
+            restored = super().restore(like, expected, **options)
+        if restored is not None:
+            self._trace.write(state=grpo_mesh.digest(restored.state), step=restored.step)
+        self._trace.write(resumed=restored.step if restored else 0)
+        return restored
+
+
+@dataclass(frozen=True)
+class ObservedRewards(Rewards):
+    """What was sampled, and its rewards, go through the trace."""
+
+    trace: Trace
+
+    def score(self, rollout: Rollout, transcript: Transcript, report: Callable[..., None] | None = None) -> Scored:
+        """Score, and write down of what."""
+        scored = super().score(rollout, transcript, report)
+        self.trace.write(
+            step=self.trace.step,
             policy=rollout.policy.digest,
             tokens=_bits(rollout.tokens_BT, rollout.logp_BT),
-            rewards=_bits(batch.scored.reward_B, batch.advantage),
-            losses=sha256(json.dumps(dict(learned), sort_keys=True).encode()).hexdigest(),
+            rewards=_bits(scored.reward_B, scored.scored_B),
         )
-        return step_metrics(batch, learned, clock)
+        return scored
 
-    train.Progress = ObservedProgress  # pyright: ignore[reportPrivateImportUsage]
-    train.Checkpoints = ObservedCheckpoints  # pyright: ignore[reportPrivateImportUsage]
-    train.step_metrics = observed_metrics  # pyright: ignore[reportPrivateImportUsage]
+
+def observed(run: Run, trace: Trace) -> Run:
+    """The same run, whose rewards and updates go through the trace."""
+
+    def update(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = run.plan.update(state, batch)
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        losses = sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+        trace.write(step=trace.step, losses=losses)
+        return state, metrics
+
+    return replace(
+        run, plan=replace(run.plan, update=update), rewards=ObservedRewards(**vars(run.rewards), trace=trace)
+    )
 
 
 def every_rank_caches() -> None:
@@ -130,10 +168,21 @@ def _bits(*arrays: np.ndarray) -> str:
     return sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
+def main(trace: Trace, assignments: list[str]) -> int:
+    """Train as the command line does, with everything observed."""
+    settings = load([], assignments)
+    prepare_process(settings)
+    run = assemble(settings, TASK)
+    folder = Path(settings.run.dir) / "checkpoints"
+    return fit(
+        observed(run, trace),
+        progress=ObservedProgress(trace, settings.steps, enabled=jax.process_index() == 0),
+        checkpoints=ObservedCheckpoints(trace, folder, keep=settings.checkpoint.keep, versions=run.versions),
+    )
+
+
 if __name__ == "__main__":
     # A machine that is busy, or frozen for a while, is no dead peer.
     job = grpo_mesh.initialize(heartbeat=900, timeout=900)
     every_rank_caches()
-    observe(Trace(sys.argv[1], json.loads(sys.argv[2]), job.rank))
-    sys.argv[:] = ["grpo-gsm8k", "train", *sys.argv[3:]]
-    runpy.run_module("grpo_gsm8k.cli", run_name="__main__")
+    sys.exit(main(Trace(sys.argv[1], json.loads(sys.argv[2]), job.rank), sys.argv[3:]))

@@ -10,11 +10,11 @@ from itertools import islice
 
 from grpo_trainer.task import Split
 
-__all__ = ["Countdown", "Term", "combine", "generate", "split_of", "stream"]
+__all__ = ["Countdown", "Term", "combine", "generate", "solution", "split_of", "stream"]
 
 OPERATORS = "+-*/"
 _NUMBERS = range(1, 11)  # the small numbers of the television game
-_LARGEST = 50  # of targets and of what is calculated on the way
+_LARGEST = 20  # of targets and of what is calculated on the way
 _TEST_SHARE = 8  # one problem in eight belongs to the test split
 
 
@@ -51,7 +51,7 @@ class Countdown:
     """A problem and one of its solutions.
 
     Args:
-        numbers: two to four, in falling order; a number may come twice.
+        numbers: two to four different ones, in falling order.
         target: what to reach; none of the numbers.
         solution: a term that uses each number at most once and comes to the target.
     """
@@ -61,15 +61,19 @@ class Countdown:
     solution: Term
 
     @property
-    def answer(self) -> str:
-        """What an expression is judged by, such as ``7 3 2 = 13``."""
-        return f"{' '.join(map(str, self.numbers))} = {self.target}"
-
-    @property
     def question(self) -> str:
         """The text put to the policy."""
-        numbers = ", ".join(map(str, self.numbers))
-        return f"Reach {self.target} from {numbers} by + - * /, each number at most once. Last line: answer: EXPRESSION"
+        return f"Reach {self.target} from {', '.join(map(str, self.numbers))}. Use each number at most once."
+
+    @property
+    def answer(self) -> str:
+        """The solution, worked out."""
+        return solution(self.solution)
+
+
+def solution(term: Term) -> str:
+    """Write a term as a completion: every calculation, then the expression."""
+    return "\n".join([*term.working(), f"answer: {term.text}"])
 
 
 def generate(split: Split, count: int) -> list[Countdown]:
@@ -88,7 +92,7 @@ def stream(split: Split, *, seed: int = 0, repeat: bool = False) -> Iterator[Cou
     rng = random.Random(f"grpo-countdown/{split}/{seed}")
     seen: set[tuple[tuple[int, ...], int]] = set()
     while True:
-        numbers = tuple(sorted(rng.choices(_NUMBERS, k=rng.randint(2, 4)), reverse=True))
+        numbers = tuple(sorted(rng.sample(_NUMBERS, rng.randint(2, 4)), reverse=True))
         solution = _draw(numbers, rng)
         if solution is None or solution.value in numbers:
             continue

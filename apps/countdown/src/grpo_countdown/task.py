@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["TASK"]
 
-_EMBEDDED_SIZE: Mapping[Split, int] = {"train": 4_096, "test": 512}
+_EMBEDDED_SIZE: Mapping[Split, int] = {"train": 2_048, "test": 512}
 _MARK = "answer:"
 _ARITHMETIC = re.compile(r"[0-9 ()+*/×÷−-]+")
-_GOAL = re.compile(r"(\d{1,6}(?: \d{1,6})*) = (\d{1,6})", re.ASCII)
+_GOAL = re.compile(r"Reach ([0-9]{1,6}) from ([0-9]{1,6}(?:, [0-9]{1,6})*)")
 
 
-def correct(*, completions: Sequence[str], answers: Sequence[str], **_: Any) -> list[float | None]:
+def correct(*, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float | None]:
     """1 where the last line holds an expression that reaches the target, each number at most once; else 0."""
-    return [float(_reaches(_answer(text), answer)) for text, answer in zip(completions, answers)]
+    return [float(_reaches(_answer(text), question)) for text, question in zip(completions, prompts)]
 
 
 def format(  # noqa: A001 - the name people type in `reward.functions`
@@ -40,7 +40,7 @@ class CountdownTask:
     name = "countdown"
     title = "GRPO on the numbers game Countdown."
     instruction = (
-        "Write one line, as answer: followed by an expression of these numbers with + - * / that equals the target."
+        "Use + - * / and parentheses. End with a line that holds answer: followed by the expression and nothing else."
     )
     folder = Path(__file__).parent
     policies: Mapping[str, Path] = {"embedded": folder / "policy"}
@@ -48,16 +48,16 @@ class CountdownTask:
     weights: Mapping[str, float] = {"correct": 1.0, "format": 0.1}
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
-        """Generate problems (``embedded``), or read a data set whose ``answer`` is like ``7 3 2 = 13``."""
+        """Generate problems (``embedded``), or read a data set whose questions hold ``Reach 22 from 8, 6, 5``."""
         if source != "embedded":
             from grpo_trainer.data.sources import DataError, read_problems
 
             problems = read_problems(source, split, limit=limit)
             for problem in problems:
-                if _GOAL.fullmatch(problem.answer) is None:
+                if _GOAL.search(problem.question) is None:
                     raise DataError(
-                        f"{problem.place}: answer must be the numbers and the target, such as '7 3 2 = 13': "
-                        f"got {problem.answer!r}"
+                        f"{problem.place}: question must hold a target and numbers, such as 'Reach 22 from 8, 6, 5': "
+                        f"got {problem.question!r}"
                     )
             return problems
         from grpo_countdown.problems import generate
@@ -70,10 +70,10 @@ class CountdownTask:
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
         """Strict: the expression of the last line reaches the target. Lenient: any expression in it does."""
         answer, line = _answer(completion), _last_line(completion)
-        right = _reaches(answer, problem.answer)
+        right = _reaches(answer, problem.question)
         return Judgement(
             strict=right,
-            lenient=right or any(_reaches(text.strip("* "), problem.answer) for text in _ARITHMETIC.findall(line)),
+            lenient=right or any(_reaches(text.strip("* "), problem.question) for text in _ARITHMETIC.findall(line)),
             formed=_is_formed(completion, finished=finished),
             read=line,
         )
@@ -95,12 +95,12 @@ def _result(expression: str | None) -> Result | None:
         return None
 
 
-def _reaches(expression: str | None, goal: str) -> bool:
+def _reaches(expression: str | None, question: str) -> bool:
     result = _result(expression)
-    match = _GOAL.fullmatch(goal)
+    match = _GOAL.search(question)
     if result is None or match is None:
         return False
-    return result.value == int(match[2]) and result.numbers <= Counter(map(int, match[1].split()))
+    return result.value == int(match[1]) and result.numbers <= Counter(map(int, match[2].split(", ")))
 
 
 def _is_formed(completion: str, *, finished: bool) -> bool:

@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_countdown.problems import Countdown, combine, generate, stream
+from grpo_countdown.problems import Countdown, combine, generate, solution, stream
 from grpo_trainer.task import Task
-from grpo_trainer.teach import Example, Recipe, SupervisedBatch, chat_prompts, encode, fill_batches, warmstart
+from grpo_trainer.teach import Example, Recipe, SupervisedBatch, chat_examples, fill_batches, warmstart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,11 +58,12 @@ def teach(problem: Countdown, teacher: Teacher, rng: random.Random) -> str:
         The text to learn.
     """
     term = problem.solution
-    assert term.parts is not None
+    if term.parts is None:
+        return solution(term)
     left, operator, right = term.parts
     if rng.random() < (teacher.sum_mistakes if operator == "+" else teacher.mistakes):
         term = combine(left, _MISTAKEN[operator], right) or term
-    return "\n".join([*term.working(), f"answer: {term.text}"])
+    return solution(term)
 
 
 def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[SupervisedBatch]:
@@ -79,7 +80,7 @@ def texts() -> list[str]:
 def main(task: Task, arguments: Sequence[str]) -> int:
     """``warmstart``: make the tokenizer and the policy and write them in Hugging Face layout."""
     folder = Path(__file__).parent / "policy"
-    recipe = Recipe(steps=800)
+    recipe = Recipe(steps=700)
     return warmstart(task, arguments, folder=folder, texts=texts, teacher=Teacher, lessons=lessons, recipe=recipe)
 
 
@@ -88,6 +89,5 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[li
     problems = stream("train", seed=_SEED + teacher.seed, repeat=True)
     while True:
         chosen = list(islice(problems, 512))
-        prompts = chat_prompts(tokenizer, [problem.question for problem in chosen])
-        solutions = [f"{teach(problem, teacher, rng)}{tokenizer.eos_token}" for problem in chosen]
-        yield [encode(tokenizer, prompts, solutions)]
+        solutions = [teach(problem, teacher, rng) for problem in chosen]
+        yield [chat_examples(tokenizer, [problem.question for problem in chosen], solutions)]

@@ -1,6 +1,6 @@
-"""What people and machines get wrong, and the sentence they get: one table, run as tests, printed as FAULTS.md.
+"""What people and machines get wrong, and the sentence they read: one table, run as tests, printed as FAULTS.md.
 
-`python apps/gsm8k/tests/faults/test_faults.py` writes FAULTS.md anew.
+`python apps/trainer/tests/faults/test_faults.py` writes FAULTS.md anew.
 """
 
 from __future__ import annotations
@@ -23,26 +23,34 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_contracts import ContractError, GrpoError, PolicyVersion
-from grpo_trainer.run import checkpoint
-from grpo_trainer.data.tokenizer import TokenizerError
-from grpo_trainer.rewards.functions import RewardError
+from grpo_loss import TrainState
 from grpo_mesh import MeshError
 from grpo_sampler import SamplerError, UnsupportedModelError, WeightsError
-from runs import assemble
-from grpo_trainer.data.sources import DataError, read_records
+from grpo_trainer.assemble import assemble
+from grpo_trainer.data.prompts import PromptError
+from grpo_trainer.data.sources import DataError, read_problems
+from grpo_trainer.data.tokenizer import TokenizerError
+from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.workers import RewardWorker
+from grpo_trainer.run import checkpoint
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
-from grpo_trainer.run.folder import RunFolder, versions
+from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.run.health import Health, StaleWeights
 from grpo_trainer.run.progress import Progress
-from grpo_trainer.settings.startup import prepare_process
+from grpo_trainer.run.state import HealthMemory, LoopState
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
-from runs import load
 from grpo_trainer.settings.schema import Settings
+from grpo_trainer.settings.startup import prepare_process
 
-PAGE = Path(__file__).parents[2] / "FAULTS.md"
-GOOD = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
+sys.path.append(str(Path(__file__).parents[1]))  # run to write the page, this file has no conftest.py
+
+from toy import TASK, load, settings
+
+TESTS = Path(__file__).parents[1]
+PAGE = TESTS.parent / "FAULTS.md"
+GOOD = [{"question": f"{n} + 1?", "answer": f"={n + 1}"} for n in range(8)]
+VERSIONS = {"grpo-loss": "0.3.1", "jax": "0.10.0"}
 IDENTITY = {"parameters": "ab" * 32, "problems": "ef" * 32}
 
 
@@ -114,31 +122,27 @@ class Bench:
         save_file(tensors, copy / "model.safetensors")
         return copy
 
-    def config(self, *sets: str) -> Settings:
+    def settings(self, *sets: str) -> Settings:
         """Settings of a small run of the toy policy."""
-        usual = [f"model.path={self.toy_policy}", f"run.dir={self.folder / 'run'}", "log.tensorboard=false", "steps=4"]
-        small = [
-            "data.train_size=40",
-            "rollout.prompts=4",
-            "rollout.group_size=4",
-            "eval.problems=8",
-            "loss.rows=4",
-            "cpu_devices=0",
-        ]
-        return load([], [*usual, *small, *sets])
+        return settings(self.toy_policy, self.folder / "run", "reward.functions=[right, digits]", *sets)
 
     def assemble(self, *sets: str) -> Any:
         """Go as far as a run goes before it samples."""
-        return assemble(self.config(*sets))
+        return assemble(self.settings(*sets), TASK)
 
-    def checkpoints(self, *steps: int, at: Path | None = None) -> tuple[Checkpoints, Any]:
+    def run_folder(self, *sets: str) -> RunFolder:
+        """The folder of a small run."""
+        return RunFolder(self.settings(*sets), VERSIONS)
+
+    def checkpoints(
+        self, *steps: int, at: Path | None = None, versions: dict[str, str] = VERSIONS
+    ) -> tuple[Checkpoints, TrainState]:
         """Checkpoints of a small state."""
-        state = {"w": jax.numpy.arange(4096.0)}
-        kept = Checkpoints(at or self.folder / "checkpoints", keep=9)
+        kept = Checkpoints(at or self.folder / "checkpoints", keep=9, versions=versions)
         for step in steps:
-            kept.save(step, state, {"identity": IDENTITY})
+            kept.save(loop(step), IDENTITY, Settings())
             kept.wait()
-        return kept, state
+        return kept, loop(0).train
 
     @contextlib.contextmanager
     def mounted(self, options: str) -> Iterator[Path]:
@@ -154,22 +158,28 @@ class Bench:
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def loop(step: int) -> LoopState:
+    """The state of a run after this step, with one array and no optimizer."""
+    zero = jax.numpy.zeros((), jax.numpy.int32)
+    return LoopState(TrainState({"w": jax.numpy.arange(4096.0)}, (), zero, zero + 0), step=step)
+
+
 # -- settings ------------------------------------------------------------------------------------------------------
 
 
 @fault("Settings", "an unknown key", ConfigError, "unknown key 'group_sise'", "'rollout.group_size'")
 def _(bench: Bench) -> None:
-    bench.config("group_sise=3")
+    bench.settings("group_sise=3")
 
 
 @fault("Settings", "text where a number belongs", ConfigError, "steps must be", "'three'")
 def _(bench: Bench) -> None:
-    bench.config("steps=three")
+    bench.settings("steps=three")
 
 
 @fault("Settings", "a number out of range", ConfigError, "rollout.top_p must be", "1.5")
 def _(bench: Bench) -> None:
-    bench.config("rollout.top_p=1.5")
+    bench.settings("rollout.top_p=1.5")
 
 
 @fault("Settings", "a key twice in a YAML file", ConfigError, "'steps' is given twice", "line 1")
@@ -187,86 +197,129 @@ def _(bench: Bench) -> None:
 
 @fault("Settings", "a KL term without a reference", ConfigError, "loss.kl_coefficient", "loss.reference=initial")
 def _(bench: Bench) -> None:
-    bench.config("loss.kl_coefficient=0.1")
+    bench.settings("loss.kl_coefficient=0.1")
 
 
 @fault("Settings", "a reference without a KL term", ConfigError, "loss.reference is 'initial'", "do nothing")
 def _(bench: Bench) -> None:
-    bench.config("loss.reference=initial")
+    bench.settings("loss.reference=initial")
 
 
 @fault("Settings", "groups of one", ConfigError, "rollout.group_size must be at least 2")
 def _(bench: Bench) -> None:
-    bench.config("rollout.group_size=1")
+    bench.settings("rollout.group_size=1")
 
 
 @fault("Settings", "greedy sampling", ConfigError, "rollout.temperature must be above 0")
 def _(bench: Bench) -> None:
-    bench.config("rollout.temperature=0")
+    bench.settings("rollout.temperature=0")
 
 
 @fault("Settings", "one bound of the clip range alone", ConfigError, "loss.clip_low and loss.clip_high", "None")
 def _(bench: Bench) -> None:
-    bench.config("loss.clip_low=0.2")
+    bench.settings("loss.clip_low=0.2")
+
+
+@fault("Settings", "a bound for a loss that does not clip", ConfigError, "loss.clip_low", "loss.kind=reinforce", "null")
+def _(bench: Bench) -> None:
+    bench.settings("loss.kind=reinforce", "loss.clip_low=0.2", "loss.clip_high=0.2")
+
+
+@fault("Settings", "a horizon for a mean", ConfigError, "loss.horizon does nothing", "loss.aggregation=token-mean")
+def _(bench: Bench) -> None:
+    bench.settings("loss.horizon=100")
+
+
+@fault("Settings", "a KL without a gradient", ConfigError, "loss.kl=k1", "k2 or k3", "loss.kl_in=reward")
+def _(bench: Bench) -> None:
+    bench.settings("loss.kl=k1", "loss.kl_coefficient=0.1", "loss.reference=initial")
+
+
+@fault("Settings", "limits of a correction that is off", ConfigError, "loss.correction_high", "loss.correction=none")
+def _(bench: Bench) -> None:
+    bench.settings("loss.correction_high=3")
+
+
+@fault("Settings", "refills of groups that a KL learns from", ConfigError, "rollout.refills", "loss.kl_coefficient=0")
+def _(bench: Bench) -> None:
+    bench.settings("rollout.refills=2", "loss.kl_coefficient=0.1", "loss.reference=initial")
+
+
+@fault("Settings", "a penalty on every length", ConfigError, "reward.overlong_buffer", "max_new_tokens=16", "got 99")
+def _(bench: Bench) -> None:
+    bench.settings("reward.overlong_buffer=99")
+
+
+@fault(
+    "Settings", "an argument of another optimizer", ConfigError, "optimizer.arguments of adamw", "eps", "got momentum"
+)
+def _(bench: Bench) -> None:
+    bench.assemble("optimizer.arguments={momentum: 0.9}")
+
+
+@fault("Settings", "weight decay for plain Adam", ConfigError, "optimizer.weight_decay is 0.1", "adam has no", "adamw")
+def _(bench: Bench) -> None:
+    bench.assemble("optimizer.name=adam", "optimizer.weight_decay=0.1")
 
 
 @fault("Settings", "minibatches that cut groups", ConfigError, "loss.minibatches must divide rollout.prompts", "got 3")
 def _(bench: Bench) -> None:
-    bench.config("loss.minibatches=3")
+    bench.settings("loss.minibatches=3")
 
 
 @fault("Settings", "training rows too short for a completion", ConfigError, "loss.row_length", "got 10")
 def _(bench: Bench) -> None:
-    bench.config("loss.row_length=10")
+    bench.settings("loss.row_length=10")
 
 
 @fault("Settings", "a warm-up longer than the run", ConfigError, "optimizer.warmup_steps must be below", "got 99")
 def _(bench: Bench) -> None:
-    bench.config("optimizer.warmup_steps=99")
+    bench.settings("optimizer.warmup_steps=99")
 
 
 @fault("Settings", "more weights than reward functions", ConfigError, "reward.weights", "got 3 for 2 functions")
 def _(bench: Bench) -> None:
-    bench.config("reward.weights=[1, 2, 3]")
+    bench.settings("reward.weights=[1, 2, 3]")
 
 
-@fault("Settings", "a reward function twice", ConfigError, "must not repeat a function", "answer")
+@fault("Settings", "a reward function twice", ConfigError, "must not repeat a function", "right")
 def _(bench: Bench) -> None:
-    bench.config("reward.functions=[answer, answer]")
+    bench.settings("reward.functions=[right, right]")
 
 
 @fault("Settings", "rewards that all weigh nothing", ConfigError, "reward.weights must not all be 0")
 def _(bench: Bench) -> None:
-    bench.config("reward.weights=[0, 0]")
+    bench.settings("reward.weights=[0, 0]")
 
 
 @fault("Settings", "CPU devices for a TPU slice", ConfigError, "cpu_devices=2", "slices=[v5e-16]")
 def _(bench: Bench) -> None:
-    bench.config("cpu_devices=2", "slices=[v5e-16]")
+    bench.settings("cpu_devices=2", "slices=[v5e-16]")
 
 
-@fault("Settings", "CPU devices asked for too late", ConfigError, "cpu_devices=3 must be set before jax is imported")
+@fault("Settings", "CPU devices asked for too late", ConfigError, "cpu_devices=3 must be set before jax starts")
 def _(bench: Bench) -> None:
+    jax.devices()
     bench.patch.delenv("XLA_FLAGS", raising=False)
-    prepare_process(bench.config("cpu_devices=3"))
+    prepare_process(bench.settings("cpu_devices=3"))
 
 
 @fault("Settings", "XLA_FLAGS that contradict cpu_devices", ConfigError, "cpu_devices is 3", "XLA_FLAGS asks for 5")
 def _(bench: Bench) -> None:
     bench.patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=5")
-    prepare_process(bench.config("cpu_devices=3"))
+    prepare_process(bench.settings("cpu_devices=3"))
 
 
 @fault("Settings", "a compilation cache that is a file", ConfigError, "compilation_cache must be a writable folder")
 def _(bench: Bench) -> None:
     (bench.folder / "cache").touch()
-    prepare_process(bench.config(f"compilation_cache={bench.folder / 'cache'}"))
+    prepare_process(bench.settings(f"compilation_cache={bench.folder / 'cache'}"))
 
 
-@fault("Settings", "wandb asked for and not installed", ConfigError, "pip install 'grpo-gsm8k[wandb]'")
+@fault("Settings", "wandb asked for and not installed", ConfigError, "pip install 'grpo-trainer[wandb]'")
 def _(bench: Bench) -> None:
     bench.patch.setitem(sys.modules, "wandb", None)
-    with RunFolder(bench.config("log.wandb=true")) as folder:
+    with bench.run_folder("log.wandb=true") as folder:
         folder.start(0)
 
 
@@ -275,52 +328,52 @@ def _(bench: Bench) -> None:
 
 @fault("Data", "a line that is not JSON", DataError, "train.jsonl:2 must be one JSON object a line", "column 1")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(GOOD[0], "question: 3")), "train")
+    read_problems(str(bench.data(GOOD[0], "question: 3")), "train")
 
 
 @fault("Data", "a line cut short", DataError, "train.jsonl:2 must be one JSON object a line")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(GOOD[0], '{"question": "What is')), "train")
+    read_problems(str(bench.data(GOOD[0], '{"question": "7 +')), "train")
 
 
 @fault("Data", "a line that is a list", DataError, "train.jsonl:1 must be a JSON object", "got list")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data("[1, 2]")), "train")
+    read_problems(str(bench.data("[1, 2]")), "train")
 
 
 @fault("Data", "a line without an answer", DataError, "train.jsonl:1 must have the field 'answer'", "'question'")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data({"question": "What is 3?"})), "train")
+    read_problems(str(bench.data({"question": "3?"})), "train")
 
 
 @fault("Data", "an answer that is a number", DataError, "train.jsonl:1: answer must be a text", "got 3")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data({"question": "What is 3?", "answer": 3})), "train")
+    read_problems(str(bench.data({"question": "3?", "answer": 3})), "train")
 
 
 @fault("Data", "an empty question", DataError, "train.jsonl:2: question must be a text that is not empty", "' '")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(GOOD[0], {"question": " ", "answer": "#### 3"})), "train")
+    read_problems(str(bench.data(GOOD[0], {"question": " ", "answer": "=3"})), "train")
 
 
 @fault("Data", "an empty line", DataError, "train.jsonl:2 must hold a problem: the line is empty")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(GOOD[0], "", GOOD[1])), "train")
+    read_problems(str(bench.data(GOOD[0], "", GOOD[1])), "train")
 
 
 @fault("Data", "a question twice", DataError, "train.jsonl:3 must not repeat the question of", "train.jsonl:1")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(GOOD[0], GOOD[1], GOOD[0])), "train")
+    read_problems(str(bench.data(GOOD[0], GOOD[1], GOOD[0])), "train")
 
 
 @fault("Data", "bytes that are not UTF-8", DataError, "train.jsonl:1 must be UTF-8")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data(b'{"question": "\xff\xfe", "answer": "3"}')), "train")
+    read_problems(str(bench.data(b'{"question": "\xff\xfe", "answer": "3"}')), "train")
 
 
 @fault("Data", "an empty file (an epoch of nothing)", DataError, "train.jsonl must hold at least one problem")
 def _(bench: Bench) -> None:
-    read_records(str(bench.data()), "train")
+    read_problems(str(bench.data()), "train")
 
 
 @fault("Data", "no test split", DataError, "must hold test.jsonl: it holds train.jsonl")
@@ -338,10 +391,10 @@ def _(bench: Bench) -> None:
     "a question longer than data.max_prompt_length",
     DataError,
     "train.jsonl:2: a prompt must have at most",
-    "longest has 815",
+    "longest has 821",
 )
 def _(bench: Bench) -> None:
-    long = {"question": "What is " + "1 + " * 200 + "1?", "answer": "#### 201"}
+    long = {"question": "1 + " * 200 + "1?", "answer": "=201"}
     bench.assemble(f"data.source={bench.data(GOOD[0], long)}")
 
 
@@ -365,7 +418,7 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "an architecture that is not here", UnsupportedModelError, "model_type must be one of", "'mamba'")
+@fault("Model", "an architecture that is not supported", UnsupportedModelError, "model_type must be one of", "'mamba'")
 def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.policy(model_type='mamba')}")
 
@@ -428,14 +481,14 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "a tokenizer without a padding token", TokenizerError, "must have a pad_token other than its eos_token")
+@fault("Model", "a tokenizer without an end token", TokenizerError, "must have an eos_token, which ends a completion")
 def _(bench: Bench) -> None:
     policy = bench.policy()
-    bench.rewrite(policy / "tokenizer_config.json", pad_token="<|im_end|>")
+    bench.rewrite(policy / "tokenizer_config.json", eos_token=None)
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "a tokenizer without a chat template", TokenizerError, "must have a chat_template")
+@fault("Model", "a tokenizer without a chat template", PromptError, "no chat template", "set prompt.template")
 def _(bench: Bench) -> None:
     policy = bench.policy("chat_template.jinja")
     bench.rewrite(policy / "tokenizer_config.json", chat_template=None)
@@ -481,7 +534,7 @@ def _(bench: Bench) -> None:
     bench.assemble("reward.functions=[no_such_module:grade]")
 
 
-@fault("Rewards", "a function that does not exist", RewardError, "'graders:grade'", "has no 'grade'; it has", "digits")
+@fault("Rewards", "a function that does not exist", RewardError, "'graders:grade'", "has no 'grade'; it has", "moody")
 def _(bench: Bench) -> None:
     bench.assemble("reward.functions=[graders:grade]")
 
@@ -512,54 +565,54 @@ def _(bench: Bench) -> None:
 
 @fault("Run folder", "in use by a live process", RunFolderError, "is in use by a live process")
 def _(bench: Bench) -> None:
-    with RunFolder(bench.config()):
-        RunFolder(bench.config())
+    with bench.run_folder():
+        bench.run_folder()
 
 
 @fault("Run folder", "a run with other settings", ConfigError, "rollout.group_size: 4 there, 8 now")
 def _(bench: Bench) -> None:
-    RunFolder(bench.config()).close()
-    RunFolder(bench.config("rollout.group_size=8"))
+    bench.run_folder().close()
+    bench.run_folder("rollout.group_size=8")
 
 
 @fault("Run folder", "a file of that name", RunFolderError, "cannot be written")
 def _(bench: Bench) -> None:
     (bench.folder / "run").touch()
-    RunFolder(bench.config())
+    bench.run_folder()
 
 
 @fault("Run folder", "read-only", RunFolderError, "cannot be written", "Read-only file system", "run.dir")
 def _(bench: Bench) -> None:
     with bench.mounted("ro") as place:
-        RunFolder(bench.config(f"run.dir={place / 'run'}"))
+        bench.run_folder(f"run.dir={place / 'run'}")
 
 
 @fault("Run folder", "a full disk", RunFolderError, "No space left", "last checkpoint is intact")
 def _(bench: Bench) -> None:
-    with bench.mounted("size=64k") as place, RunFolder(bench.config(f"run.dir={place / 'run'}")) as folder:
+    with bench.mounted("size=64k") as place, bench.run_folder(f"run.dir={place / 'run'}") as folder:
         folder.start(0)
         folder.completions(1, [{"completion": "x" * 100_000}])
 
 
 @fault("Run folder", "a damaged line of metrics", RunFolderError, "metrics.jsonl line 1 is not a record")
 def _(bench: Bench) -> None:
-    with RunFolder(bench.config()) as folder:
+    with bench.run_folder() as folder:
         (folder.path / "metrics.jsonl").write_text("{]\n")
         folder.start(3)
 
 
 @fault("Run folder", "a damaged summary", RunFolderError, "summary.json is damaged")
 def _(bench: Bench) -> None:
-    with RunFolder(bench.config()) as folder:
+    with bench.run_folder() as folder:
         (folder.path / "summary.json").write_text("{")
         assert not folder.finished
 
 
 @fault("Run folder", "damaged settings", RunFolderError, "config.yaml is not the settings of a run")
 def _(bench: Bench) -> None:
-    RunFolder(bench.config()).close()
+    bench.run_folder().close()
     (bench.folder / "run" / "config.yaml").write_text("steps: [\n")
-    RunFolder(bench.config())
+    bench.run_folder()
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -597,14 +650,13 @@ def _(bench: Bench) -> None:
     "Checkpoint", "of incompatible libraries", ResumeRefused, "grpo-loss: checkpoint 0.0.1, here", "any_version=true"
 )
 def _(bench: Bench) -> None:
-    here = versions()
-    with bench.patch.context() as patch:
-        patch.setattr(checkpoint, "versions", lambda: {**here, "grpo-loss": "0.0.1"})
-        kept, state = bench.checkpoints(3)
+    kept, _ = bench.checkpoints(3, versions={**VERSIONS, "grpo-loss": "0.0.1"})
+    kept.close()
+    kept, state = bench.checkpoints()
     kept.restore(state, IDENTITY)
 
 
-@fault("Checkpoint", "of another format", ResumeRefused, "has format 0; this program reads 1")
+@fault("Checkpoint", "of another format", ResumeRefused, "has format 0; this program reads 2")
 def _(bench: Bench) -> None:
     with bench.patch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 0)
@@ -657,10 +709,10 @@ def _(bench: Bench) -> None:
             while True:
                 file.write(bytes(4096))
         try:
-            kept.save(2, state, {"identity": IDENTITY})
+            kept.save(loop(2), IDENTITY, Settings())
             kept.wait()
         finally:
-            restored = Checkpoints(place / "kept", keep=9).restore(state, IDENTITY)
+            restored = Checkpoints(place / "kept", keep=9, versions=VERSIONS).restore(state, IDENTITY)
             assert restored is not None, "nothing may be lost"
             assert restored.step == 1
 
@@ -671,9 +723,9 @@ def _(bench: Bench) -> None:
 @fault("Run", "completions of stale weights", StaleWeights, "step 4 with digest cdcd", "step 3 with digest abab")
 def _(bench: Bench) -> None:
     rollout: Any = type("Rollout", (), {"policy": PolicyVersion(3, "ab" * 32)})
-    config = bench.config()
-    with RunFolder(config) as folder:
-        Health(config, folder, Progress(4), {}).check_rollout(rollout, PolicyVersion(4, "cd" * 32))
+    with bench.run_folder() as folder:
+        health = Health(bench.settings(), folder, Progress(4), HealthMemory())
+        health.check_rollout(rollout, PolicyVersion(4, "cd" * 32))
 
 
 @fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule that a run left")
@@ -699,42 +751,42 @@ KILLS = [
     (
         f"SIGKILL at any instant of {_STAGES}",
         _SAME,
-        "test_kills.py::test_killed_at_random_instants",
+        "apps/trainer/tests/test_kills.py::test_killed_at_random_instants",
     ),
     (
         "the same to either or both of two processes",
         _SAME,
-        "test_kills.py::test_killed_at_random_instants",
+        "apps/trainer/tests/test_kills.py::test_killed_at_random_instants",
     ),
     (
         "SIGTERM or SIGINT",
         f"the step is finished and saved, exit 75; {_SAME}",
-        "test_kills.py::test_a_signal_saves_and_the_same_command_goes_on",
+        "apps/trainer/tests/test_kills.py::test_a_signal_saves_and_the_same_command_goes_on",
     ),
     (
         "a second signal, even to a process that hangs",
         "exit 128 + its number, at once",
-        "test_preemption.py::test_a_second_signal_ends_a_process_that_is_stuck",
+        "libs/grpo-mesh/tests/test_preemption.py::test_a_second_signal_ends_a_process_that_is_stuck",
     ),
     (
         "a second start of a run that is alive",
         "refused; the first one is not disturbed",
-        "test_kills.py::test_a_second_run_in_the_same_folder_is_refused",
+        "apps/trainer/tests/test_kills.py::test_a_second_run_in_the_same_folder_is_refused",
     ),
     (
         "a damaged checkpoint, under two processes",
         "named; both go on from the one before",
-        "test_kills.py::test_two_processes_step_over_a_damaged_checkpoint",
+        "apps/trainer/tests/test_kills.py::test_two_processes_step_over_a_damaged_checkpoint",
     ),
     (
         "fewer or more devices or processes than before",
         "goes on: same problems and samples, numbers up to the order of float sums",
-        "test_kills.py::test_a_run_goes_on_on_other_devices",
+        "apps/trainer/tests/test_kills.py::test_a_run_goes_on_on_other_devices",
     ),
     (
         "a trainer killed while it waits for a reward",
         "its reward processes end with it",
-        "test_reward_workers.py::test_no_orphan_outlives_a_killed_trainer",
+        "apps/trainer/tests/test_reward_workers.py::test_no_orphan_outlives_a_killed_trainer",
     ),
 ]
 
@@ -744,12 +796,12 @@ KILLS = [
 _compiled: list[str] = []
 
 
-def _hear(event: str, duration_secs: float, **_: str | int) -> None:
+def _note_compilation(event: str, duration_secs: float, **_: str | int) -> None:
     if event.endswith("backend_compile_duration"):
         _compiled.append(event)
 
 
-jax.monitoring.register_event_duration_secs_listener(_hear)
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 
 @pytest.mark.parametrize("row", FAULTS, ids=lambda row: f"{row.area}: {row.broken}")
@@ -778,7 +830,7 @@ def test_the_table_is_large_and_has_no_row_twice() -> None:
 def test_every_kill_of_the_page_has_its_test() -> None:
     for *_, address in KILLS:
         file, _, name = address.partition("::")
-        assert f"def {name}(" in (PAGE.parent / "tests" / file).read_text(encoding="utf-8"), address
+        assert f"def {name}(" in (TESTS.parents[2] / file).read_text(encoding="utf-8"), address
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -789,11 +841,11 @@ def page() -> str:
     """FAULTS.md."""
     head = inspect.cleandoc(
         f"""
-        # Faults, and what is said of them
+        # Faults and their messages
 
         {len(FAULTS)} ways in which a run cannot work, each with the error it ends in and what its message names, and
         {len(KILLS)} in which it is interrupted. Made from the tests' tables by
-        `python apps/gsm8k/tests/faults/test_faults.py`; a test holds it up to date. Faults of settings, data, model,
+        `python apps/trainer/tests/faults/test_faults.py`; a test holds it up to date. Faults of settings, data, model,
         mesh and rewards are found before anything is compiled; none costs a checkpoint.
         """
     )

@@ -12,7 +12,7 @@ needs no communication.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -63,6 +63,7 @@ class MicroBatch:
 Params: TypeAlias = Any
 
 
+@runtime_checkable
 class Forward(Protocol):
     """Your network on one micro-batch; see the README for one."""
 

@@ -1,7 +1,7 @@
 """What a loss returns: sums that add up over micro-batches and devices, and are divided once."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ class LossTerms:
         return {name: _divide(*pair) for name, pair in self.metrics.items()} | self.maxima
 
 
+@runtime_checkable
 class Loss(Protocol):
     """The loss of one micro-batch; `make_loss` makes one, or write your own."""
 

@@ -4,7 +4,7 @@ The number of live micro-batches is read at run time, so one compiled program se
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class TrainState:
     master: Params | None = None
 
 
+@runtime_checkable
 class Update(Protocol):
     """A compiled update, from `make_update`: a `jax.jit` function that donates its state."""
 
@@ -49,6 +50,7 @@ class Update(Protocol):
         ...
 
 
+@runtime_checkable
 class Score(Protocol):
     """A compiled scoring pass, from `make_score`: a `jax.jit` function."""
 

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from grpo_gsm8k.embedded.problems import WordProblem, stream
-from grpo_trainer.teach import Example, SupervisedBatch, chat_prompts, encode, fill_batches
+from grpo_trainer.teach import Example, SupervisedBatch, chat_examples, fill_batches, text_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,12 +96,12 @@ def _blocks(
     problems = stream("train", seed=_PROBLEM_SEED + teacher.seed)
     while True:
         chosen = list(islice(problems, size))
-        prompts = chat_prompts(tokenizer, [problem.question for problem in chosen])
-        solutions = [f"{teach(problem, teacher, rng)}{tokenizer.eos_token}" for problem in chosen]
+        solutions = [teach(problem, teacher, rng) for problem in chosen]
         texts = [text for problem in chosen for text in (problem.answer, problem.mistaken or "")]
         calculations = [each for text in texts for each in _CALCULATION.findall(text)]
         drills = rng.sample(calculations, len(calculations))
+        prompts, completions = [f" <<{left}=" for left, _ in drills], [f"{value}>>{value}" for _, value in drills]
         yield (
-            encode(tokenizer, prompts, solutions),
-            encode(tokenizer, [f" <<{left}=" for left, _ in drills], [f"{value}>>{value}" for _, value in drills]),
+            chat_examples(tokenizer, [problem.question for problem in chosen], solutions),
+            text_examples(tokenizer, prompts, completions),
         )

@@ -330,8 +330,8 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
         unreadable = bool(verdicts[:, 1].any())
     if unreadable:
         raise CheckpointError(
-            f"a checkpoint cannot be read now: {problem[:300]}. It may be whole, so nothing was changed: once it can be "
-            "read, the same command goes on"
+            f"a checkpoint cannot be read now: {problem[:300]}. It may be whole, so nothing was changed: once it can "
+            "be read, the same command goes on"
         )
     return found, problem
 

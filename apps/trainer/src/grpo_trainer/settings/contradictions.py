@@ -116,6 +116,8 @@ def _of_the_objective(settings: Settings) -> Iterator[str]:
     for name in ("correction_level", "correction_low", "correction_high"):
         if getattr(loss, name) is not None and loss.correction == "none":
             yield f"loss.{name} does nothing for loss.correction=none: set it to null, or choose a correction"
+    if loss.correction_low == 1 and loss.correction_high == 1:
+        yield "loss.correction_low must be below loss.correction_high: got 1 and 1, which makes every weight 1 or 0"
     if settings.reward.overlong_buffer > rollout.max_new_tokens:
         yield (
             f"reward.overlong_buffer must be at most rollout.max_new_tokens={rollout.max_new_tokens}: got "

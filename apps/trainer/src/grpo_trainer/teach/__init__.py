@@ -1,7 +1,7 @@
 """Supervised training of a small policy from texts, so that an app can ship one that has something left to learn."""
 
 from grpo_trainer.teach.command import Figures, measure, warmstart
-from grpo_trainer.teach.examples import Example, SupervisedBatch, chat_prompts, encode, fill_batches
+from grpo_trainer.teach.examples import Example, SupervisedBatch, chat_examples, fill_batches, text_examples
 from grpo_trainer.teach.policy import Recipe, train_policy
 from grpo_trainer.teach.tokenizer import make_tokenizer
 
@@ -10,11 +10,11 @@ __all__ = [
     "Figures",
     "Recipe",
     "SupervisedBatch",
-    "chat_prompts",
-    "encode",
+    "chat_examples",
     "fill_batches",
     "make_tokenizer",
     "measure",
+    "text_examples",
     "train_policy",
     "warmstart",
 ]

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from grpo_trainer.data.prompts import PromptStyle, encode_prompts
+from grpo_trainer.task import Problem
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "SupervisedBatch", "chat_prompts", "encode", "fill_batches"]
+__all__ = ["Example", "SupervisedBatch", "chat_examples", "fill_batches", "text_examples"]
 
 _OPEN_ROWS = 16  # rows that a sequence may still go into
 
@@ -47,25 +50,29 @@ class SupervisedBatch:
     mask_RT: np.ndarray
 
 
-def chat_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[str]:
-    """Put questions as the trainer does: by the chat template, up to where the completion begins."""
-    conversations = [[{"role": "user", "content": question}] for question in questions]
-    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)  # pyright: ignore[reportReturnType]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]) -> list[Example]:
-    """Turn texts into examples; prompt and completion are tokenized apart, as they are in sampling.
+def chat_examples(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], completions: Sequence[str]
+) -> list[Example]:
+    """Make examples of questions put bare, in the chat template, as policies that ship with a task are asked.
 
     Args:
         tokenizer: the policy's.
-        prompts: as text, special tokens included.
-        completions: one a prompt; end them with ``tokenizer.eos_token`` where the policy should stop.
+        questions: the user's turns.
+        completions: what the policy should write for each, before its end token.
 
     Returns:
-        One example a prompt.
+        One example a question.
     """
-    pairs = zip(_ids(tokenizer, prompts), _ids(tokenizer, completions))
-    return [Example(prompt + completion, len(prompt)) for prompt, completion in pairs]
+    problems = [Problem(question, "", "an example") for question in questions]
+    prompts = encode_prompts(problems, tokenizer, PromptStyle())
+    return _join(prompts, _ids(tokenizer, [f"{completion}{tokenizer.eos_token}" for completion in completions]))
+
+
+def text_examples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[Example]:
+    """Make examples of plain texts and how they go on, without chat template and end token."""
+    return _join(_ids(tokenizer, prompts), _ids(tokenizer, completions))
 
 
 def fill_batches(
@@ -92,6 +99,10 @@ def fill_batches(
             yield _lay_out([row for full, count in zip(waiting, rows) for row in full[:count]], length)
             for full, count in zip(waiting, rows):
                 del full[:count]
+
+
+def _join(prompts: list[list[int]], completions: list[list[int]]) -> list[Example]:
+    return [Example(prompt + completion, len(prompt)) for prompt, completion in zip(prompts, completions)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Any) -> list[list[int]]:

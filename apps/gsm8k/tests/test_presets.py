@@ -1,0 +1,80 @@
+"""GSM8K's presets and its command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import load
+
+from grpo_gsm8k import cli
+from grpo_gsm8k.task import TASK
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.layers import DEFAULTS, dump, load_saved, preset_files
+
+LARGE = sorted({*preset_files(TASK)} - {DEFAULTS})
+
+
+def test_the_presets() -> None:
+    assert LARGE == ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
+
+
+@pytest.mark.parametrize("name", preset_files(TASK))
+def test_presets_are_valid_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    settings = load([name])
+    (tmp_path / "saved.yaml").write_text(dump(settings))
+    assert load([str(tmp_path / "saved.yaml")]) == load_saved(tmp_path / "saved.yaml") == settings
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_every_large_preset_names_its_slice_and_the_true_data(name: str) -> None:
+    settings = load([name])
+    assert settings.slices
+    assert settings.data.source == "openai/gsm8k"
+    assert settings.model.path.lower() == f"qwen/{name}-instruct"
+    # An update of 1e-6 rounds away in bfloat16 parameters.
+    assert settings.model.dtype == "float32"
+    assert settings.model.compute_dtype == "bfloat16"
+
+
+def test_laptop_is_the_default_and_needs_nothing_else() -> None:
+    settings = load(["laptop"])
+    assert settings == load()
+    assert (settings.model.path, settings.data.source) == ("embedded", "embedded")
+    assert dict(zip(settings.reward.functions, settings.reward.weights)) == {"answer": 1.0, "format": 0.1}
+
+
+def test_only_policies_that_were_not_taught_gsm8k_are_told_what_to_write() -> None:
+    assert load().prompt.instruction == ""
+    assert "####" in (load(["qwen2.5-0.5b"]).prompt.instruction or "")
+
+
+def test_the_tasks_own_rewards_are_named_where_another_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="must hold `answer`, `flexible`, `format` or module:function: got 'answr'"):
+        load([], ["reward.functions=[answr]"])
+
+
+def test_print_config_is_light() -> None:
+    """It imports nothing that takes a second to load: so it answers at once, also on a busy machine."""
+    script = (
+        "import sys\nfrom grpo_gsm8k.cli import main\ncode = main(['train', '--print-config', '--set', 'steps=7'])\n"
+        "heavy = {'jax', 'jaxlib', 'flax', 'transformers', 'numpy', 'orbax', 'grain', 'optax'} & set(sys.modules)\n"
+        "sys.stderr.write(','.join(sorted(heavy)))\nsys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout == dump(load([], ["steps=7"]))
+
+
+def test_help_names_the_commands_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("train", "eval", "replay", "warmstart", "make-data", "make-tokenizer"))
+
+
+def test_errors_name_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--set", "step=3"]) == 2
+    assert capsys.readouterr().err.startswith("grpo-gsm8k: error: --set: unknown key 'step'")
