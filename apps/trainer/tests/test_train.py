@@ -15,6 +15,8 @@ from jax.sharding import AbstractMesh
 from toy import TASK, metrics, settings
 
 from grpo_mesh import AXES, digest
+from grpo_sampler import load_pretrained
+from grpo_trainer import cli
 from grpo_trainer.assemble import assemble
 from grpo_trainer.evaluate import evaluate_command
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
@@ -207,6 +209,21 @@ def test_evaluating_a_policy_and_a_run(
     with pytest.raises(CheckpointError, match="holds no checkpoint to evaluate"):
         evaluate_command(given, TASK, checkpoint=str(tmp_path))
     assert not (tmp_path / "unused").exists()
+
+
+def test_an_exported_policy_is_the_runs(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    assert cli.main(TASK, ["export", str(uninterrupted), str(tmp_path / "policy")]) == 0
+    given = settings(toy_policy, uninterrupted, *MEASURED)
+    run = assemble(given, TASK)
+    restored = checkpoints(uninterrupted / "checkpoints").restore(run.state, run.identity)
+    assert restored is not None
+    _, params = load_pretrained(tmp_path / "policy")
+    assert digest(params) == digest(restored.state.params)
+    assert cli.main(TASK, ["export", str(uninterrupted), str(tmp_path / "other"), "--step", "7"]) == 1
+    # It can be trained on like any other policy.
+    again = assemble(settings(tmp_path / "policy", tmp_path / "again"), TASK)
+    assert again.identity["parameters"] == digest(restored.state.params)
+    assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
 
 
 def test_dry_run_samples_nothing(toy_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
