@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_countdown.expression import LONGEST, ExpressionError, calculate
+from grpo_countdown.expression import LONGEST, calculate
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,14 @@ from grpo_countdown.expression import LONGEST, ExpressionError, calculate
     ],
 )  # fmt: skip
 def test_values_are_exact(text: str, value: int | Fraction) -> None:
-    assert calculate(text).value == value
+    result = calculate(text)
+    assert result is not None
+    assert result[0] == value
 
 
 def test_numbers_are_counted() -> None:
-    assert calculate("(3+7)*3").numbers == Counter({3: 2, 7: 1})
-    assert calculate("37+3").numbers == Counter({37: 1, 3: 1})
+    assert calculate("(3+7)*3") == (30, Counter({3: 2, 7: 1}))
+    assert calculate("37+3") == (40, Counter({37: 1, 3: 1}))
 
 
 @pytest.mark.parametrize(
@@ -51,15 +53,14 @@ def test_numbers_are_counted() -> None:
     ],
 )  # fmt: skip
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(ExpressionError):
-        calculate(text)
+    assert calculate(text) is None
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "(" * 99 + "1" + ")" * 99,
-        "(" * 21 + "1" + ")" * 21,
+        "(" * 50 + "1" + ")" * 50,
         "(" * 5_000 + "1" + ")" * 5_000,
         "(" * LONGEST,
         "1+" * 5_000 + "1",
@@ -67,35 +68,34 @@ def test_anything_else_is_refused(text: str) -> None:
         "9" * 10_000,
         "9*" * 5_000 + "9",
     ],
-    ids=["nested", "just too deep", "deeply nested", "open", "long", "blank", "one number", "product"],
+    ids=["nested", "just too long", "deeply nested", "open", "long", "blank", "one number", "product"],
 )
 def test_length_and_depth_are_bounded(text: str) -> None:
-    with pytest.raises(ExpressionError):
-        calculate(text)
+    assert calculate(text) is None
 
 
 def test_the_largest_result_is_small() -> None:
     """No text comes to more than a product of the largest numbers that fit: there is no power to write."""
-    product = "*".join(["999999"] * 28)
+    product = "*".join(["999999"] * 14)
     assert len(product) <= LONGEST
-    assert calculate(product).value == 999_999**28
+    assert calculate(product) == (999_999**14, Counter({999_999: 14}))
 
 
-def test_twenty_parentheses_are_read() -> None:
-    assert calculate("(" * 20 + "1" + ")" * 20).value == 1
+def test_the_deepest_expression_is_read() -> None:
+    assert calculate("(" * 49 + "1" + ")" * 49) == (1, Counter({1: 1}))
 
 
 @given(st.text(st.sampled_from("0123456789+-*/() ×÷−.e"), max_size=60))
 def test_agrees_with_python_on_what_both_read(text: str) -> None:
     """Python's own arithmetic on fractions is the oracle for whatever the parser accepts."""
-    try:
-        result = calculate(text)
-    except ExpressionError:
+    result = calculate(text)
+    if result is None:
         return
+    value, numbers = result
     tokens = Counter(int(number) for number in "".join(c if c.isdigit() else " " for c in text).split())
-    assert result.numbers == tokens
+    assert numbers == tokens
     exact = "".join(f"Fraction({run})" if run.isdigit() else run for run in _runs(text))
-    assert result.value == eval(exact.translate(str.maketrans("×÷−", "*/-")), {"Fraction": Fraction})  # noqa: S307
+    assert value == eval(exact.translate(str.maketrans("×÷−", "*/-")), {"Fraction": Fraction})  # noqa: S307
 
 
 def _runs(text: str) -> list[str]:

@@ -122,5 +122,5 @@ def test_other_problems_are_read_from_a_file(tmp_path: Path) -> None:
     (problem,) = TASK.problems(str(file), "train", 0)
     assert TASK.judge(problem.answer, problem, finished=True).strict
     file.write_text(json.dumps({"question": "Reach 100.", "answer": "25*4"}) + "\n")
-    with pytest.raises(DataError, match=r"mine.jsonl:1: question must hold a target and numbers"):
+    with pytest.raises(DataError, match=r"mine.jsonl:1: question must be like 'Reach 8 from 9, 7, 6'"):
         TASK.problems(str(file), "train", 0)

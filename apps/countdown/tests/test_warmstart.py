@@ -28,27 +28,30 @@ def tokenizer() -> Any:
 def test_the_teacher_errs_as_often_as_it_says() -> None:
     teacher, rng = Teacher(), random.Random(0)
     wrong: dict[bool, list[bool]] = {True: [], False: []}
-    for problem in islice(stream("train", seed=3, repeat=True), 3_000):
-        assert problem.solution.parts is not None
-        result = calculate(teach(problem, teacher, rng).rpartition("answer: ")[2])
-        wrong[problem.solution.parts[1] == "+"].append(result.value != problem.target)
+    for _, term in islice(stream("train", seed=3), 3_000):
+        assert term.parts is not None
+        result = calculate(teach(term, teacher, rng).rpartition("answer: ")[2])
+        assert result is not None
+        wrong[term.parts[1] == "+"].append(result[0] != term.value)
     # Now and then the wrong operator leads out of the whole numbers allowed, and the teacher takes the right one.
     assert teacher.sum_mistakes - 0.1 < np.mean(wrong[True]) <= teacher.sum_mistakes + 0.04
-    assert teacher.mistakes - 0.1 < np.mean(wrong[False]) <= teacher.mistakes + 0.04
+    assert teacher.mistakes - 0.2 < np.mean(wrong[False]) <= teacher.mistakes + 0.04
 
 
 def test_the_teacher_always_calculates_correctly_and_keeps_to_the_form() -> None:
     rng = random.Random(0)
-    for problem in generate("train", 300):
-        *working, answer = teach(problem, Teacher(), rng).split("\n")
+    for question, term in generate("train", 300).items():
+        *working, answer = teach(term, Teacher(), rng).split("\n")
         assert working
         for line in working:
             left, value = line.split("=")
-            assert calculate(left).value == int(value)
-        value = int(working[-1].split("=")[1])
+            assert calculate(left) is not None
+            assert calculate(left)[0] == int(value)  # pyright: ignore[reportOptionalSubscript]
         result = calculate(answer.removeprefix("answer: "))
-        assert result.value == value
-        assert all(count <= problem.numbers.count(number) for number, count in result.numbers.items())
+        assert result is not None
+        assert result[0] == int(working[-1].split("=")[1])
+        assert set(result[1].values()) == {1}
+        assert set(result[1]) <= set(map(int, re.findall(r"\d+", question)[1:]))
 
 
 def test_lessons_teach_completions_alone(tokenizer: Any) -> None:

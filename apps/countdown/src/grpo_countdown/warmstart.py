@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_countdown.problems import Countdown, combine, generate, solution, stream
+from grpo_countdown.problems import Term, combine, generate, stream
 from grpo_trainer.task import Task
 from grpo_trainer.teach import Example, Recipe, SupervisedBatch, chat_examples, fill_batches, warmstart
 
@@ -46,24 +46,23 @@ class Teacher:
     row_length: int = 160
 
 
-def teach(problem: Countdown, teacher: Teacher, rng: random.Random) -> str:
+def teach(term: Term, teacher: Teacher, rng: random.Random) -> str:
     """Write a solution as the unreliable teacher does.
 
     Args:
-        problem: what to solve.
+        term: the right one.
         teacher: how reliable it is.
         rng: decides whether it errs here.
 
     Returns:
         The text to learn.
     """
-    term = problem.solution
     if term.parts is None:
-        return solution(term)
+        return term.solution
     left, operator, right = term.parts
     if rng.random() < (teacher.sum_mistakes if operator == "+" else teacher.mistakes):
         term = combine(left, _MISTAKEN[operator], right) or term
-    return solution(term)
+    return term.solution
 
 
 def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[SupervisedBatch]:
@@ -74,7 +73,9 @@ def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[Su
 def texts() -> list[str]:
     """What the tokenizer is trained on."""
     rng = random.Random(0)
-    return [text for problem in generate("train", 2_000) for text in (problem.question, teach(problem, Teacher(), rng))]
+    return [
+        text for question, term in generate("train", 2_000).items() for text in (question, teach(term, Teacher(), rng))
+    ]
 
 
 def main(task: Task, arguments: Sequence[str]) -> int:
@@ -86,8 +87,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[list[list[Example]]]:
     rng = random.Random(teacher.seed)
-    problems = stream("train", seed=_SEED + teacher.seed, repeat=True)
+    problems = stream("train", seed=_SEED + teacher.seed)
     while True:
-        chosen = list(islice(problems, 512))
-        solutions = [teach(problem, teacher, rng) for problem in chosen]
-        yield [chat_examples(tokenizer, [problem.question for problem in chosen], solutions)]
+        questions, terms = zip(*islice(problems, 512))
+        yield [chat_examples(tokenizer, questions, [teach(term, teacher, rng) for term in terms])]

@@ -25,6 +25,7 @@ class Gsm8k:
     policies: Mapping[str, Path] = {"embedded": folder / "embedded" / "policy"}
     rewards: Mapping[str, "RewardFunction"] = {
         "answer": grading.answer,
+        "boxed": grading.boxed,
         "flexible": grading.flexible,
         "format": grading.format,
     }
@@ -36,7 +37,9 @@ class Gsm8k:
         if source != "embedded":
             from grpo_trainer.data.sources import read_problems
 
-            return read_problems(source, split, limit=limit)
+            problems = read_problems(source, split, limit=limit)
+            _check_answers(problems)
+            return problems
         from grpo_gsm8k.embedded.problems import generate
 
         return [
@@ -45,16 +48,33 @@ class Gsm8k:
         ]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
-        """Strict: the number after ``####`` is the answer. Lenient: the last number is."""
-        gold = grading.final_answer(problem.answer)
-        strict, lenient = grading.final_answer(completion), grading.last_number(completion)
-        read = f"#### {strict}" if strict is not None else "" if lenient is None else f"last number {lenient}"
+        r"""Strict: the number after ``####`` is the answer (of an answer that is no number: what the last box holds).
+
+        Lenient: the answer is right however it is put; see `grading.read_answer`.
+        """
+        gold = grading.read_gold(problem.answer)
+        lenient = grading.read_answer(completion)
+        strict = grading.read_boxed(completion) if isinstance(gold, str) else grading.read_final(completion)
         return Judgement(
-            strict=gold is not None and strict == gold,
-            lenient=gold is not None and lenient == gold,
+            strict=gold is not None and strict is not None and strict.value == gold,
+            lenient=gold is not None and lenient is not None and lenient.value == gold,
             formed=grading.is_formed(completion, finished=finished),
-            read=read,
+            read="" if lenient is None else f"{lenient.place} {lenient.written}",
+        )
+
+
+def _check_answers(problems: Sequence[Problem]) -> None:
+    from grpo_trainer.data.sources import DataError
+
+    unread = [problem for problem in problems if grading.read_gold(problem.answer) is None]
+    if unread:
+        share = max(0.1, 100 * len(unread) / len(problems))
+        raise DataError(
+            f"{len(unread):,} of {len(problems):,} answers ({share:.1f} %) hold no number: the first is "
+            f"{unread[0].place}: {unread[0].answer[-120:]!r}. An answer must end in #### 72, or hold \\boxed{{72}}, or be "
+            "the bare number. Correct these problems or remove them"
         )
 
 
 TASK = Gsm8k()
+"""GSM8K as a task of grpo-trainer."""

@@ -58,7 +58,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Such as ``gsm8k``: the program is ``grpo-gsm8k``, and so is the distribution whose version a run records."""
+        """Such as ``sums``: the program is ``grpo-sums``, and so is the distribution whose version a run records."""
         ...
 
     @property
