@@ -74,7 +74,6 @@ FINAL = [
     ("20 percent", "20"),
     ("12 apples", "12"),
     ("12apples", "12"),
-    ("12 apples and 3 pears", "12"),
     ("60 km/h", "60"),
     ("60 m^2", "60"),
     ("60 m²", "60"),
@@ -268,6 +267,7 @@ def test_the_first_mark_with_a_number_counts() -> None:
     assert grading.read_final("#### 3\n#### 4") == (3, "####", "3")
     assert grading.read_final("#### Sum\n####4") == (4, "####", "4")
     assert grading.read_final("#### 3:30\n#### 4") is None
+    assert grading.read_final("#### 12 apples and 3 pears") == (12, "####", "12")
 
 
 def spellings(number: Fraction) -> list[str]:
@@ -327,9 +327,9 @@ HOSTILE = [
 def test_hostile_text_of_100_000_characters(piece: str) -> None:
     """A pattern that is tried again from every character would take minutes here."""
     text = piece * (100_000 // len(piece))
-    for hostile in (text, f"#### {text}", f"#### 1{text}", f"\\boxed{{{text}}}", f"the answer is 1{text}!", f"1 {text} 1"):
-        judgement = TASK.judge(hostile, Problem("q", hostile, "x:1"), finished=True)
-        assert len(judgement.read) <= len(hostile) + 20
+    for hostile in (text, f"#### 1{text}", f"answer: \\boxed{{1 {text}}}"):
+        judgement = TASK.judge(hostile, Problem("q", hostile[:1_000], "x:1"), finished=True)
+        assert len(judgement.read) <= 120
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,9 @@ def test_on_gsm8k_itself() -> None:
         match = extract.search(gold)
         assert match is not None
         published = Fraction(match[1].strip().replace(",", ""))
-        assert grading.final_answer(gold) == grading.last_number(gold) == grading.read_gold(gold) == published
+        readings = grading.read_final(gold), grading.read_answer(gold), grading.read_last_number(gold)
+        assert [reading and reading.value for reading in readings] == [published] * 3
+        assert grading.read_gold(gold) == published
         assert grading.read_gold(match[1]) == published
     given_ = {"completions": golds, "answers": golds}
     assert set(grading.answer(**given_)) == set(grading.flexible(**given_)) == set(grading.format(**given_)) == {1.0}

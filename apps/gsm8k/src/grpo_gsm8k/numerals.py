@@ -32,11 +32,11 @@ _REWRITES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\\([$%&])", r"\1"),
     (r"\{,\}", ","),
     ("[⁄∕]", "/"),
-    (r"\\(?:text|math|mbox|emph)[a-z]*+\s?\{([^{}]*+)\}", r" \1"),
     (
         r"\\[dtc]?frac\s?(?:\{\s*+(-?[0-9.,]++)\s*+\}|([0-9]))\s?(?:\{\s*+([0-9.,]++)\s*+\}|([0-9]))",
         lambda match: _fraction(match, f"{match[1] or match[2]}/{match[3] or match[4]}"),
     ),
+    (r"\\(?:text|math|mbox|emph)[a-z]*+\s?\{([^{}]*+)\}", r" \1"),
     (f"[{_VULGAR}]", lambda match: _fraction(match, unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"))),
     (r"\\(?:times|cdot)(?![A-Za-z])\s?", "×"),
     (r"\^\{([-+]?[0-9]++)\}", r"^\1"),
@@ -72,7 +72,7 @@ NUMBER = rf"""
 (?: [eE](?P<exponent>[-−+]?[0-9]++) | \ ?[×x*·]\ ?10\^(?P<power>[-−+]?[0-9]++) | \^(?P<raised>[-−+]?[0-9]++)
   | (?P<scale>[kK](?!\w) | (?:\ ?(?i:hundred|thousand|million|billion|trillion)s?\b)++) )?
 (?P<part>
-    \ ?(?:\^|/[0-9]|:[0-9])[\w/:.]*+ | [^\W\d]*+\d\w*+ | (?:M|B|bn|mn|[xyzn])(?!\w) | [€£¥][0-9]++ | \ ?{_OPAQUE}
+    \ ?(?:\^|/[0-9]|:[0-9])[\w/:.]*+ | [^\W\d]*+\d\w*+ | (?:M|B|bn|mn|[xyzn])(?!\w) | [€£¥][0-9]++ | [\ .]?{_OPAQUE}
   | \ ?{_MAJOR}(?: (?:,|,?\ and)?\ ?{_AMOUNT}\ ?{_MINOR} | \ ?{_AMOUNT}(?!\ ?[\w%*/×÷=:^+-]) )
 )?
 (?P<dots>\.\.|…)?"""

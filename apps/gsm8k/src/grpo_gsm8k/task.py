@@ -59,7 +59,7 @@ class Gsm8k:
             strict=gold is not None and strict is not None and strict.value == gold,
             lenient=gold is not None and lenient is not None and lenient.value == gold,
             formed=grading.is_formed(completion, finished=finished),
-            read="" if lenient is None else f"{lenient.place} {lenient.written}",
+            read="" if lenient is None else f"{lenient.place} {lenient.written[:100]}",
         )
 
 
