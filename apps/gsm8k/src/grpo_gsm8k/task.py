@@ -21,7 +21,10 @@ class Gsm8k:
     name = "gsm8k"
     title = "GRPO on grade-school mathematics."
     folder = Path(__file__).parent
-    instruction = "Think step by step. Then write the answer on a line of its own, as #### followed by the number and nothing else."
+    instruction = (
+        "Think step by step. Then write the answer on a line of its own, "
+        "as #### followed by the number and nothing else."
+    )
     policies: Mapping[str, Path] = {"embedded": folder / "embedded" / "policy"}
     rewards: Mapping[str, "RewardFunction"] = {
         "answer": grading.answer,
@@ -48,10 +51,7 @@ class Gsm8k:
         ]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
-        r"""Strict: the number after ``####`` is the answer (of an answer that is no number: what the last box holds).
-
-        Lenient: the answer is right however it is put; see `grading.read_answer`.
-        """
+        """Strict: right after ``####``, or in the last box if the answer is no number. Lenient: however it is put."""
         gold = grading.read_gold(problem.answer)
         lenient = grading.read_answer(completion)
         strict = grading.read_boxed(completion) if isinstance(gold, str) else grading.read_final(completion)
@@ -66,12 +66,11 @@ class Gsm8k:
 def _check_answers(problems: Sequence[Problem]) -> None:
     from grpo_trainer.data.sources import DataError
 
-    unread = [problem for problem in problems if grading.read_gold(problem.answer) is None]
-    if unread:
+    if unread := [problem for problem in problems if grading.read_gold(problem.answer) is None]:
         share = max(0.1, 100 * len(unread) / len(problems))
         raise DataError(
             f"{len(unread):,} of {len(problems):,} answers ({share:.1f} %) hold no number: the first is "
-            f"{unread[0].place}: {unread[0].answer[-120:]!r}. An answer must end in #### 72, or hold \\boxed{{72}}, or be "
+            f"{unread[0].place}: {unread[0].answer[-120:]!r}. An answer must end in #### 72, hold \\boxed{{72}}, or be "
             "the bare number. Correct these problems or remove them"
         )
 
