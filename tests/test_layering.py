@@ -44,11 +44,13 @@ OPTIONAL = {
     "libs/grpo-mesh": {"libtpu"},
     "libs/grpo-sampler": {"huggingface-hub", "torch", "transformers"},
     "apps/trainer": {"wandb"},
+    "apps/gsm8k": {"math-verify"},
 }
 # Distributions whose import name is another. jax brings ml_dtypes.
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "ml_dtypes": "jax",
+    "math_verify": "math-verify",
     "orbax": "orbax-checkpoint",
     "yaml": "pyyaml",
 }
