@@ -49,6 +49,7 @@ OPTIONAL = {
 # Distributions whose import name is another. jax brings ml_dtypes.
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
     "ml_dtypes": "jax",
     "math_verify": "math-verify",
     "orbax": "orbax-checkpoint",
