@@ -51,7 +51,6 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "math_verify": "math-verify",
     "ml_dtypes": "jax",
-    "math_verify": "math-verify",
     "orbax": "orbax-checkpoint",
     "yaml": "pyyaml",
 }

@@ -131,7 +131,7 @@ def _train_batch(tokens_BT: np.ndarray, prompt_length_B: np.ndarray, total_lengt
         sample_B=np.array([0, 1, 0, 1], np.int32),
         group_B=np.array([0, 0, 1, 1], np.int32),
         group_size=2,
-        law=SamplingParams(),
+        sampling=SamplingParams(),
         policy=PolicyVersion(0, "00"),
         vocab_size=17,
         pad_id=0,

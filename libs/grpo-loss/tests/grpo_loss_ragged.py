@@ -43,7 +43,7 @@ class Ragged:
             sample_B=np.zeros(B, np.int32),
             group_B=self.group_B,
             group_size=1,
-            law=SamplingParams(),
+            sampling=SamplingParams(),
             policy=PolicyVersion(0, "00"),
             vocab_size=VOCABULARY,
             pad_id=0,
