@@ -248,3 +248,12 @@ def test_the_data_order_does_not_depend_on_interruptions(toy_policy: Path, tmp_p
     stream = run.problems
     seen = [next(stream).prompts.prompt_id_P for _ in range(10)]
     assert sorted(np.concatenate(seen)) == list(range(40))
+
+
+def test_decoding_compiles_in_the_first_step_alone(toy_policy: Path, tmp_path: Path) -> None:
+    counts = []
+    for steps in (1, 3):
+        folder = tmp_path / str(steps)
+        assert train(settings(toy_policy, folder, f"steps={steps}"), TASK) == 0
+        counts.append(json.loads((folder / "summary.json").read_text())["compiled_programs"])
+    assert counts[0] == counts[1]
