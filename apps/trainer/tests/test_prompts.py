@@ -122,7 +122,7 @@ def test_a_prompt_does_not_change_with_the_day(toy_policy: Path, call: str, date
 def test_a_date_that_cannot_be_pinned_is_refused(toy_policy: Path) -> None:
     tokenizer = load_tokenizer(toy_policy)
     tokenizer.chat_template = "{{ strftime_now(form) }} {{ messages[0]['content'] }}"
-    with pytest.raises(PromptError, match=r"must call strftime_now with a text.*got 'strftime_now\(form\)"):
+    with pytest.raises(PromptError, match=r"must call strftime_now with a text.*got .strftime_now\(form\)"):
         encode_prompts([Problem("1 + 1?", "=2", "x:1")], tokenizer, PromptStyle())
 
 
