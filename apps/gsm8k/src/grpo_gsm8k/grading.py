@@ -1,7 +1,6 @@
 r"""GSM8K's rewards: the final answer, the answer wherever it stands, the form."""
 
 import re
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -100,8 +99,7 @@ def is_formed(completion: str, *, finished: bool) -> bool:
     line = completion.rstrip().rpartition("\n")[2]
     if not finished or completion.count("####") != 1 or not line.startswith("####"):
         return False
-    match = _NUMBER.fullmatch(normalize(line[4:]).strip())
-    return match is not None and value_of(match) is not None
+    return (match := _NUMBER.fullmatch(normalize(line[4:]).strip())) is not None and value_of(match) is not None
 
 
 def _score(reading: Reading | None, answer: str) -> float | None:
@@ -109,7 +107,7 @@ def _score(reading: Reading | None, answer: str) -> float | None:
     return None if gold is None else float(reading is not None and reading.value == gold)
 
 
-def _find(text: str, start: int = 0, end: int = sys.maxsize) -> list[re.Match[str]]:
+def _find(text: str, start: int = 0, end: int = 1 << 60) -> list[re.Match[str]]:
     return [match for match in TOKEN.finditer(text, start, end) if match["number"] or match["opaque"]]
 
 

@@ -33,4 +33,4 @@ def _parse(text: str) -> list[Any]:
     _, mark, rest = text.partition("####")
     if mark:
         text = f"\\boxed{{{rest.strip().partition(chr(10))[0]}}}"
-    return parse(text, parsing_timeout=None)
+    return parse(text, parsing_timeout=0)  # no limit, and no signals

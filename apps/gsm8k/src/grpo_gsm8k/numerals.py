@@ -108,7 +108,6 @@ def value_of(match: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(digits: str) -> Fraction | None:
-    match = _READABLE.fullmatch(digits)
-    if match is None:
+    if (match := _READABLE.fullmatch(digits)) is None:
         return None
     return Fraction(re.sub("[. '’]", "", digits).replace(",", ".") if match["comma"] else re.sub("[, '’]", "", digits))
