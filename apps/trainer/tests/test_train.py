@@ -199,7 +199,7 @@ def test_evaluating_a_policy_and_a_run(
     summary = json.loads((uninterrupted / "summary.json").read_text())
     for checkpoint, name, when in (
         (None, str(toy_policy), "before"),
-        (str(uninterrupted), f"{uninterrupted} after step 4", "after"),
+        (uninterrupted, f"{uninterrupted} after step 4", "after"),
     ):
         assert evaluate_command(given, TASK, checkpoint=checkpoint) == 0
         line = capsys.readouterr().out.splitlines()[-1]
@@ -207,8 +207,19 @@ def test_evaluating_a_policy_and_a_run(
         assert line.startswith(f"{name}: held-out accuracy {summary[f'accuracy_{when}']:.1%}")
         assert f"{correct} of 8" in line
     with pytest.raises(CheckpointError, match="holds no checkpoint to evaluate"):
-        evaluate_command(given, TASK, checkpoint=str(tmp_path))
+        evaluate_command(given, TASK, checkpoint=tmp_path)
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_run_is_measured_with_its_own_settings(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(TASK, ["eval", "--checkpoint", str(uninterrupted)]) == 0
+    assert " of 8)" in capsys.readouterr().out
+    assert cli.main(TASK, ["eval", "--checkpoint", str(tmp_path / "typo")]) == 2
+    assert "typo" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_policy_is_the_runs(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ class Task(Protocol):
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Default weight of each built-in reward function; 1 where left out."""
+        """The reward functions of a run by default, with their weights.
+
+        One that is left out is off until `reward.functions` names it; its weight is then 1 unless `reward.weights` says
+        otherwise.
+        """
         ...
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
