@@ -131,7 +131,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         tokenizer=tokenizer,
         versions=versions(f"grpo-{task.name}"),
         identity=identity,
-        prompt=tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist()),
+        prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
         description=_description(plan, problems, asked),
     )
 
