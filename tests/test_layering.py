@@ -44,10 +44,12 @@ OPTIONAL = {
     "libs/grpo-mesh": {"libtpu"},
     "libs/grpo-sampler": {"huggingface-hub", "torch", "transformers"},
     "apps/trainer": {"wandb"},
+    "apps/gsm8k": {"math-verify"},
 }
 # Distributions whose import name is another. jax brings ml_dtypes.
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
     "ml_dtypes": "jax",
     "orbax": "orbax-checkpoint",
     "yaml": "pyyaml",

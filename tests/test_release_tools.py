@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tools.release import changelog
 from tools.release.__main__ import main
 from tools.release.agreement import disagreements
 from tools.release.bump import bump
-from tools.release.compat import last_release
+from tools.release.compat import compatibility, last_release, table
 from tools.release.fresh import Outcome
 from tools.release.graph import graph
 from tools.release.history import extract, git, releases
@@ -33,7 +35,8 @@ def write_package(folder: Path, name: str, dependencies: list[str]) -> None:
     (folder / "src" / module / "__init__.py").write_text(SOURCE)
     (folder / "CHANGELOG.md").write_text(LOG)
     (folder / "pyproject.toml").write_text(
-        f'[project]\nname = "{name}"\nversion = "0.1.0"\ndependencies = {json.dumps(dependencies)}\n'
+        f'[project]\nname = "{name}"\nversion = "0.1.0"\nrequires-python = ">=3.11"\n'
+        f"dependencies = {json.dumps(dependencies)}\n"
     )
 
 
@@ -299,3 +302,50 @@ def test_packages_follow_what_they_require(tree: Path) -> None:
     edit(tree / "libs/toy-base/pyproject.toml", '"numpy>=2.0"', '"toy-loss~=0.1.0"')
     with pytest.raises(ReleaseError, match="in a circle: more-app, toy-app, toy-base, toy-loss, toy-trainer do"):
         read_workspace(tree)
+
+
+APP_TEST = """import toy_base, toy_trainer
+def test_a_run_leaves_what_it_promises():
+    assert toy_base.add(1, y=2) == 3
+    assert toy_trainer.add(1, y=2) == 3
+"""
+
+
+@pytest.mark.slow
+def test_the_matrix_swaps_one_package_at_a_time_in_both_directions(tree: Path, tmp_path: Path) -> None:
+    """Built and installed: a library with a renamed keyword, and a trainer that changed without breaking."""
+    build = '\n[build-system]\nrequires = ["hatchling>=1.27"]\nbuild-backend = "hatchling.build"\n'
+    for package in read_workspace(tree).packages.values():
+        text = package.project_file.read_text()
+        package.project_file.write_text(re.sub(r'"(numpy|jax|rich|pyyaml)>=[^"]*"(, )?', "", text) + build)
+        with package.project_file.open("a") as file:
+            file.write(f'[tool.hatch.build.targets.wheel]\npackages = ["src/{package.module}"]\n')
+    test = tree / "apps/toy/tests/test_train.py"
+    test.parent.mkdir()
+    test.write_text(APP_TEST)
+    for name in ("apps/more", "apps/trainer"):
+        (tree / name / "tests").mkdir()
+        (tree / name / "tests" / "test_import.py").write_text("def test_import():\n    import toy_base\n")
+    (tree / "pyproject.toml").write_text('[dependency-groups]\ntests = ["pytest>=8.3"]\n[tool.hatch.envs]\n')
+    git_commit(tree)
+    released = head(tree)
+    edit(source_of(tree, "toy-base"), "y: int", "z: int")
+    edit(source_of(tree, "toy-base"), "x + y", "x + z")
+    edit(tree / "apps/trainer/src/toy_trainer/__init__.py", "return x + y", "return y + x")
+    edit(test, "toy_base.add(1, y=2)", "toy_base.add(1, z=2)")
+    git_commit(tree)
+    matrix = compatibility(read_workspace(tree), tmp_path / "scratch", repository=tree, baseline=released, reverse=True)
+    rows = {row.swapped: row for row in matrix}
+    assert list(rows) == ["toy-base", "toy-loss", "toy-trainer"]
+    base, trainer = rows["toy-base"], rows["toy-trainer"]
+    assert rows["toy-loss"].honest is None
+    assert passed(base.forward) == {"toy-trainer": True, "more-app": True, "toy-app": False}
+    assert passed(base.reverse) == {"toy-trainer": True, "more-app": True, "toy-app": False}
+    assert (base.honest, base.holds) == (Level.MINOR, False)
+    assert passed(trainer.forward) == {"more-app": True, "toy-app": True}
+    assert (trainer.honest, trainer.holds) == (Level.PATCH, True)
+    assert "toy-app fails: TypeError" in table(list(rows.values()))
+
+
+def passed(outcomes: Mapping[str, Outcome] | None) -> dict[str, bool]:
+    return {name: outcome.passed for name, outcome in (outcomes or {}).items()}

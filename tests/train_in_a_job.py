@@ -17,11 +17,11 @@ from grpo_gsm8k.embedded.tokenizer import texts
 from grpo_gsm8k.task import TASK
 from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
 from grpo_trainer.assemble import Run, assemble
+from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.learn import make_batch, place, updates
 from grpo_trainer.rewards import transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.settings import layers
-from grpo_trainer.teach import make_tokenizer
 from grpo_trainer.train import fit, sample, train
 
 

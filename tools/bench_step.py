@@ -114,7 +114,7 @@ class LimitedSampler:
 def write_policy(folder: Path, model: str) -> None:
     """A random policy in Hugging Face layout, with a tokenizer that its vocabulary holds."""
     from grpo_sampler import save_pretrained
-    from grpo_trainer.teach import make_tokenizer
+    from grpo_trainer.assemble.teach import make_tokenizer
 
     make_tokenizer(folder, ["1 + 1?", "#### 2"])
     save_pretrained(folder, *network(model))

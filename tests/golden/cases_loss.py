@@ -11,7 +11,7 @@ import numpy as np
 from golden_numbers import integers, wave
 
 import grpo_loss as gl
-from grpo_contracts import PolicyIdentity, Rollout, SamplingLaw, Scored, TrainBatch
+from grpo_contracts import PolicyVersion, Rollout, SamplingParams, Scored, TrainBatch
 
 ROWS, TIME = 6, 5
 _LENGTH_R = np.array([5, 1, 3, 4, 2, 5])
@@ -131,8 +131,8 @@ def _train_batch(tokens_BT: np.ndarray, prompt_length_B: np.ndarray, total_lengt
         sample_B=np.array([0, 1, 0, 1], np.int32),
         group_B=np.array([0, 0, 1, 1], np.int32),
         group_size=2,
-        law=SamplingLaw(),
-        policy=PolicyIdentity(0, "00"),
+        sampling=SamplingParams(),
+        policy=PolicyVersion(0, "00"),
         vocab_size=17,
         pad_id=0,
     )

@@ -13,9 +13,9 @@ from grpo_countdown.expression import calculate
 from grpo_countdown.problems import calculations, generate, stream
 from grpo_countdown.task import TASK
 from grpo_countdown.warmstart import Teacher, lessons, main, teach, texts
+from grpo_trainer.assemble.teach import chat_examples, make_tokenizer, measure
 from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.settings.layers import load
-from grpo_trainer.teach import chat_examples, make_tokenizer, measure
 
 POLICY = TASK.policies["embedded"]
 

@@ -15,8 +15,8 @@ sys.path.append(str(Path(__file__).parent))
 from grpo_gsm8k.embedded.tokenizer import texts
 from grpo_mesh import use_compilation_cache
 from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
+from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.settings.schema import Settings
-from grpo_trainer.teach import make_tokenizer
 
 use_compilation_cache(Settings().compilation_cache)
 

@@ -1,4 +1,4 @@
-r"""Reading answers: numbers as people write them, GSM8K's own rule on GSM8K's own text, and no text that is slow to read."""
+"""Reading answers: numbers as people write them, GSM8K's own rule on its own text, and no text that takes long."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_gsm8k import grading
@@ -19,7 +19,7 @@ from grpo_trainer.task import Problem
 
 GSM8K = next((up / "shared/data/gsm8k" for up in Path(__file__).parents if (up / "shared/data/gsm8k").is_dir()), None)
 
-# A number after the mark, its value (None: not to be read, in whole or in part), and how it is quoted where that differs.
+# A number after the mark, and its value; None: neither it nor a part of it is to be read.
 FINAL = [
     ("18", "18"),
     ("0", "0"),
@@ -74,7 +74,6 @@ FINAL = [
     ("20 percent", "20"),
     ("12 apples", "12"),
     ("12apples", "12"),
-    ("12 apples and 3 pears", "12"),
     ("60 km/h", "60"),
     ("60 m^2", "60"),
     ("60 m²", "60"),
@@ -268,13 +267,19 @@ def test_the_first_mark_with_a_number_counts() -> None:
     assert grading.read_final("#### 3\n#### 4") == (3, "####", "3")
     assert grading.read_final("#### Sum\n####4") == (4, "####", "4")
     assert grading.read_final("#### 3:30\n#### 4") is None
+    assert grading.read_final("#### 12 apples and 3 pears") == (12, "####", "12")
 
 
 def spellings(number: Fraction) -> list[str]:
     """Ways to write a number, by Python's own formatting."""
     over, under = abs(number.numerator), number.denominator
     sign = "-" if number < 0 else ""
-    written = [f"{over}/{under}", f"{over} / {under}", rf"\frac{{{over}}}{{{under}}}", rf"\dfrac{{{over:,}}}{{{under}}}"]
+    written = [
+        f"{over}/{under}",
+        f"{over} / {under}",
+        rf"\frac{{{over}}}{{{under}}}",
+        rf"\dfrac{{{over:,}}}{{{under}}}",
+    ]
     whole, rest = divmod(over, under)
     if whole and rest:
         written += [f"{whole} {rest}/{under}", rf"{whole}\frac{{{rest}}}{{{under}}}", f"{whole:,} {rest}/{under}"]
@@ -282,7 +287,13 @@ def spellings(number: Fraction) -> list[str]:
     if Fraction(decimal) == abs(number):
         plain = f"{decimal:,f}"
         point, digits = ("." in plain), plain.partition(".")
-        written += [plain, plain.replace(",", "'"), plain.replace(",", ""), f"{decimal:e}", f"{decimal:f}00" if point else plain]
+        written += [
+            plain,
+            plain.replace(",", "'"),
+            plain.replace(",", ""),
+            f"{decimal:e}",
+            f"{decimal:f}00" if point else plain,
+        ]
         written += [plain.replace(",", space) for space in (" ", "\u00a0", "\u2009", "\u202f", "{,}", r"\,")]
         written += [f"{decimal.scaleb(-3):f} × 10^3", rf"{decimal.scaleb(3):f} \times 10^{{-3}}"]
         if point and "," in digits[0]:
@@ -291,6 +302,7 @@ def spellings(number: Fraction) -> list[str]:
     return [sign + each for each in written] + [sign.replace("-", "−") + each for each in written]
 
 
+@settings(deadline=None)
 @given(st.fractions(max_denominator=2_000) | st.decimals(-(10**9), 10**9, places=3).map(Fraction))
 def test_every_spelling_reads_back(number: Fraction) -> None:
     for written in spellings(number):
@@ -299,13 +311,14 @@ def test_every_spelling_reads_back(number: Fraction) -> None:
             (f"#### {written} apples.", grading.read_final),
             (rf"so $\boxed{{{written}}}$ it is", grading.read_boxed),
             (f"**The answer is: {written}**", grading.read_answer),
-            (written, lambda text: grading.Reading(grading.read_gold(text) or Fraction(0), "", "")),
         ]:
             found = read(text)
             assert found is not None, text
             assert found.value == number, text
+        assert grading.read_gold(written) == number, written
 
 
+@settings(deadline=None)
 @given(text=st.text() | st.text("0123456789.,'/ -−:^{}$\\#x=e½²h").map(lambda text: f"#### {text}"))
 def test_no_text_breaks_the_rewards(text: str) -> None:
     for reward in TASK.rewards.values():
@@ -314,11 +327,87 @@ def test_no_text_breaks_the_rewards(text: str) -> None:
 
 
 HOSTILE = [
-    *("1", "1,", "1,000,", ",000", "1 ", "1 000", "1 000 ", "1'", "1.", ".5", "1/", "1/2 ", "2 1/", "1-", "-", "- ", "--1", "#"),
-    *("####", "#### ", "####-", "####1", "#### 1,", " ", "\n", "\u202f", "$", "US$", "A", "a", "a1", "a ", "1a", "1e", "1e9"),
-    *("{", "}", "{}", "{,}", "\\", "\\boxed{", "\\boxed{}", "\\boxed{1", "\\frac{", "\\frac{1}{", "\\frac{ ", "\\text{"),
-    *("\\text{\\", "\\sqrt[", "\\sqrt{", "\\sqrt{1}", "<answer>", "<answer>1", "answer is ", "answer is 1", "Answer:", "answer: "),
-    *("1 hour ", "1 hour 1", "1 hours and ", "1 million ", " million", "½", "1½", "²", "1²", "10^", "×10^1", "1×10", "*", "**1"),
+    *(
+        "1",
+        "1,",
+        "1,000,",
+        ",000",
+        "1 ",
+        "1 000",
+        "1 000 ",
+        "1'",
+        "1.",
+        ".5",
+        "1/",
+        "1/2 ",
+        "2 1/",
+        "1-",
+        "-",
+        "- ",
+        "--1",
+        "#",
+    ),
+    *(
+        "####",
+        "#### ",
+        "####-",
+        "####1",
+        "#### 1,",
+        " ",
+        "\n",
+        "\u202f",
+        "$",
+        "US$",
+        "A",
+        "a",
+        "a1",
+        "a ",
+        "1a",
+        "1e",
+        "1e9",
+    ),
+    *(
+        "{",
+        "}",
+        "{}",
+        "{,}",
+        "\\",
+        "\\boxed{",
+        "\\boxed{}",
+        "\\boxed{1",
+        "\\frac{",
+        "\\frac{1}{",
+        "\\frac{ ",
+        "\\text{",
+    ),
+    *(
+        "\\text{\\",
+        "\\sqrt[",
+        "\\sqrt{",
+        "\\sqrt{1}",
+        "<answer>",
+        "<answer>1",
+        "answer is ",
+        "answer is 1",
+        "Answer:",
+        "answer: ",
+    ),
+    *(
+        "1 hour ",
+        "1 hour 1",
+        "1 hours and ",
+        "1 million ",
+        " million",
+        "½",
+        "1½",
+        "²",
+        "1²",
+        "10^",
+        "×10^1",
+        "1×10",
+        "*",
+        "**1",
+    ),
     *("1^{", "^{1}", "_1", "=", "= -", "(- ", "π", "√", "…", "1:", "1 and ", "Rs.", "é", "١", "1_"),
 ]
 
@@ -327,9 +416,9 @@ HOSTILE = [
 def test_hostile_text_of_100_000_characters(piece: str) -> None:
     """A pattern that is tried again from every character would take minutes here."""
     text = piece * (100_000 // len(piece))
-    for hostile in (text, f"#### {text}", f"#### 1{text}", f"\\boxed{{{text}}}", f"the answer is 1{text}!", f"1 {text} 1"):
-        judgement = TASK.judge(hostile, Problem("q", hostile, "x:1"), finished=True)
-        assert len(judgement.read) <= len(hostile) + 20
+    for hostile in (text, f"#### 1{text}", f"answer: \\boxed{{1 {text}}}"):
+        judgement = TASK.judge(hostile, Problem("q", hostile[:1_000], "x:1"), finished=True)
+        assert len(judgement.read) <= 120
 
 
 @pytest.mark.parametrize(
@@ -424,7 +513,9 @@ def test_answers_that_cannot_be_read_are_an_error_before_anything_starts(tmp_pat
     write("72", r"\boxed{5}", "so\n#### 1,080")
     assert len(TASK.problems(str(tmp_path), "train", 0)) == 3
     write(*["72"] * 1_500, "so it goes", "3 or 4", *["72"] * 500)
-    with pytest.raises(DataError, match=rf"2 of 2,002 answers \(0\.1 %\) hold no number: the first is {file}:1501: 'so it goes'"):
+    with pytest.raises(
+        DataError, match=rf"2 of 2,002 answers \(0\.1 %\) hold no number: the first is {file}:1501: 'so it goes'"
+    ):
         TASK.problems(str(tmp_path), "train", 0)
     assert len(TASK.problems(str(tmp_path), "train", 1_500)) == 1_500
 
@@ -440,10 +531,12 @@ def test_on_gsm8k_itself() -> None:
         match = extract.search(gold)
         assert match is not None
         published = Fraction(match[1].strip().replace(",", ""))
-        assert grading.final_answer(gold) == grading.last_number(gold) == grading.read_gold(gold) == published
+        readings = grading.read_final(gold), grading.read_answer(gold), grading.read_last_number(gold)
+        assert [reading and reading.value for reading in readings] == [published] * 3
+        assert grading.read_gold(gold) == published
         assert grading.read_gold(match[1]) == published
-    given_ = {"completions": golds, "answers": golds}
-    assert set(grading.answer(**given_)) == set(grading.flexible(**given_)) == set(grading.format(**given_)) == {1.0}
+    for reward in (grading.answer, grading.flexible, grading.format):
+        assert set(reward(completions=golds, answers=golds)) == {1.0}
 
 
 def test_mathematics_beyond_numbers() -> None:
@@ -467,5 +560,7 @@ def test_mathematics_beyond_numbers() -> None:
 def test_without_math_verify_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     monkeypatch.delitem(sys.modules, "grpo_gsm8k.mathematics", raising=False)
-    with pytest.raises(RewardError, match=r"math_verify is not installed. Run: pip install 'grpo-gsm8k\[math\]'"):
+    with pytest.raises(
+        RewardError, match=r"needs math_verify, which is not installed. Run: pip install 'grpo-gsm8k\[math\]'"
+    ):
         load_function("grpo_gsm8k.mathematics:equal")

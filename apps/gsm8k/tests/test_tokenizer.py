@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from grpo_gsm8k.embedded.problems import generate
 from grpo_gsm8k.embedded.tokenizer import main, texts
 from grpo_gsm8k.task import TASK
+from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.data.tokenizer import load_tokenizer
-from grpo_trainer.teach import make_tokenizer
 
 
 @pytest.fixture(scope="module")

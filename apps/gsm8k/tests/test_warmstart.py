@@ -16,8 +16,8 @@ from grpo_gsm8k.embedded.tokenizer import texts
 from grpo_gsm8k.embedded.warmstart import main
 from grpo_gsm8k.task import TASK
 from grpo_sampler import ModelConfig, load_pretrained
+from grpo_trainer.assemble.teach import Recipe, make_tokenizer, measure, train_policy
 from grpo_trainer.data.tokenizer import load_tokenizer
-from grpo_trainer.teach import Recipe, make_tokenizer, measure, train_policy
 
 POLICY = TASK.policies["embedded"]
 

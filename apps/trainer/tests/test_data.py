@@ -14,7 +14,7 @@ from grpo_trainer.data import sources
 from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.stream import ProblemStream, Questions, Reader, tokenize
 from grpo_trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer, padding_id
-from grpo_trainer.task import Problem
+from grpo_trainer.task import Problem, Split
 
 GOOD = '{"question": "1 + 1?", "answer": "=2"}'
 
@@ -106,7 +106,8 @@ def write_splits(folder: Path, **sizes: int) -> None:
 
 def test_jsonl_is_read_whole_or_from_the_beginning(tmp_path: Path) -> None:
     write_splits(tmp_path, train=40, test=20)
-    for split, count in (("train", 40), ("test", 20)):
+    sizes: dict[Split, int] = {"train": 40, "test": 20}
+    for split, count in sizes.items():
         problems = read_problems(str(tmp_path), split)
         assert [{"question": problem.question, "answer": problem.answer} for problem in problems] == rows(count)
         assert problems[6].place == f"{tmp_path / split}.jsonl:7"

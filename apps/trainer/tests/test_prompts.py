@@ -101,11 +101,29 @@ def test_templates_that_spoil_every_prompt(
         encode_prompts([Problem("1 + 1?", "=2", "x:1")], tokenizer, style)
 
 
-def test_a_prompt_does_not_change_with_the_day(toy_policy: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "date"),
+    [
+        ("strftime_now('%d %b %Y')", "09 Mar 2025"),
+        ('strftime_now( "%Y-%m-%d" )', "2025-03-09"),
+        ("date_string", "09 Mar 2025"),
+    ],
+)
+def test_a_prompt_does_not_change_with_the_day(toy_policy: Path, call: str, date: str) -> None:
+    """As the templates of Llama 3.2, gpt-oss and Llama 3.1 ask for today."""
     tokenizer = load_tokenizer(toy_policy)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    tokenizer.chat_template = (
+        f"{{% if strftime_now is defined %}}{{{{ {call} }}}}{{% endif %}} {{{{ messages[0]['content'] }}}}"
+    )
     (ids,) = encode_prompts([Problem("1 + 1?", "=2", "x:1")], tokenizer, PromptStyle(date="2025-03-09"))
-    assert tokenizer.decode(ids) == "09 Mar 2025 1 + 1?"
+    assert tokenizer.decode(ids) == f"{date} 1 + 1?"
+
+
+def test_a_date_that_cannot_be_pinned_is_refused(toy_policy: Path) -> None:
+    tokenizer = load_tokenizer(toy_policy)
+    tokenizer.chat_template = "{{ strftime_now(form) }} {{ messages[0]['content'] }}"
+    with pytest.raises(PromptError, match=r"must call strftime_now with a text.*got .strftime_now\(form\)"):
+        encode_prompts([Problem("1 + 1?", "=2", "x:1")], tokenizer, PromptStyle())
 
 
 def test_arguments_reach_the_template(toy_policy: Path) -> None:

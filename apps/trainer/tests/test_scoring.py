@@ -28,7 +28,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "my_broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_function("my_grader:brief")(completions=[]) == [1.0] * 3
+    assert load_function("my_grader:brief")(prompts=[], completions=[], answers=[]) == [1.0] * 3
     for name, message in [
         ("my_grader:breif", "has no 'breif'; it has brief"),
         ("my_grader:limit", "must be callable: got int"),
@@ -100,7 +100,7 @@ def test_a_transcript_is_the_text_without_its_stop_token(transcript: Transcript)
 def test_functions_see_what_is_promised(rollout: Rollout, transcript: Transcript) -> None:
     seen: dict[str, Any] = {}
 
-    def mine(**given: Any) -> list[float]:
+    def mine(**given: Any) -> list[float | None]:
         seen.update(given)
         return [0.5] * 4
 

@@ -199,7 +199,7 @@ def test_evaluating_a_policy_and_a_run(
     summary = json.loads((uninterrupted / "summary.json").read_text())
     for checkpoint, name, when in (
         (None, str(toy_policy), "before"),
-        (str(uninterrupted), f"{uninterrupted} after step 4", "after"),
+        (uninterrupted, f"{uninterrupted} after step 4", "after"),
     ):
         assert evaluate_command(given, TASK, checkpoint=checkpoint) == 0
         line = capsys.readouterr().out.splitlines()[-1]
@@ -207,8 +207,19 @@ def test_evaluating_a_policy_and_a_run(
         assert line.startswith(f"{name}: held-out accuracy {summary[f'accuracy_{when}']:.1%}")
         assert f"{correct} of 8" in line
     with pytest.raises(CheckpointError, match="holds no checkpoint to evaluate"):
-        evaluate_command(given, TASK, checkpoint=str(tmp_path))
+        evaluate_command(given, TASK, checkpoint=tmp_path)
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_run_is_measured_with_its_own_settings(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(TASK, ["eval", "--checkpoint", str(uninterrupted)]) == 0
+    assert " of 8)" in capsys.readouterr().out
+    assert cli.main(TASK, ["eval", "--checkpoint", str(tmp_path / "typo")]) == 2
+    assert "typo" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_policy_is_the_runs(toy_policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -248,3 +259,12 @@ def test_the_data_order_does_not_depend_on_interruptions(toy_policy: Path, tmp_p
     stream = run.problems
     seen = [next(stream).prompts.prompt_id_P for _ in range(10)]
     assert sorted(np.concatenate(seen)) == list(range(40))
+
+
+def test_decoding_compiles_in_the_first_step_alone(toy_policy: Path, tmp_path: Path) -> None:
+    counts = []
+    for steps in (1, 3):
+        folder = tmp_path / str(steps)
+        assert train(settings(toy_policy, folder, f"steps={steps}"), TASK) == 0
+        counts.append(json.loads((folder / "summary.json").read_text())["compiled_programs"])
+    assert counts[0] == counts[1]

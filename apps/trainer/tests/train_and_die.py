@@ -112,7 +112,7 @@ class ObservedCheckpoints(Checkpoints):
         self._trace.write(state=grpo_mesh.digest(loop.train), step=loop.step)
         super().save(loop, *rest, **options)
 
-    def restore(self, like: Any, expected: Mapping[str, Any], **options: Any) -> Restored | None:
+    def restore(self, like: Any, expected: Mapping[str, Any] | None, **options: Any) -> Restored | None:
         """Write down what was read."""
         with self._trace.stage("restore"):
             restored = super().restore(like, expected, **options)

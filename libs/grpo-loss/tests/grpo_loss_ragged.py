@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import grpo_loss
-from grpo_contracts import PolicyIdentity, Rollout, SamplingLaw, Scored, TrainBatch
+from grpo_contracts import PolicyVersion, Rollout, SamplingParams, Scored, TrainBatch
 
 VOCABULARY = 24
 WIDTH = 8
@@ -43,8 +43,8 @@ class Ragged:
             sample_B=np.zeros(B, np.int32),
             group_B=self.group_B,
             group_size=1,
-            law=SamplingLaw(),
-            policy=PolicyIdentity(0, "00"),
+            sampling=SamplingParams(),
+            policy=PolicyVersion(0, "00"),
             vocab_size=VOCABULARY,
             pad_id=0,
         )

@@ -351,7 +351,7 @@ def other(**changes: Any) -> Any:
 )
 def test_parameters_of_another_model_are_refused_before_anything_compiles(given, message):
     sampler, prompts, wrong = Sampler(CONFIG, max_prompt_length=12, max_new_tokens=16), prompts_of([4]), given()
-    identity = {"group_size": 4, "seed": 0, "step": 0}
+    identity: Any = {"group_size": 4, "seed": 0, "step": 0}
     for call in (
         lambda: sampler.generate(wrong, prompts, **identity),
         lambda: sampler.stream(wrong, prompts, **identity),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def test_linear_layers_are_transposed_and_split_into_heads(checkpoint):
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_any_floating_type_becomes_the_one_asked_for(tmp_path, stored):
-    tensors = tensors_of(LLAMA, stored)
+    tensors: dict[str, Any] = dict(tensors_of(LLAMA, stored))
     _, params = load_pretrained(write(tmp_path / "m", LLAMA, tensors), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     expected = tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
@@ -86,7 +87,7 @@ def test_any_floating_type_becomes_the_one_asked_for(tmp_path, stored):
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_without_a_dtype_weights_keep_theirs(tmp_path, stored):
-    tensors = tensors_of(LLAMA, stored)
+    tensors: dict[str, Any] = dict(tensors_of(LLAMA, stored))
     _, params = load_pretrained(write(tmp_path / "m", LLAMA, tensors))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(stored)}
     assert params["embed"].tobytes() == tensors["model.embed_tokens.weight"].tobytes()

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_countdown.problems import Countdown, calculations, generate, stream
+from grpo_trainer.assemble.teach import Example, Recipe, SupervisedBatch, chat_examples, fill_batches, warmstart
 from grpo_trainer.task import Task
-from grpo_trainer.teach import Example, Recipe, SupervisedBatch, chat_examples, fill_batches, warmstart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@ r"""GSM8K's rewards: the final answer, the answer wherever it stands, the form."
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from grpo_gsm8k.numerals import CONTINUED, NUMBER, TOKEN, normalize, value_of
 
@@ -12,32 +12,21 @@ _FINAL = re.compile(rf"\#\#\#\#\s*+{NUMBER}", re.VERBOSE)
 _ANNOUNCED = re.compile(r"(?i:\banswers?\b[ ]?(?:is|was|equals|:|=)[\s:=]{0,8}(?:(?:about|approximately|exactly)[ ])?)")
 _CALCULATED = re.compile(r"[-+*/^×÷<>±\\]|\w\(")  # before a number
 _GOES_ON = re.compile(r"[ ]?[-+*×÷^!\\]")  # after it
+_Place = Literal["####", "boxed", "<answer>", "answer is", "last number"]
 
 
 class Reading(NamedTuple):
-    """An answer that was read.
-
-    Args:
-        value: a number; or what a box holds besides numbers, such as ``x+1``, without spaces.
-        place: where it stands: ``####``, ``boxed``, ``<answer>``, ``answer is`` or ``last number``.
-        written: as it is written there.
-    """
+    """An answer that was read, and how; the value of a box may also be text, such as ``x+1``, without spaces."""
 
     value: Fraction | str
-    place: str
+    place: _Place
     written: str
 
 
 def read_final(text: str) -> Reading | None:
-    """Read the number after ``####``: GSM8K's rule, the first such mark that a number follows counts.
+    """Read the number after ``####``: the first such mark that a number follows counts.
 
-    Args:
-        text: a completion, or the data set's ``answer`` field.
-
-    Returns:
-        The reading; None without such a mark, or where a range, a list or a part of a number follows it.
-
-    Source: openai/grade-school-math, ``dataset.py``.
+    Source: openai/grade-school-math, ``dataset.py``. Unlike there, of a range, a list or a part of a number it is None.
     """
     match = _FINAL.search(normalize(text))
     return _read_alone(match, "####") if match else None
@@ -51,16 +40,10 @@ def read_boxed(text: str) -> Reading | None:
 
 
 def read_answer(text: str) -> Reading | None:
-    r"""Read an answer, however it is put.
+    r"""Read an answer however it is put.
 
-    The first of these that the text has decides, even if it holds no number: ``#### n``; the last ``\boxed{}``; the last
-    ``<answer>``. Then the last "the answer is n" or "answer: n" with a number, then the last number.
-
-    Args:
-        text: a completion.
-
-    Returns:
-        The reading, or None.
+    The first of these that the text has decides, even if it holds no number: ``#### n``; the last ``\boxed{}``; the
+    last ``<answer>``. Then the last "the answer is n" or "answer: n" with a number, then the last number.
     """
     text = normalize(text)
     if match := _FINAL.search(text):
@@ -78,24 +61,16 @@ def read_answer(text: str) -> Reading | None:
 
 def read_last_number(text: str) -> Reading | None:
     """Read the last number of a text; None if there is none, or if the last one cannot be read whole."""
-    tokens = _numbers(normalize(text).replace("**", ""))
-    return _reading(tokens[-1], "last number") if tokens else None
+    numbers = _find(normalize(text).replace("**", ""))
+    return _read(numbers[-1], "last number") if numbers else None
 
 
 def read_gold(text: str) -> Fraction | str | None:
-    r"""Read the data set's own answer: as `read_answer` does, but a number that is not marked must be the only one.
-
-    Args:
-        text: the ``answer`` field, such as ``... #### 72``, ``\boxed{72}`` or ``72``.
-
-    Returns:
-        Its value; None where it cannot be told.
-    """
+    """Read the data set's own answer as `read_answer` does, but a number without a mark must be the only one."""
     reading = read_answer(text)
-    if reading is None or reading.place != "last number":
-        return reading and reading.value
-    is_only = len(_numbers(normalize(text))) == 1 and not re.search("=|####", text)
-    return reading.value if is_only else None
+    if reading and reading.place == "last number" and (re.search("=|####", text) or len(_find(normalize(text))) > 1):
+        return None
+    return reading and reading.value
 
 
 def answer(*, completions: Sequence[str], answers: Sequence[str], **_: Any) -> list[float | None]:
@@ -113,9 +88,7 @@ def flexible(*, completions: Sequence[str], answers: Sequence[str], **_: Any) ->
     return [_score(read_answer(completion), gold) for completion, gold in zip(completions, answers)]
 
 
-def format(  # noqa: A001 - the name people type in `reward.functions`
-    *, completions: Sequence[str], finished: Sequence[bool] | None = None, **_: Any
-) -> list[float | None]:
+def format(*, completions: Sequence[str], finished: Sequence[bool] | None = None, **_: Any) -> list[float | None]:  # noqa: A001
     """1 where `is_formed`."""
     ended = [True] * len(completions) if finished is None else finished
     return [float(is_formed(text, finished=done)) for text, done in zip(completions, ended)]
@@ -126,8 +99,7 @@ def is_formed(completion: str, *, finished: bool) -> bool:
     line = completion.rstrip().rpartition("\n")[2]
     if not finished or completion.count("####") != 1 or not line.startswith("####"):
         return False
-    match = _NUMBER.fullmatch(normalize(line[4:]).strip())
-    return match is not None and value_of(match) is not None
+    return (match := _NUMBER.fullmatch(normalize(line[4:]).strip())) is not None and value_of(match) is not None
 
 
 def _score(reading: Reading | None, answer: str) -> float | None:
@@ -135,35 +107,35 @@ def _score(reading: Reading | None, answer: str) -> float | None:
     return None if gold is None else float(reading is not None and reading.value == gold)
 
 
-def _numbers(text: str) -> list[re.Match[str]]:
-    return [match for match in TOKEN.finditer(text) if match["number"] or match["opaque"]]
+def _find(text: str, start: int = 0, end: int = 1 << 60) -> list[re.Match[str]]:
+    return [match for match in TOKEN.finditer(text, start, end) if match["number"] or match["opaque"]]
 
 
-def _reading(match: re.Match[str], place: str) -> Reading | None:
+def _read(match: re.Match[str], place: _Place) -> Reading | None:
     value = value_of(match) if match["number"] else None
     return None if value is None else Reading(value, place, match[0].lstrip("#").strip().rstrip(".…"))
 
 
-def _read_alone(match: re.Match[str], place: str) -> Reading | None:
-    return None if CONTINUED.match(match.string, match.end()) else _reading(match, place)
+def _read_alone(match: re.Match[str], place: _Place) -> Reading | None:
+    return None if CONTINUED.match(match.string, match.end()) else _read(match, place)
 
 
 def _last_box(text: str) -> tuple[int, int] | None:
-    opened = text.rfind("\\boxed{") + len("\\boxed{")
-    depth = 1 if opened >= len("\\boxed{") else 0
-    for brace in re.finditer(r"[{}]", text[opened:] if depth else ""):
+    before, box, inside = text.rpartition("\\boxed{")
+    depth, start = 1, len(before) + len(box)
+    for brace in re.finditer(r"[{}]", inside if box else ""):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return opened, opened + brace.start()
+            return start, start + brace.start()
     return None
 
 
-def _read_inside(text: str, start: int, end: int, place: str) -> Reading | None:
+def _read_inside(text: str, start: int, end: int, place: _Place) -> Reading | None:
     """Read the one number of a box or a tag, after the last `=` if there is one."""
     begin = max(text.rfind("=", start, end) + 1, start)
-    tokens = [match for match in TOKEN.finditer(text, begin, end) if match["number"] or match["opaque"]]
-    if len(tokens) == 1 and (reading := _reading(tokens[0], place)):
-        before, after = tokens[0].span()
+    numbers = _find(text, begin, end)
+    if len(numbers) == 1 and (reading := _read(numbers[0], place)):
+        before, after = numbers[0].span()
         if not _CALCULATED.search(text, begin, before) and not _GOES_ON.match(text, after, end):
             return reading
     written = re.sub(r"[\s$]|(?<=\\)[dt](?=frac)", "", text[start:end])

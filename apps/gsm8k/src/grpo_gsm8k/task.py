@@ -48,10 +48,7 @@ class Gsm8k:
         ]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
-        r"""Strict: the number after ``####`` is the answer (of an answer that is no number: what the last box holds).
-
-        Lenient: the answer is right however it is put; see `grading.read_answer`.
-        """
+        """Strict: right after ``####``, or in the last box if the answer is no number. Lenient: however it is put."""
         gold = grading.read_gold(problem.answer)
         lenient = grading.read_answer(completion)
         strict = grading.read_boxed(completion) if isinstance(gold, str) else grading.read_final(completion)
@@ -59,19 +56,18 @@ class Gsm8k:
             strict=gold is not None and strict is not None and strict.value == gold,
             lenient=gold is not None and lenient is not None and lenient.value == gold,
             formed=grading.is_formed(completion, finished=finished),
-            read="" if lenient is None else f"{lenient.place} {lenient.written}",
+            read="" if lenient is None else f"{lenient.place} {lenient.written[:100]}",
         )
 
 
 def _check_answers(problems: Sequence[Problem]) -> None:
     from grpo_trainer.data.sources import DataError
 
-    unread = [problem for problem in problems if grading.read_gold(problem.answer) is None]
-    if unread:
+    if unread := [problem for problem in problems if grading.read_gold(problem.answer) is None]:
         share = max(0.1, 100 * len(unread) / len(problems))
         raise DataError(
             f"{len(unread):,} of {len(problems):,} answers ({share:.1f} %) hold no number: the first is "
-            f"{unread[0].place}: {unread[0].answer[-120:]!r}. An answer must end in #### 72, or hold \\boxed{{72}}, or be "
+            f"{unread[0].place}: {unread[0].answer[-120:]!r}. An answer must end in #### 72, hold \\boxed{{72}}, or be "
             "the bare number. Correct these problems or remove them"
         )
 

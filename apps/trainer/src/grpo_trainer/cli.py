@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_trainer.settings.layers import dump, load, preset_files
@@ -13,6 +14,8 @@ from grpo_trainer.task import Task
 __all__ = ["Command", "main", "run_app"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+
+_MEMBERS = [name for name in vars(Task) if not name.startswith("_")]
 
 # (module:function taking a task and the arguments after the command's name, one line of help)
 Command = tuple[str, str]
@@ -63,6 +66,8 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
         130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if missing := [name for name in _MEMBERS if not hasattr(task, name)]:
+        raise TypeError(f"the task {type(task).__name__} lacks {', '.join(missing)}: see grpo_trainer.task.Task")
     own = _OWN | dict(commands or {})
     try:
         if given and given[0] in own:
@@ -79,7 +84,11 @@ def _run(task: Task, options: argparse.Namespace) -> int:
     sets = list(options.sets)
     if getattr(options, "slice", None):
         sets.append(f"slices=[{', '.join(options.slice)}]")
-    settings = load(task, options.config, sets)
+    configs = list(options.config)
+    if getattr(options, "checkpoint", None) is not None:
+        # What a run was asked with, it is measured with; later files and --set win.
+        configs.insert(0, str(options.checkpoint / "config.yaml"))
+    settings = load(task, configs, sets)
     if options.print_config:
         sys.stdout.write(dump(settings))
         return 0
@@ -130,7 +139,12 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--dry-run", action="store_true", help="validate and build everything, then stop")
         if name == "eval":
-            command.add_argument("--checkpoint", metavar="RUN", help="run folder whose newest checkpoint is measured")
+            command.add_argument(
+                "--checkpoint",
+                type=Path,
+                metavar="RUN",
+                help="run folder whose newest checkpoint is measured, with the run's settings",
+            )
         if name == "preflight":
             command.add_argument(
                 "--slice",

@@ -88,27 +88,24 @@ def evaluate(run: Run, params: Any) -> Evaluation:
     )
 
 
-def evaluate_command(settings: Settings, task: Task, *, checkpoint: str | None = None) -> int:
+def evaluate_command(settings: Settings, task: Task, *, checkpoint: Path | None = None) -> int:
     """Print the held-out accuracy of a policy.
 
     Args:
         settings: name the policy (`model.path`) and the problems.
         task: reads the problems and judges the answers.
-        checkpoint: run folder whose newest checkpoint is measured instead.
+        checkpoint: run folder whose newest checkpoint is measured instead; the settings are then the run's.
 
     Returns:
         Exit code 0.
     """
     run = assemble(settings, task)
-    for line in run.description:
+    for line in run.description[:-1]:  # all but the steps, which nobody takes here
         print(line, flush=True)
     params, name = run.state.params, settings.model.path
     if checkpoint is not None:
-        # A reader: nothing of the run may be deleted, and any problems may be put to it.
-        checkpoints = Checkpoints(
-            Path(checkpoint) / "checkpoints", keep=1_000_000, versions=run.versions, any_data=True
-        )
-        restored = checkpoints.restore(run.state, run.identity, donate=True)
+        # Any problems may be put to it.
+        restored = Checkpoints.reader(checkpoint / "checkpoints").restore(run.state, None, donate=True)
         if restored is None:
             raise CheckpointError(f"{checkpoint} holds no checkpoint to evaluate")
         params, name = restored.state.params, f"{checkpoint} after step {restored.step}"

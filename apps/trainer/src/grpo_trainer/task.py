@@ -58,7 +58,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Such as ``gsm8k``: the program is ``grpo-gsm8k``, and so is the distribution whose version a run records."""
+        """Such as ``sums``: the program is ``grpo-sums``, and so is the distribution whose version a run records."""
         ...
 
     @property
@@ -88,7 +88,11 @@ class Task(Protocol):
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Default weight of each built-in reward function; 1 where left out."""
+        """The reward functions of a run by default, with their weights.
+
+        One that is left out is off until `reward.functions` names it; its weight is then 1 unless `reward.weights` says
+        otherwise.
+        """
         ...
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:

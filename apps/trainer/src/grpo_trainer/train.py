@@ -166,6 +166,7 @@ def _steps(
 
     checkpoints.wait()
     loop.seconds = seconds_before + time.monotonic() - started
+    health.finish(loop.step)
     _finish(run, folder, loop)
     progress.note(verdict(settings.steps, loop.accuracy, loop.seconds))
     return 0

@@ -428,12 +428,12 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.policy(num_key_value_heads=3)}")
 
 
-@fault("Model", "no weights", WeightsError, "must hold model.safetensors", "got neither")
+@fault("Model", "no weights", WeightsError, "must contain model.safetensors", "got neither")
 def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.policy('*.safetensors')}")
 
 
-@fault("Model", "a weight file cut short", WeightsError, "model.safetensors must be a whole safetensors file")
+@fault("Model", "a weight file cut short", WeightsError, "model.safetensors must be a complete safetensors file")
 def _(bench: Bench) -> None:
     policy = bench.policy()
     file = policy / "model.safetensors"
@@ -446,7 +446,7 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={bench.tensors(lambda named: named.pop('model.layers.0.mlp.up_proj.weight'))}")
 
 
-@fault("Model", "a tensor too many", WeightsError, "must hold no tensors but", "model.layers.7.extra")
+@fault("Model", "a tensor too many", WeightsError, "must contain only the tensors", "model.layers.7.extra")
 def _(bench: Bench) -> None:
     extra = {"model.layers.7.extra": np.zeros(3, np.float32)}
     bench.assemble(f"model.path={bench.tensors(lambda named: named.update(extra))}")
@@ -484,7 +484,7 @@ def _(bench: Bench) -> None:
 @fault("Model", "a tokenizer without an end token", TokenizerError, "must have an eos_token, which ends a completion")
 def _(bench: Bench) -> None:
     policy = bench.policy()
-    bench.rewrite(policy / "tokenizer_config.json", eos_token=None)
+    (policy / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": null}')
     bench.assemble(f"model.path={policy}")
 
 
@@ -728,7 +728,7 @@ def _(bench: Bench) -> None:
         health.check_rollout(rollout, PolicyVersion(4, "cd" * 32))
 
 
-@fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule that a run left")
+@fault("Run", "a capsule cut short", CapsuleError, "capsule.zip must be a capsule, written by a run")
 def _(bench: Bench) -> None:
     (bench.folder / "capsule.zip").write_bytes(b"PK\x03\x04 and no more")
     read_capsule(bench.folder / "capsule.zip")

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from grpo_gsm8k.embedded.problems import WordProblem, stream
-from grpo_trainer.teach import Example, SupervisedBatch, chat_examples, fill_batches, text_examples
+from grpo_trainer.assemble.teach import Example, SupervisedBatch, chat_examples, fill_batches, text_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_gsm8k.embedded.problems import generate
+from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.task import Task
-from grpo_trainer.teach import make_tokenizer
 
 __all__ = ["main", "texts"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from grpo_gsm8k.embedded.lessons import Teacher, lessons
 from grpo_gsm8k.embedded.tokenizer import texts
+from grpo_trainer.assemble.teach import warmstart
 from grpo_trainer.task import Task
-from grpo_trainer.teach import warmstart
 
 __all__ = ["main"]
 

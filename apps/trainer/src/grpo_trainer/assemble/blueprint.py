@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, PackShape, TrainState, accumulate, init_state, make_score, make_update
@@ -113,11 +113,11 @@ def blueprint(
         remat=settings.model.remat,
         mesh=mesh,
     )
-    placed = shardings(shapes, mesh, RULES)
+    placed = jax.tree.map(_without_idle_axes, shardings(shapes, mesh, RULES))
     optimizer, schedule = make_optimizer(settings)
     start = partial(init_state, optimizer=optimizer)
     state = jax.eval_shape(start, shapes)
-    state_placed = state_shardings(state, shapes, mesh, RULES)
+    state_placed = jax.tree.map(_without_idle_axes, state_shardings(state, shapes, mesh, RULES))
     rollout, data, loss = settings.rollout, settings.data, settings.loss
     sequences = rollout.prompts * rollout.group_size
     forward, policy_loss = make_forward(graphdef, settings, shards=shards), make_policy_loss(settings)
@@ -177,6 +177,24 @@ def _check_rows(settings: Settings, mesh: Mesh, shards: int) -> None:
             f"loss.rows must be a multiple of dp·fsdp = {shards} (mesh {settings.mesh!r} on {mesh.size} devices), so "
             f"that every device gets as many rows: got {rows}. Use {rows + -rows % shards}"
         )
+
+
+def _without_idle_axes(sharding: NamedSharding) -> NamedSharding:
+    """The same placement without mesh axes of size 1.
+
+    A compiled update returns its state so; were the first state placed otherwise, jit would compile everything a second
+    time in step 2.
+    """
+    sizes = sharding.mesh.shape
+
+    def busy(entry: Any) -> Any:
+        names = [name for name in (entry if isinstance(entry, tuple) else (entry,)) if name and sizes[name] > 1]
+        return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+    spec = [busy(entry) for entry in sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _placed(shapes: Any, placed: Any) -> Any:

@@ -41,7 +41,8 @@ def policy_folder(setting: str, path: str, shipped: Mapping[str, Path]) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         names = "".join(f"`{name}`, " for name in shipped)
         raise ConfigError(
-            f"{setting} must be {names}a folder, or a Hub id such as Qwen/Qwen2.5-0.5B: got {path!r}. No such folder"
+            f"{setting} must be {names}a folder, or a Hub id such as Qwen/Qwen2.5-0.5B: got {path!r}. "
+            f"There is no folder {Path(path).expanduser().absolute()}"
         )
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))

@@ -131,20 +131,24 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         tokenizer=tokenizer,
         versions=versions(f"grpo-{task.name}"),
         identity=identity,
-        prompt=tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist()),
+        prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
         description=_description(plan, problems, asked),
     )
 
 
 def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:
     settings, dropped = plan.settings, problems.questions.dropped
+    trained = {problem.question for problem in problems.questions.problems}
+    shared = sum(problem.question in trained for problem in asked.problems)
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
     axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
     return (
         f"policy   {settings.model.path}: {plan.model.family}, {count:,} parameters, {settings.model.dtype}, "
         f"attention {settings.model.attention}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
-        f"{len(asked.problems):,} held out" + (f", {dropped:,} over-long ones dropped" if dropped else ""),
+        f"{len(asked.problems):,} held out"
+        + (f", {dropped:,} over-long ones dropped" if dropped else "")
+        + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),
         f"devices  {plan.device}, mesh {axes}",
         f"steps    {settings.steps}, each {settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",
     )

@@ -18,6 +18,8 @@ from grpo_trainer.task import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 __all__ = ["PromptError", "PromptStyle", "encode_prompts", "prompt_digest"]
 
 
@@ -133,14 +135,14 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
             "'Question: {prompt}\\nAnswer:'"
         )
     pinned = datetime.strptime(style.date, "%Y-%m-%d")
-    # Given as arguments of the template, both win over what transformers offers: no prompt changes with the day.
-    dates = {"strftime_now": pinned.strftime, "date_string": pinned.strftime("%d %b %Y")}
+    template = _with_date(tokenizer.get_chat_template(), pinned)
+    arguments = {"date_string": pinned.strftime("%d %b %Y"), **style.arguments}
     asked = [style.messages(problem.question) for problem in problems]
     try:
         return cast(
             "list[str]",
             tokenizer.apply_chat_template(
-                asked, tokenize=False, add_generation_prompt=True, **(dates | dict(style.arguments))
+                asked, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
             ),
         )
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
@@ -149,6 +151,20 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
             f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {error}. Without a system "
             "turn (prompt.system) or with other prompt.arguments it may not; prompt.template replaces it"
         ) from error
+
+
+def _with_date(template: str, date: datetime) -> str:
+    """The template with `strftime_now('...')` written out: no prompt changes with the day.
+
+    transformers hands templates plain data only, so a function of our own could not take its place.
+    """
+    written = _TODAY.sub(lambda call: json.dumps(date.strftime(call[2])), template)
+    if "strftime_now(" in written:
+        raise PromptError(
+            "the chat template must call strftime_now with a text, so that prompt.date can take today's place: got "
+            f"{written[written.index('strftime_now(') :][:80]!r}. Set prompt.template"
+        )
+    return written
 
 
 def _added_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -80,8 +80,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, config_ids: Iterab
             given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError) as error:
             raise TokenizerError(f"{file} must be a JSON object: {error}") from error
-    listed = given if isinstance(given, list) else [given]
-    ids = {*config_ids, tokenizer.eos_token_id, *listed} - {None}
-    if wrong := [value for value in ids if not isinstance(value, int) or isinstance(value, bool) or value < 0]:
+    listed = given if isinstance(given, list) else [given] if given is not None else []
+    if wrong := [value for value in listed if not isinstance(value, int) or isinstance(value, bool) or value < 0]:
         raise TokenizerError(f"{file}: eos_token_id must hold token ids: got {wrong[0]!r}")
-    return tuple(sorted(ids))
+    own = tokenizer.eos_token_id
+    return tuple(sorted({*config_ids, *listed, *([own] if isinstance(own, int) else [])}))

@@ -208,6 +208,8 @@ def _verdict(accuracies: Mapping[str, Accuracy]) -> str:
         return "This run has no held-out accuracy both before and after training."
     before, after = accuracies["before"], accuracies["after"]
     points = 100 * (after.share - before.share)
+    if before == after:
+        return f"No change on {after.total:,} held-out problems, decoded greedily."
     apart = before.interval[1] < after.interval[0] or after.interval[1] < before.interval[0]
     return f"{points:+.1f} points on {after.total:,} held-out problems, decoded greedily; the 95 % intervals " + (
         "do not overlap." if apart else "overlap: this may be chance."

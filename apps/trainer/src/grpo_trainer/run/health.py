@@ -137,6 +137,18 @@ class Health:
         """Whether so many updates in a row were skipped that the run must stop, once its state is saved."""
         return self._memory.skipped >= self._settings.health.max_skipped
 
+    def finish(self, step: int) -> None:
+        """Warn at the end of a run in which no step could teach anything, however short it was.
+
+        Args:
+            step: the last one.
+        """
+        silent = self._memory.streak.get("silent", 0)
+        if silent == step < self._settings.health.silent_steps:
+            text = f"in all {step} steps all rewards within each group were equal, so nothing was learned"
+            self._memory.warnings.append(text)
+            self._progress.note(f"warning: {text}")
+
     def stop(self, step: int, run: Run, params: Any, batch: TrainBatch, learned: Mapping[str, float]) -> None:
         """End the run with a capsule of the step that failed.
 

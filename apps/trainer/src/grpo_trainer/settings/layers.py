@@ -121,6 +121,8 @@ def _with_prompt(merged: dict[str, Any], task: Task) -> dict[str, Any]:
 def _with_rewards(merged: dict[str, Any], task: Task) -> dict[str, Any]:
     """Reward functions and weights as the run will use them, so that the saved settings show them."""
     reward = merged.get("reward", {})
+    if unknown := [name for name in task.weights if name not in task.rewards]:
+        _refuse(f"the task {task.name}: `weights` names {unknown[0]!r}, which is not in its `rewards`")
     functions = reward.get("functions") or list(task.weights)
     if not isinstance(functions, list) or not all(isinstance(name, str) for name in functions):
         return merged  # the schema says what is wrong with it

@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from grpo_loss import token_logp
 from grpo_sampler import ModelConfig, Transformer, merge, split
-from grpo_trainer.teach.examples import SupervisedBatch
+from grpo_trainer.assemble.teach.examples import SupervisedBatch
 
 __all__ = ["Recipe", "train_policy"]
 

@@ -15,14 +15,14 @@ import numpy as np
 
 from grpo_contracts import SamplingParams
 from grpo_sampler import ModelConfig, Sampler, save_pretrained
+from grpo_trainer.assemble.teach.examples import SupervisedBatch
+from grpo_trainer.assemble.teach.policy import Recipe, train_policy
+from grpo_trainer.assemble.teach.tokenizer import make_tokenizer
 from grpo_trainer.data.stream import tokenize
 from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.settings.layers import load
 from grpo_trainer.task import Task
-from grpo_trainer.teach.examples import SupervisedBatch
-from grpo_trainer.teach.policy import Recipe, train_policy
-from grpo_trainer.teach.tokenizer import make_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
