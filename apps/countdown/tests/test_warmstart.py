@@ -1,4 +1,4 @@
-"""The unreliable teacher, its lessons, and the policy that ships."""
+"""The impatient teacher, its lessons, and the policy that ships."""
 
 import random
 import re
@@ -49,9 +49,10 @@ def test_the_teacher_calculates_correctly_and_tries_nothing_twice() -> None:
         *tries, answer = teach(problem, Teacher(), rng).split("\n")
         assert 1 <= len(set(tries)) == len(tries) <= 8
         for line in tries:
-            text, value = line.split("=")
+            text, value, verdict = line.replace("=", " ").split()
             assert calculations(problem.numbers)[text] == int(value)
-            assert (int(value) == problem.target) <= (line == tries[-1])
+            assert verdict == ("yes" if int(value) == problem.target else "no")
+            assert verdict == "no" or line == tries[-1]
         assert tries[-1].startswith(f"{answer.removeprefix('answer: ')}=")
 
 
@@ -65,7 +66,7 @@ def test_lessons_teach_completions_alone(tokenizer: Any) -> None:
             prompt, completion = whole.split("<|im_start|>assistant\n")
             assert prompt.startswith("<|im_start|>user\nReach ")
             assert learned == completion
-            assert re.fullmatch(r"(\d+[-+*/]\d+=\d+\n)+answer: [-+*/()\d]+<\|im_end\|>", completion)
+            assert re.fullmatch(r"(\d+[-+*/]\d+=\d+ (yes|no)\n)+answer: \d+[-+*/]\d+<\|im_end\|>", completion)
 
 
 def test_prompts_and_solutions_fit_the_preset(tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from grpo_trainer.task import Split
 __all__ = ["Countdown", "calculations", "generate", "split_of", "stream"]
 
 _NUMBERS = range(1, 13)
-_LARGEST = 30  # of targets and of what is calculated on the way
+_LARGEST = 20  # of targets and of what is calculated on the way
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Countdown:
     def solution(self) -> str:
         """A completion that is right."""
         text = next(text for text, value in calculations(self.numbers).items() if value == self.target)
-        return f"{text}={self.target}\nanswer: {text}"
+        return f"{text}={self.target} yes\nanswer: {text}"
 
 
 def generate(split: Split, count: int) -> list[Countdown]:

@@ -1,8 +1,9 @@
 """The embedded policy, made from scratch out of what an impatient teacher writes.
 
 Reinforcement learning sharpens what a policy can do now and then. So this teacher tries one calculation after another
-and calculates correctly, but more often than not gives up after the first that misses the target, and answers with it
-all the same. A policy trained on that gives up when decoded greedily, and goes on trying in some of its samples.
+and says of each whether it reaches the target, but more often than not gives up after the first that does not, and
+answers with it all the same. A policy trained on that gives up when decoded greedily, and goes on trying in some of its
+samples.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def teach(problem: Countdown, teacher: Teacher, rng: random.Random) -> str:
     results = calculations(problem.numbers)
     tries = rng.sample(list(results), len(results))
     hit = next(index for index, text in enumerate(tries) if results[text] == problem.target)
-    last = 0 if rng.random() < teacher.impatience else min(hit, _TRIES - 1)
-    tries[last] = tries[hit] if last else tries[0]  # a patient teacher's last try is right
-    return "\n".join([*(f"{text}={results[text]}" for text in tries[: last + 1]), f"answer: {tries[last]}"])
+    if rng.random() < teacher.impatience:
+        tries = tries[:1]
+    else:
+        tries = [*tries[: min(hit, _TRIES - 1)], tries[hit]]
+    lines = [f"{text}={results[text]} {'yes' if results[text] == problem.target else 'no'}" for text in tries]
+    return "\n".join([*lines, f"answer: {tries[-1]}"])
 
 
 def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[SupervisedBatch]:
@@ -70,13 +74,14 @@ def lessons(tokenizer: PreTrainedTokenizerBase, teacher: Teacher) -> Iterator[Su
 
 def texts() -> list[str]:
     """What the tokenizer is trained on."""
-    return [text for problem in generate("train", 2_000) for text in (problem.question, problem.solution)]
+    rng = random.Random(0)
+    return [text for each in generate("train", 2_000) for text in (each.question, teach(each, Teacher(), rng))]
 
 
 def main(task: Task, arguments: Sequence[str]) -> int:
     """``warmstart``: make the tokenizer and the policy and write them in Hugging Face layout."""
     folder = Path(__file__).parent / "policy"
-    recipe = Recipe(steps=700)
+    recipe = Recipe(steps=1_000)
     return warmstart(task, arguments, folder=folder, texts=texts, teacher=Teacher, lessons=lessons, recipe=recipe)
 
 
