@@ -35,7 +35,7 @@ def test_problems_are_solvable(train: list[Countdown], test: list[Countdown]) ->
         assert value == problem.target
         assert set(used) <= set(problem.numbers)
         assert set(used.values()) == {1}
-        assert working == f"{answer.removeprefix('answer: ')}={problem.target} yes"
+        assert working == f"{answer.removeprefix('answer: ')}={problem.target} {problem.target}? yes"
 
 
 def test_calculations_are_right_and_none_is_missing() -> None:

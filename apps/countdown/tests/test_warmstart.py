@@ -35,21 +35,19 @@ def test_the_teacher_is_as_impatient_as_it_says() -> None:
         assert result is not None
         if result[0] != problem.target:
             missed[len(tries) == 1] += 1
-    # It errs with its first try or not at all. That hits by luck in one of the problem's calculations.
-    luck = np.mean(
-        [np.mean([value == problem.target for value in calculations(problem.numbers).values()]) for problem in problems]
-    )
+    # It errs with its first try or not at all.
     assert missed[False] == 0
-    assert missed[True] / len(problems) == pytest.approx(teacher.impatience * (1 - luck), abs=0.03)
+    assert teacher.impatience - 0.2 < missed[True] / len(problems) < teacher.impatience
 
 
 def test_the_teacher_calculates_correctly_and_tries_nothing_twice() -> None:
     rng = random.Random(0)
     for problem in generate("train", 300):
         *tries, answer = teach(problem, Teacher(), rng).split("\n")
-        assert 1 <= len(set(tries)) == len(tries) <= 8
+        assert 1 <= len(set(tries)) == len(tries) <= 6
         for line in tries:
-            text, value, verdict = line.replace("=", " ").split()
+            text, value, target, verdict = line.replace("=", " ").replace("?", " ").split()
+            assert int(target) == problem.target
             assert calculations(problem.numbers)[text] == int(value)
             assert verdict == ("yes" if int(value) == problem.target else "no")
             assert verdict == "no" or line == tries[-1]
@@ -66,7 +64,7 @@ def test_lessons_teach_completions_alone(tokenizer: Any) -> None:
             prompt, completion = whole.split("<|im_start|>assistant\n")
             assert prompt.startswith("<|im_start|>user\nReach ")
             assert learned == completion
-            assert re.fullmatch(r"(\d+[-+*/]\d+=\d+ (yes|no)\n)+answer: \d+[-+*/]\d+<\|im_end\|>", completion)
+            assert re.fullmatch(r"(\d+[-+*/]\d+=\d+ \d+\? (yes|no)\n)+answer: \d+[-+*/]\d+<\|im_end\|>", completion)
 
 
 def test_prompts_and_solutions_fit_the_preset(tokenizer: Any) -> None:

@@ -37,7 +37,7 @@ class Countdown:
     def solution(self) -> str:
         """A completion that is right."""
         text = next(text for text, value in calculations(self.numbers).items() if value == self.target)
-        return f"{text}={self.target} yes\nanswer: {text}"
+        return f"{text}={self.target} {self.target}? yes\nanswer: {text}"
 
 
 def generate(split: Split, count: int) -> list[Countdown]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Teacher", "lessons", "main", "teach"]
 
 _SEED = 1  # another order than that of the problems that reinforcement learning sees
-_TRIES = 8  # that fit in the completions of presets/laptop.yaml
+_TRIES = 6  # that fit in the completions of presets/laptop.yaml
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def teach(problem: Countdown, teacher: Teacher, rng: random.Random) -> str:
         The text to learn.
     """
     results = calculations(problem.numbers)
-    tries = rng.sample(list(results), len(results))
-    hit = next(index for index, text in enumerate(tries) if results[text] == problem.target)
+    hit, *_ = (text for text, value in results.items() if value == problem.target)
+    misses = [text for text, value in results.items() if value != problem.target]
+    before = rng.sample(misses, rng.randrange(min(len(misses) + 1, _TRIES)))
+    tries = [*before, hit]
     if rng.random() < teacher.impatience:
         tries = tries[:1]
-    else:
-        tries = [*tries[: min(hit, _TRIES - 1)], tries[hit]]
-    lines = [f"{text}={results[text]} {'yes' if results[text] == problem.target else 'no'}" for text in tries]
+    target = problem.target
+    lines = [f"{text}={results[text]} {target}? {'yes' if results[text] == target else 'no'}" for text in tries]
     return "\n".join([*lines, f"answer: {tries[-1]}"])
 
 
