@@ -19,7 +19,7 @@ from grpo_sampler import ModelConfig, Transformer, save_pretrained, split
 from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.learn import make_batch, place, updates
-from grpo_trainer.rewards import transcribe
+from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.settings import layers
 from grpo_trainer.train import fit, sample, train

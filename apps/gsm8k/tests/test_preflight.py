@@ -16,7 +16,7 @@ from grpo_trainer.assemble.policy import model_config
 from grpo_trainer.assemble.preflight.command import TOLERANCE, preflight
 from grpo_trainer.assemble.preflight.programs import programs
 from grpo_trainer.learn import make_batch, updates
-from grpo_trainer.rewards import transcribe
+from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.settings.layers import DEFAULTS, preset_files
 from grpo_trainer.train import sample
 

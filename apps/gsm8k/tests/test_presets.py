@@ -52,7 +52,7 @@ def test_only_policies_that_were_not_taught_gsm8k_are_told_what_to_write() -> No
 
 
 def test_the_tasks_own_rewards_are_named_where_another_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match="must hold `answer`, `flexible`, `format` or module:function: got 'answr'"):
+    with pytest.raises(ConfigError, match=r"must hold `answer`, .*`format` or module:function: got 'answr'"):
         load([], ["reward.functions=[answr]"])
 
 

@@ -13,7 +13,8 @@ from toy import TASK, metrics, settings
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams, Scored, validate
 from grpo_trainer.assemble import assemble
-from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal
+from grpo_trainer.rewards.refill import choose_groups, count_with_signal
+from grpo_trainer.rewards.scoring import Transcript
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.schema import Settings

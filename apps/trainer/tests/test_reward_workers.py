@@ -172,3 +172,10 @@ def test_functions_that_cannot_be_loaded(
     with pytest.raises(RewardError, match=r"reward function 'my_own:grade'") as caught:
         RewardWorker("my_own:grade", timeout=1.0)
     assert message in str(caught.value)
+
+
+def test_a_reward_process_imports_nothing_heavy() -> None:
+    heavy = "{'jax', 'optax', 'flax', 'grain'} & set(sys.modules)"
+    script = f"import sys, grpo_trainer.rewards.worker; print(sorted({heavy}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams
 from grpo_trainer.data.tokenizer import load_tokenizer
-from grpo_trainer.rewards import RewardError, Rewards, Transcript, transcribe
-from grpo_trainer.rewards.functions import load_function
+from grpo_trainer.rewards.functions import RewardError, load_function
+from grpo_trainer.rewards.scoring import Rewards, Transcript, transcribe
 from grpo_trainer.task import Problem
 
 TEXTS = ("=5", "is =6", "it is 5", "=7, no: ")

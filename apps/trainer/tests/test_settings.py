@@ -300,3 +300,11 @@ def test_no_assignment_raises_anything_but_a_config_error(key, value):
     for name in (key, "steps", "reward.functions", "rollout"):
         with suppress(ConfigError):
             load([], [f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("", ""), ("''", ""), ("null", ""), ("Be brief: {question}", "Be brief: {question}")]
+)
+def test_text_that_may_be_null_needs_no_quotes(text: str, value: str) -> None:
+    """The toy task asks for nothing, so null comes to nothing too."""
+    assert load([], [f"prompt.instruction={text}"]).prompt.instruction == value

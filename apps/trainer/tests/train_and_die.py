@@ -30,7 +30,7 @@ from toy import TASK, load
 import grpo_mesh
 from grpo_contracts import Rollout, Scored
 from grpo_trainer.assemble import Run, assemble
-from grpo_trainer.rewards import Rewards, Transcript
+from grpo_trainer.rewards.scoring import Rewards, Transcript
 from grpo_trainer.run.checkpoint import Checkpoints, Restored
 from grpo_trainer.run.progress import Progress
 from grpo_trainer.run.state import LoopState

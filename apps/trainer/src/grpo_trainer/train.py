@@ -19,7 +19,8 @@ from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.printable import printable
-from grpo_trainer.rewards import Transcript, choose_groups, count_with_signal, transcribe
+from grpo_trainer.rewards.refill import choose_groups, count_with_signal
+from grpo_trainer.rewards.scoring import Transcript, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
 from grpo_trainer.run.folder import RunFolder, matched_settings

@@ -495,7 +495,7 @@ def _(bench: Bench) -> None:
     bench.assemble(f"model.path={policy}")
 
 
-@fault("Model", "a reference that vanished", ConfigError, "loss.reference must be", "No such folder")
+@fault("Model", "a reference that vanished", ConfigError, "loss.reference must be", "There is no folder")
 def _(bench: Bench) -> None:
     reference = bench.policy()
     sets = (f"loss.reference={reference}", "loss.kl_coefficient=0.1")

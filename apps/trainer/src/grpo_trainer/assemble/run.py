@@ -20,7 +20,7 @@ from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
 from grpo_trainer.data.stream import Asked, ProblemStream, Reader
 from grpo_trainer.data.tokenizer import end_ids, load_tokenizer, padding_id
-from grpo_trainer.rewards import Rewards
+from grpo_trainer.rewards.scoring import Rewards
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings

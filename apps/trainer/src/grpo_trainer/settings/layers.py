@@ -146,7 +146,9 @@ def _assigned(assignment: str) -> dict[str, Any]:
         _refuse(_unknown(key, "--set"))
     value: Any = text
     # Text stays text: a mesh of 1,-1,1 or a folder called 2026 needs no quotes on the command line.
-    if field is None or field.annotation is not str or text[:1] in ("'", '"'):
+    annotation = None if field is None else field.annotation
+    is_text = annotation is str or (annotation == str | None and text != "null")
+    if not is_text or text[:1] in ("'", '"'):
         value = _parse(text, f"--set {key}", document=False)
     for part in reversed(key.split(".")):
         value = {part: value}

@@ -27,7 +27,7 @@ from grpo_trainer.assemble.preflight.programs import judge_step, memory_rows, pr
 from grpo_trainer.assemble.preflight.search import search_layouts
 from grpo_trainer.assemble.run import Run, assemble
 from grpo_trainer.learn import learn, make_batch
-from grpo_trainer.rewards import transcribe
+from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
