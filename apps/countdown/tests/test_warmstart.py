@@ -122,8 +122,9 @@ def test_the_command_writes_a_policy_that_trains(tmp_path: Path, capsys: pytest.
     assert main(TASK, ["--out", str(policy), *tiny]) == 0
     assert "held-out problems: greedy" in capsys.readouterr().out
     small = [
-        f"model.path={policy}", f"run.dir={run}", "steps=2", "rollout.prompts=4", "rollout.group_size=4",
-        "data.train_size=16", "eval.problems=8", "log.tensorboard=false", "cpu_devices=0", "mesh=dp:1",
+        f"model.path={policy}", "prompt.instruction=''", f"run.dir={run}", "steps=2", "rollout.prompts=4",
+        "rollout.group_size=4", "data.train_size=16", "eval.problems=8", "log.tensorboard=false",
+        "cpu_devices=0", "mesh=dp:1",
     ]  # fmt: skip
     assert cli.main(["train", "--set", *small]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
