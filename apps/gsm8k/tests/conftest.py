@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from flax import nnx
 
@@ -19,6 +20,10 @@ from grpo_trainer.assemble.teach import make_tokenizer
 from grpo_trainer.settings.schema import Settings
 
 use_compilation_cache(Settings().compilation_cache)
+
+# No test times anything: a busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # `reward.functions=[graders:moody]` is found as a user's module is: reward processes get this process's path.
@@ -16,6 +17,10 @@ from grpo_mesh import use_compilation_cache
 from grpo_trainer.settings.schema import Settings
 
 use_compilation_cache(Settings().compilation_cache)
+
+# No test times anything: a busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
