@@ -18,7 +18,7 @@ from grpo_mesh import AXES, digest
 from grpo_sampler import load_pretrained
 from grpo_trainer import cli
 from grpo_trainer.assemble import assemble
-from grpo_trainer.evaluate import evaluate_command
+from grpo_trainer.evaluate.command import evaluate_command
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError

@@ -57,6 +57,7 @@ class Gsm8k:
             lenient=gold is not None and lenient is not None and lenient.value == gold,
             formed=grading.is_formed(completion, finished=finished),
             read="" if lenient is None else f"{lenient.place} {lenient.written[:100]}",
+            answer="" if lenient is None else str(lenient.value)[:100],
         )
 
 

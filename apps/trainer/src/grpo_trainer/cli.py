@@ -23,7 +23,10 @@ Command = tuple[str, str]
 # Commands that read a run's settings: name -> (module:function taking settings and task, one line of help).
 _CONFIGURED = {
     "train": ("grpo_trainer.train:train", "train a policy with GRPO and show what it learned"),
-    "eval": ("grpo_trainer.evaluate:evaluate_command", "measure a policy on held-out problems"),
+    "eval": (
+        "grpo_trainer.evaluate.command:evaluate_command",
+        "measure policies on held-out problems, and compare them",
+    ),
     "preflight": (
         "grpo_trainer.assemble.preflight.command:preflight",
         "prove on this machine that a run fits its TPU slice",
@@ -85,9 +88,8 @@ def _run(task: Task, options: argparse.Namespace) -> int:
     if getattr(options, "slice", None):
         sets.append(f"slices=[{', '.join(options.slice)}]")
     configs = list(options.config)
-    if getattr(options, "checkpoint", None) is not None:
-        # What a run was asked with, it is measured with; later files and --set win.
-        configs.insert(0, str(options.checkpoint / "config.yaml"))
+    if options.command == "eval":
+        configs, sets = _evaluated(options, configs, sets)
     settings = load(task, configs, sets)
     if options.print_config:
         sys.stdout.write(dump(settings))
@@ -100,6 +102,19 @@ def _run(task: Task, options: argparse.Namespace) -> int:
     return int(run(settings, task, **_extra(options)) or 0)
 
 
+def _evaluated(options: argparse.Namespace, configs: list[str], sets: list[str]) -> tuple[list[str], list[str]]:
+    """What a run was asked with, all policies are measured with: the first run's settings lie under files and sets."""
+    from grpo_trainer.run.files import locate_run
+
+    if options.checkpoint is not None and locate_run(options.checkpoint.expanduser()) is None:
+        raise _config_error(f"--checkpoint must be the folder of a run, with its config.yaml: got {options.checkpoint}")
+    paths = [Path(path).expanduser() for path in (options.checkpoint, *options.policies) if path is not None]
+    if runs := [found[0] for path in paths if (found := locate_run(path))]:
+        return [str(runs[0] / "config.yaml"), *configs], sets
+    # What the task asks for depends on the policy: all are asked as the first one is.
+    return configs, [*(f"model.path={name}" for name in options.policies[:1]), *sets]
+
+
 def _join_the_job() -> None:
     from grpo_mesh import initialize
 
@@ -110,7 +125,7 @@ def _join_the_job() -> None:
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a configured command takes besides its settings."""
-    names = {"train": ("dry_run",), "eval": ("checkpoint",), "preflight": ("search",)}[options.command]
+    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies"), "preflight": ("search",)}[options.command]
     return {name: getattr(options, name) for name in names}
 
 
@@ -143,7 +158,14 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
                 "--checkpoint",
                 type=Path,
                 metavar="RUN",
-                help="run folder whose newest checkpoint is measured, with the run's settings",
+                help="a run's folder, whose newest checkpoint is measured, with the run's settings",
+            )
+            command.add_argument(
+                "policies",
+                nargs="*",
+                metavar="POLICY",
+                help="a run's folder, RUN/checkpoints/step_N, a folder in Hugging Face layout or a Hub id; all are "
+                "measured with the settings of the first run among them, and compared",
             )
         if name == "preflight":
             command.add_argument(
@@ -170,6 +192,12 @@ def _grpo_error() -> type[Exception]:
     from grpo_contracts import GrpoError
 
     return GrpoError
+
+
+def _config_error(message: str) -> Exception:
+    from grpo_trainer.settings.errors import ConfigError
+
+    return ConfigError(message)
 
 
 def _exit_code(error: Exception) -> int:

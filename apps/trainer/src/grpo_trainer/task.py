@@ -41,12 +41,14 @@ class Judgement:
         lenient: right, however the answer is put.
         formed: in the form that was asked for.
         read: the answer that was read, and how, such as ``#### 18``; empty where none was found.
+        answer: the answer alone, written alike for equal answers, so that majorities can be counted; empty: as `read`.
     """
 
     strict: bool
     lenient: bool
     formed: bool
     read: str = ""
+    answer: str = ""
 
 
 class Task(Protocol):

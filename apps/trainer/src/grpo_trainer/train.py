@@ -19,6 +19,7 @@ from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.printable import printable
+from grpo_trainer.report.records import Comparison, compare, read_records
 from grpo_trainer.rewards.refill import choose_groups, count_with_signal
 from grpo_trainer.rewards.scoring import Transcript, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
@@ -117,7 +118,7 @@ def _steps(
 
     if settings.eval.before and not loop.step:
         with _clock(run, progress, loop).phase("evaluation"):
-            result = evaluate(run, loop.train.params)
+            result = evaluate(run, loop.train.params, records=folder.evaluation(0))
         loop.accuracy["before"] = result.record()
         folder.log(0, result.metrics())
         progress.note(f"before: {result}")
@@ -141,7 +142,7 @@ def _steps(
         metrics |= health.watch(done, metrics)
         if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
-                result = evaluate(run, loop.train.params)
+                result = evaluate(run, loop.train.params, records=folder.evaluation(done))
             loop.accuracy["after" if last else "latest"] = result.record()
             metrics |= result.metrics()
             progress.note(f"step {done}: {result}")
@@ -168,8 +169,9 @@ def _steps(
     checkpoints.wait()
     loop.seconds = seconds_before + time.monotonic() - started
     health.finish(loop.step)
-    _finish(run, folder, loop)
-    progress.note(verdict(settings.steps, loop.accuracy, loop.seconds))
+    paired = _paired(folder, loop)
+    _finish(run, folder, loop, paired)
+    progress.note(verdict(settings.steps, loop.accuracy, loop.seconds, paired=paired and paired.strict))
     return 0
 
 
@@ -233,13 +235,21 @@ def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Pro
     return loop
 
 
-def _finish(run: Run, folder: RunFolder, loop: LoopState) -> None:
+def _paired(folder: RunFolder, loop: LoopState) -> Comparison | None:
+    """After against before, problem by problem."""
+    if not {"before", "after"} <= loop.accuracy.keys():
+        return None
+    return compare(*(read_records(folder.evaluation(step)) for step in (0, loop.step)))
+
+
+def _finish(run: Run, folder: RunFolder, loop: LoopState, paired: Comparison | None) -> None:
     folder.summary(
         steps=run.settings.steps,
         seconds=loop.seconds,
         seconds_by_phase={name: round(total, 3) for name, total in loop.phases.items()},
         device=run.plan.device,
         accuracy=loop.accuracy,
+        paired=paired and paired.record(),
         skipped_updates=int(loop.train.skipped),
         warnings=loop.health.warnings,
         compiled_programs=run.plan.sampler.compile_count,

@@ -1,6 +1,6 @@
 """From settings to a run: shapes first, then weights and data."""
 
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
-from grpo_trainer.assemble.run import Run, assemble
+from grpo_trainer.assemble.run import Evaluator, Run, assemble, assemble_evaluator
 
-__all__ = ["Blueprint", "Run", "assemble", "blueprint"]
+__all__ = ["Blueprint", "Evaluator", "Run", "assemble", "assemble_evaluator", "blueprint"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,8 @@ class Blueprint:
         state: shapes and shardings of parameters and optimizer state.
         reference: shapes and shardings of the frozen parameters for the KL term; None without one.
         sampler: draws rollouts under the settings' sampling parameters.
-        greedy: the sampling parameters of evaluations.
+        evaluator: the sampler of evaluations: the same one, unless they have a token limit or batch of their own.
+        greedy, sampled: the sampling parameters of evaluations; `sampled` is None where only greedy answers count.
         pack_shape: sizes of a packed batch, the only ones the update is compiled for.
         start: parameters -> state before the first update.
         update, score, gradient: compiled on first use; `gradient` is what `update` adds up, for looking into.
@@ -55,7 +56,9 @@ class Blueprint:
     state: TrainState
     reference: Any
     sampler: Sampler
+    evaluator: Sampler
     greedy: SamplingParams
+    sampled: SamplingParams | None
     pack_shape: PackShape
     start: Any
     update: Any
@@ -120,6 +123,25 @@ def blueprint(
     state_placed = jax.tree.map(_without_idle_axes, state_shardings(state, shapes, mesh, RULES))
     rollout, data, loss = settings.rollout, settings.data, settings.loss
     sequences = rollout.prompts * rollout.group_size
+    sampling = SamplingParams(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        stop_ids=stop_ids,
+    )
+    make_sampler = partial(
+        Sampler,
+        model,
+        sampling,
+        max_prompt_length=data.max_prompt_length,
+        pad_id=pad_id,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+    )
+    sampler = make_sampler(max_new_tokens=rollout.max_new_tokens, slots=rollout.slots or sequences)
+    limit, slots = settings.eval.max_new_tokens or sampler.max_new_tokens, settings.eval.slots or sampler.slots
+    alike = (limit, slots) == (sampler.max_new_tokens, sampler.slots)
     forward, policy_loss = make_forward(graphdef, settings, shards=shards), make_policy_loss(settings)
     return Blueprint(
         settings=settings,
@@ -128,23 +150,10 @@ def blueprint(
         attention=merge(graphdef, shapes).attention,
         state=_placed(state, state_placed),
         reference=None if loss.reference == "none" else _placed(shapes, placed),
-        sampler=Sampler(
-            model,
-            SamplingParams(
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                min_p=rollout.min_p,
-                stop_ids=stop_ids,
-            ),
-            max_prompt_length=data.max_prompt_length,
-            max_new_tokens=rollout.max_new_tokens,
-            slots=rollout.slots or sequences,
-            pad_id=pad_id,
-            compute_dtype=compute_dtype,
-            mesh=mesh,
-        ),
+        sampler=sampler,
+        evaluator=sampler if alike else make_sampler(max_new_tokens=limit, slots=slots),
         greedy=SamplingParams(temperature=0.0, stop_ids=stop_ids),
+        sampled=_sampled(settings, sampling),
         pack_shape=PackShape.for_rollout(
             sequences=sequences,
             groups=rollout.prompts,
@@ -168,6 +177,13 @@ def blueprint(
         gradient=jax.jit(partial(accumulate, forward, policy_loss)),
         learning_rate=schedule,
     )
+
+
+def _sampled(settings: Settings, sampling: SamplingParams) -> SamplingParams | None:
+    """As rollouts are drawn, but for what `eval` says."""
+    own = {"temperature": settings.eval.temperature, "top_p": settings.eval.top_p}
+    changed = {name: value for name, value in own.items() if value is not None}
+    return replace(sampling, **changed) if settings.eval.samples else None
 
 
 def _check_rows(settings: Settings, mesh: Mesh, shards: int) -> None:

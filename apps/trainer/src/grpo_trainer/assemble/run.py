@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,7 +30,30 @@ from grpo_trainer.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Run", "assemble"]
+__all__ = ["Evaluator", "Run", "assemble", "assemble_evaluator"]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What an evaluation needs: no training problems, no rewards, no optimizer state.
+
+    Args:
+        plan: shapes, shardings and compiled functions.
+        task: judges the answers.
+        held_out: the problems.
+        tokenizer: turns completions into text.
+        folder: of the policy, in Hugging Face layout.
+    """
+
+    plan: Blueprint
+    task: Task
+    held_out: Asked
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    def load(self) -> Any:
+        """The parameters in `folder`."""
+        return _load(self.folder, self.plan)
 
 
 @dataclass(frozen=True)
@@ -84,17 +108,8 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
     Raises:
         GrpoError: a setting, file, model or data set cannot be used; the message says which and why.
     """
-    mesh = make_mesh(settings.mesh, devices)
-    folder = policy_folder("model.path", settings.model.path, task.policies)
-    model = ModelConfig.from_file(folder)
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {settings.model.path} has {len(tokenizer)} tokens but its model only "
-            f"{model.vocab_size}: they do not belong together"
-        )
-    stop_ids = end_ids(tokenizer, folder, model.eos_ids)
-    plan = blueprint(settings, model, mesh, stop_ids=stop_ids, pad_id=padding_id(tokenizer))
+    folder, tokenizer, plan = _policy(settings, task, devices)
+    model = plan.model
     reference_folder = None
     if settings.loss.reference not in ("none", "initial"):
         reference_folder = policy_folder("loss.reference", settings.loss.reference, task.policies)
@@ -103,20 +118,18 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
     problems, asked = reader.training(), reader.held_out()
     rewards = Rewards.start(settings.reward, task, max_new_tokens=settings.rollout.max_new_tokens)
 
-    dtype = jnp.dtype(settings.model.dtype)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
-    _, params = load_pretrained(folder, dtype=dtype, sharding=placed)
+    params = _load(folder, plan)
     identity = {"parameters": digest(params), "reference": "none"}
     reference = None
     if settings.loss.reference == "initial":
         reference, identity["reference"] = jax.tree.map(jnp.copy, params), identity["parameters"]
     elif reference_folder is not None:
-        _, reference = load_pretrained(reference_folder, dtype=dtype, sharding=placed)
+        reference = _load(reference_folder, plan)
         identity["reference"] = digest(reference)
     identity |= {
         "tokenizer": sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
         "prompt": prompt_digest(tokenizer, reader.style()),
-        "stop_ids": list(stop_ids),
+        "stop_ids": list(plan.greedy.stop_ids),
         "problems": problems.digest,
         "held_out": digest_of_problems(asked.problems),
     }
@@ -134,6 +147,47 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
         description=_description(plan, problems, asked),
     )
+
+
+def assemble_evaluator(settings: Settings, task: Task, *, devices: Sequence[Any] | None = None) -> Evaluator:
+    """Build what an evaluation needs, without weights; no training problem is read.
+
+    Args:
+        settings: resolved.
+        task: judges the answers.
+        devices: to run on; None: all there are.
+
+    Returns:
+        The evaluator.
+
+    Raises:
+        GrpoError: a setting, file, model or data set cannot be used; the message says which and why.
+    """
+    folder, tokenizer, plan = _policy(settings, task, devices)
+    asked = Reader(settings, task, tokenizer, plan.model.vocab_size).held_out()
+    return Evaluator(plan, task, asked, tokenizer, folder)
+
+
+def _policy(
+    settings: Settings, task: Task, devices: Sequence[Any] | None
+) -> tuple[Path, PreTrainedTokenizerBase, Blueprint]:
+    mesh = make_mesh(settings.mesh, devices)
+    folder = policy_folder("model.path", settings.model.path, task.policies)
+    model = ModelConfig.from_file(folder)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {settings.model.path} has {len(tokenizer)} tokens but its model only "
+            f"{model.vocab_size}: they do not belong together"
+        )
+    stop_ids = end_ids(tokenizer, folder, model.eos_ids)
+    plan = blueprint(settings, model, mesh, stop_ids=stop_ids, pad_id=padding_id(tokenizer))
+    return folder, tokenizer, plan
+
+
+def _load(folder: Path, plan: Blueprint) -> Any:
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
+    return load_pretrained(folder, dtype=jnp.dtype(plan.settings.model.dtype), sharding=placed)[1]
 
 
 def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:

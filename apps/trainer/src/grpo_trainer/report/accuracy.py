@@ -1,9 +1,14 @@
 """A share of right answers with the uncertainty it comes with."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_trainer.report.estimates import Difference
 
 __all__ = ["Accuracy", "verdict"]
 
@@ -50,13 +55,14 @@ class Accuracy:
         return f"{self.share:.1%} ({low:.1%} to {high:.1%}, {self.correct} of {self.total})"
 
 
-def verdict(steps: int, accuracy: Mapping[str, Any], seconds: float) -> str:
+def verdict(steps: int, accuracy: Mapping[str, Any], seconds: float, *, paired: Difference | None = None) -> str:
     """The last line of a run: what was learned, and in what time.
 
     Args:
         steps: that the run took.
         accuracy: evaluations named `before` and `after`, with `correct` and `total`.
         seconds: that the run took.
+        paired: `after` against `before`, problem by problem.
 
     Returns:
         One line.
@@ -68,5 +74,5 @@ def verdict(steps: int, accuracy: Mapping[str, Any], seconds: float) -> str:
     took = f"{steps} steps in {seconds:.0f} s"
     if before is None or after is None:
         return f"{took}; held-out accuracy {after or before or 'not measured (eval.before, eval.after are off)'}"
-    gain = 100 * (after.share - before.share)
-    return f"{took}; held-out accuracy before {before}, after {after}: {gain:+.1f} points"
+    gain = paired or f"{100 * (after.share - before.share):+.1f} points"
+    return f"{took}; held-out accuracy before {before}, after {after}: {gain}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from grpo_trainer.settings.errors import RunFolderError
 
-__all__ = ["cut_back", "lock", "read_lines", "read_summary", "replace", "writing"]
+__all__ = ["cut_back", "locate_run", "lock", "read_lines", "read_summary", "replace", "writing"]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -58,6 +59,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
         return {**json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
         raise RunFolderError(f"{file} is damaged: {error}. Delete it, and the same command goes on") from error
+
+
+def locate_run(path: Path) -> tuple[Path, int | None] | None:
+    """Recognise a run's folder, or that of one of its checkpoints such as RUN/checkpoints/step_40.
+
+    Args:
+        path: any.
+
+    Returns:
+        The run's folder, and the step of the checkpoint that was named; None for a path that is neither.
+    """
+    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+        return path, None
+    step = re.fullmatch(r"step_(\d+)", path.name)
+    inside = step and path.is_dir() and path.absolute().parent.name == "checkpoints"
+    return (path.parent.parent, int(step[1])) if step and inside else None
 
 
 def lock(path: Path) -> int:

@@ -87,6 +87,10 @@ class RunFolder:
         """Folder of the run's checkpoints."""
         return self.path / "checkpoints"
 
+    def evaluation(self, step: int) -> Path:
+        """File of the records of the evaluation after a step."""
+        return self.path / "evaluations" / f"step_{step}.jsonl"
+
     @property
     def finished(self) -> bool:
         """Whether a summary says that the run reached its last step."""

@@ -44,6 +44,9 @@ def contradictions(settings: Settings) -> Iterator[str]:
         )
     if rollout.top_k == 1:
         yield "rollout.top_k must not be 1: samples of a group would all be the same; use 0 for all tokens"
+    for name in ("temperature", "top_p"):
+        if getattr(settings.eval, name) is not None and not settings.eval.samples:
+            yield f"eval.{name} does nothing for greedy decoding, and eval.samples is 0: set eval.samples"
     prompt = settings.prompt
     if prompt.template and "{prompt}" not in prompt.template:
         yield f"prompt.template must hold {{prompt}}, where the question goes: got {prompt.template!r}"

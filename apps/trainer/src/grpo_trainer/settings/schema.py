@@ -274,13 +274,22 @@ class RewardSettings(_Section):
 
 
 class EvalSettings(_Section):
-    """Held-out accuracy, decoded greedily."""
+    """Held-out accuracy: greedy, and of samples where they are asked for."""
 
     every: Count = Field(default=20, description="steps between evaluations; 0: only eval.before and eval.after")
     problems: Positive = Field(default=500, description="held-out problems of each evaluation")
     before: bool = Field(default=True, description="evaluate before the first step")
     after: bool = Field(default=True, description="evaluate after the last step")
-    max_new_tokens: Count = Field(default=0, description="tokens; 0: as rollout.max_new_tokens")
+    max_new_tokens: Count = Field(default=0, description="tokens of a completion; 0: as rollout.max_new_tokens")
+    slots: Count = Field(default=0, description="sequences decoded at once; 0: as in rollouts")
+    samples: Count = Field(
+        default=0,
+        description="completions sampled of each problem besides the greedy one, for mean@n, pass@k and maj@k; 0: none",
+    )
+    temperature: float | None = Field(
+        default=None, gt=0.0, description="of the samples; null: as rollout.temperature (top_k and min_p always are)"
+    )
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0, description="of the samples; null: as rollout.top_p")
 
 
 class CheckpointSettings(_Section):

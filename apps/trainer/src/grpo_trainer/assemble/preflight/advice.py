@@ -38,8 +38,11 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
         shortest += -shortest % settings.loss.blocks
         if settings.row_length > shortest:
             yield f"loss.row_length={shortest}: shorter rows, the same update"
-    elif phase in ("rollout", "evaluation") and (slots := plan.sampler.slots) > shards:
-        yield f"rollout.slots={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
+    elif phase in ("rollout", "evaluation"):
+        own = phase == "evaluation" and plan.evaluator is not plan.sampler
+        if (slots := (plan.evaluator if own else plan.sampler).slots) > shards:
+            key = "eval.slots" if own else "rollout.slots"
+            yield f"{key}={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
     if settings.model.compute_dtype == "float32":
         yield "model.compute_dtype=bfloat16: half the bytes of activations, decoding weights and cache"
 

@@ -87,13 +87,26 @@ def _programs(plan: Blueprint) -> Iterator[Program]:
     yield from _decoding(plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size)
     if evaluation.every or evaluation.before or evaluation.after:
         yield from _decoding(plan, "evaluation", group_size=1, sequences=evaluation.problems, sampling=plan.greedy)
+        if plan.sampled:
+            count = evaluation.samples
+            sequences, title = evaluation.problems * count, "evaluation of samples"
+            yield from _decoding(
+                plan, "evaluation", title, group_size=count, sequences=sequences, sampling=plan.sampled
+            )
     yield from _learning(plan)
 
 
 def _decoding(
-    plan: Blueprint, phase: str, *, group_size: int, sequences: int, sampling: SamplingParams | None = None
+    plan: Blueprint,
+    phase: str,
+    title: str = "",
+    *,
+    group_size: int,
+    sequences: int,
+    sampling: SamplingParams | None = None,
 ) -> Iterator[Program]:
-    sampler, shards, model = plan.sampler, plan.shards, plan.model
+    sampler = plan.sampler if phase == "rollout" else plan.evaluator
+    shards, model = plan.shards, plan.model
     params, state = bytes_per_device(plan.state.params), bytes_per_device(plan.state)
     held = state + bytes_per_device(plan.reference)
     local = math.ceil(sequences / shards)  # of one shard, as are the slots and prompts below
@@ -122,7 +135,7 @@ def _decoding(
         plan.state.params, group_size=group_size, sampling=sampling, streaming=sequences > sampler.slots
     )
     for name, compile_now in compiles.items():
-        label = name if phase == "rollout" else f"{phase} {name}"
+        label = name if phase == "rollout" else f"{title or phase} {name}"
         match name:
             case "weights":
                 if phase == "rollout":  # an evaluation runs the same program
@@ -132,7 +145,7 @@ def _decoding(
             case "prefill":
                 yield Program(label, compile_now, phase, beside=held, runs=prefills, kernel_flops=prefill_flops)
             case "decode":
-                steps = plan.settings.rollout.max_new_tokens * refills
+                steps = sampler.max_new_tokens * refills
                 yield Program(label, compile_now, phase, beside=held, trips=(steps, 1))
             case _:
                 yield Program(label, compile_now, phase, beside=held)
