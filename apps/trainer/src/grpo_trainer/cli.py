@@ -34,6 +34,7 @@ _CONFIGURED = {
 }
 _OWN: dict[str, Command] = {
     "export": ("grpo_trainer.report.export:main", "write a run's policy as a Hugging Face folder"),
+    "report": ("grpo_trainer.report.runs:main", "write the page of a run, or one page that compares several runs"),
     "replay": ("grpo_trainer.report.replay:main", "run a failed step again and say what was not finite"),
 }
 

@@ -22,11 +22,13 @@ class Series:
         label: shown in the legend.
         points: (step, value), in the order of steps.
         dots: draw the points themselves instead of a smoothed line (few, separate measurements).
+        band: (step, low, high) of a range around the curve.
     """
 
     label: str
     points: Sequence[tuple[float, float]]
     dots: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 def lines(
@@ -50,7 +52,8 @@ def lines(
         An <svg> element.
     """
     shown = [_thinned(one.points, positive=log) for one in series]
-    everything = [point for points in shown for point in points]
+    bands = [_edges(one.band, positive=log) for one in series]
+    everything = [point for points in (*shown, *(edge for band in bands for edge in band)) for point in points]
     if not everything:
         middle = f'<text class="label" x="{_WIDTH / 2}" y="{_HEIGHT / 2}" text-anchor="middle">never above 0</text>'
         return _frame(middle, "never above 0")
@@ -64,9 +67,18 @@ def lines(
         return _linear(scale(value), low, high, _HEIGHT - _BOTTOM, _TOP)
 
     body = [_grid([(y_of(10**tick if log else tick), form(10**tick if log else tick)) for tick in ticks], x_ticks)]
-    for index, (one, points) in enumerate(zip(series, shown)):
+    for index, (one, points, band) in enumerate(zip(series, shown, bands)):
+        if not points:
+            continue
         places = [(x_of(x), y_of(y)) for x, y in points]
         hue = f"s{index % 6}"
+        if all(band):
+            rough = not smooth or one.dots
+            edges = [[y_of(y) for _, y in edge] for edge in band]
+            low_edge, high_edge = edges if rough else map(_smoothed, edges)
+            there = [x_of(x) for x, _ in band[0]]
+            outline = [*zip(there, low_edge), *reversed(list(zip(there, high_edge)))]
+            body.append(f'<path class="band {hue}" d="{_path(outline)}Z"/>')
         if one.dots:
             body.append(f'<path class="line {hue}" d="{_path(places)}"/>')
             body += [
@@ -223,6 +235,14 @@ def _thinned(points: Sequence[tuple[float, float]], *, positive: bool = False) -
         return kept
     runs = [kept[start : start + size] for start in range(0, len(kept), size)]
     return [(run[len(run) // 2][0], sum(y for _, y in run) / len(run)) for run in runs]
+
+
+def _edges(
+    band: Sequence[tuple[float, float, float]], *, positive: bool
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The lower and the upper edge of a band, thinned alike."""
+    kept = [(x, low, high) for x, low, high in band if not positive or low > 0]
+    return _thinned([(x, low) for x, low, _ in kept]), _thinned([(x, high) for x, _, high in kept])
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
