@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+
+from grpo_sampler import load_pretrained
+from grpo_trainer.report.records import read_records
 
 SCRIPT = Path(__file__).parent / "train_in_a_job.py"
 SETTINGS = [
@@ -92,10 +96,19 @@ def test_eight_devices_train_as_one(mesh: str, policy: str, alone: Path, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_of_two_devices_train_as_one_of_four(policy: str, tmp_path: Path) -> None:
+    more = ("eval.before=true", "eval.after=true", "eval.samples=2", "checkpoint.export=auto")
     for processes, devices in ((1, 4), (2, 2)):
         run = f"run.dir={tmp_path / str(processes)}"
-        launch(processes, devices, policy, run, "mesh=fsdp:-1", *SETTINGS)
-    print(f"two processes: {same_run(tmp_path / '2', tmp_path / '1')}")
+        launch(processes, devices, policy, run, "mesh=fsdp:-1", *SETTINGS, *more)
+    alone, both = tmp_path / "1", tmp_path / "2"
+    print(f"two processes: {same_run(both, alone)}")
+    for step in (0, 2):
+        records = [read_records(folder / "evaluations" / f"step_{step}.jsonl") for folder in (alone, both)]
+        assert records[0] == records[1]
+        assert len(records[0]) == 8
+    # The first process wrote the policy, and both gathered it.
+    (_, ours), (_, theirs) = load_pretrained(both / "export"), load_pretrained(alone / "export")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1.2e-5, rtol=0), ours, theirs)
 
 
 def start(commands: list[list[str]]) -> list[subprocess.Popen[str]]:

@@ -19,6 +19,8 @@ from grpo_sampler import load_pretrained
 from grpo_trainer import cli
 from grpo_trainer.assemble import assemble
 from grpo_trainer.evaluate.command import evaluate_command
+from grpo_trainer.report.export import ExportError
+from grpo_trainer.report.records import read_records
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
@@ -235,6 +237,38 @@ def test_an_exported_policy_is_the_runs(toy_policy: Path, uninterrupted: Path, t
     again = assemble(settings(tmp_path / "policy", tmp_path / "again"), TASK)
     assert again.identity["parameters"] == digest(restored.state.params)
     assert again.tokenizer.get_vocab() == run.tokenizer.get_vocab()
+
+
+def test_a_run_exports_its_policy_at_its_end(toy_policy: Path, tmp_path: Path) -> None:
+    target = tmp_path / "models" / "mine"
+    sets = ("checkpoint.every=1", f"checkpoint.export={target}", "eval.before=true", "eval.after=true")
+    assert train(settings(toy_policy, tmp_path / "run", "steps=1", *sets), TASK) == 0
+    first = digest(load_pretrained(target)[1])
+    card = (target / "README.md").read_text()
+    for text in (
+        "held-out accuracy before |",
+        "held-out accuracy after, lenient |",
+        "after against before, by problem |",
+    ):
+        assert text in card
+    # With more steps the run exports again, in the place of its own export and of nothing else.
+    assert train(settings(toy_policy, tmp_path / "run", "steps=2", *sets), TASK) == 0
+    assert digest(load_pretrained(target)[1]) != first
+    (target / "README.md").write_text("something of somebody")
+    with pytest.raises(ExportError, match="must be an empty or a new folder"):
+        train(settings(toy_policy, tmp_path / "run", "steps=3", *sets), TASK)
+    assert (target / "README.md").read_text() == "something of somebody"
+
+
+def test_records_of_a_run_say_what_was_won_and_lost(uninterrupted: Path) -> None:
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    before, after = (read_records(uninterrupted / "evaluations" / f"step_{step}.jsonl") for step in (0, 4))
+    assert summary["paired"]["problems"] == len(before) == len(after) == 8
+    for when, records in (("before", before), ("after", after)):
+        assert sum(record.greedy.judgement.strict for record in records) == summary[f"accuracy_{when}"] * 8
+    gain = summary["accuracy_after"] - summary["accuracy_before"]
+    assert summary["paired"]["strict"]["mean"] == pytest.approx(gain, abs=1e-6)
+    assert "difference, problem by problem" in (uninterrupted / "report.html").read_text()
 
 
 def test_dry_run_samples_nothing(toy_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from grpo_trainer.data.stream import Asked
 from grpo_trainer.evaluate import evaluate
 from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
+from grpo_trainer.report.export import check_export, export_run
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.printable import printable
 from grpo_trainer.report.records import Comparison, compare, read_records
@@ -24,7 +25,7 @@ from grpo_trainer.rewards.refill import choose_groups, count_with_signal
 from grpo_trainer.rewards.scoring import Transcript, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
 from grpo_trainer.run.clock import Clock
-from grpo_trainer.run.folder import RunFolder, matched_settings
+from grpo_trainer.run.folder import RunFolder, matched_settings, summarize_accuracy
 from grpo_trainer.run.health import Health
 from grpo_trainer.run.metrics import completion_records, step_metrics
 from grpo_trainer.run.progress import Progress
@@ -76,6 +77,7 @@ def fit(
         if folder.finished:
             print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
             return 0
+        check_export(settings, folder.path)  # now, not after the last step
         if checkpoints is None:
             checkpoints = Checkpoints(
                 folder.checkpoints,
@@ -170,6 +172,9 @@ def _steps(
     loop.seconds = seconds_before + time.monotonic() - started
     health.finish(loop.step)
     paired = _paired(folder, loop)
+    if settings.checkpoint.export:
+        facts = {**summarize_accuracy(loop.accuracy), "paired": paired and paired.record()}
+        progress.note(f"exported: {export_run(run, folder.path, loop.train.params, loop.step, facts)}")
     _finish(run, folder, loop, paired)
     progress.note(verdict(settings.steps, loop.accuracy, loop.seconds, paired=paired and paired.strict))
     return 0

@@ -10,7 +10,7 @@ from grpo_trainer.report.estimates import Estimate
 from grpo_trainer.report.printable import printable
 from grpo_trainer.report.records import Comparison, Record, compare, read_records
 
-__all__ = ["Results"]
+__all__ = ["Results", "summary_accuracies"]
 
 _SAMPLED = ("mean@", "pass@", "maj@")
 _LISTED = 12  # problems won, and as many lost
@@ -38,8 +38,8 @@ class Results:
             folder: of the run.
             summary: of the run; empty while it is not finished.
         """
-        accuracies = _accuracies(summary, "accuracy")
-        lenient = _accuracies(summary, "accuracy_flexible")
+        accuracies = summary_accuracies(summary, "accuracy")
+        lenient = summary_accuracies(summary, "accuracy_flexible")
         paired = None
         if len(accuracies) == 2 and summary.get("paired"):
             files = [folder / "evaluations" / f"step_{step}.jsonl" for step in (0, summary["steps"])]
@@ -88,7 +88,13 @@ class Results:
         return [(title, len(pairs), [_row(*pair) for pair in pairs[:_LISTED]]) for title, pairs in sides if pairs]
 
 
-def _accuracies(summary: Mapping[str, Any], name: str) -> dict[str, Accuracy]:
+def summary_accuracies(summary: Mapping[str, Any], name: str) -> dict[str, Accuracy]:
+    """What a run's summary holds of an accuracy, by `before` and `after`.
+
+    Args:
+        summary: of the run.
+        name: `accuracy` or `accuracy_flexible`.
+    """
     return {
         when: Accuracy(round(summary[f"{name}_{when}"] * summary[f"problems_{when}"]), summary[f"problems_{when}"])
         for when in ("before", "after")

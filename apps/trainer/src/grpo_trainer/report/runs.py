@@ -150,10 +150,9 @@ def _distinct(runs: Sequence[_RunData]) -> list[tuple[str, list[str]]]:
 
 
 def _text(value: Any) -> str:
-    text = (
-        ", ".join(map(str, value)) if isinstance(value, tuple) else json.dumps(value) if value is None else str(value)
-    )
-    return printable(text, newlines=False)
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value))
+    return printable("null" if value is None else str(value), newlines=False)
 
 
 def _spread(members: Sequence[_RunData]) -> Mapping[str, str] | None:

@@ -25,7 +25,7 @@ from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import dump, load_saved
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["RunFolder", "matched_settings", "versions"]
+__all__ = ["RunFolder", "matched_settings", "summarize_accuracy", "versions"]
 
 
 class RunFolder:
@@ -193,14 +193,7 @@ class RunFolder:
             What was written.
         """
         summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 3), "device": device}
-        for name in ("before", "after"):
-            record = dict((accuracy or {}).get(name) or {})
-            measured = Accuracy(record.pop("correct"), record.pop("total")) if record else None
-            summary |= {f"{key.removeprefix('eval/')}_{name}": value for key, value in record.items()}
-            summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
-            summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
-            summary[f"problems_{name}"] = measured and measured.total
-        summary |= {**more, "versions": self._versions}
+        summary |= {**summarize_accuracy(accuracy or {}), **more, "versions": self._versions}
         if self._writer:
             with writing(self.path):
                 replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -246,6 +239,23 @@ class RunFolder:
                     left = left[os.write(descriptor, left) :]
             finally:
                 os.close(descriptor)
+
+
+def summarize_accuracy(accuracy: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What summary.json says of the evaluations before and after.
+
+    Args:
+        accuracy: as of `RunFolder.summary`.
+    """
+    summary: dict[str, Any] = {}
+    for name in ("before", "after"):
+        record = dict(accuracy.get(name) or {})
+        measured = Accuracy(record.pop("correct"), record.pop("total")) if record else None
+        summary |= {f"{key.removeprefix('eval/')}_{name}": value for key, value in record.items()}
+        summary[f"accuracy_{name}"] = measured and round(measured.share, 6)
+        summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
+        summary[f"problems_{name}"] = measured and measured.total
+    return summary
 
 
 def matched_settings(settings: Settings, *, root: str | os.PathLike[str] = "runs") -> Settings:

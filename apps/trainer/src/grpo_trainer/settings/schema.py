@@ -299,6 +299,11 @@ class CheckpointSettings(_Section):
         default=20, description="steps between checkpoints; the last step is always saved; 0: no checkpoints"
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept, besides the best one")
+    export: str = Field(
+        default="",
+        description="folder for the policy after the last step, as of the export command; `auto`: export/ in the run's "
+        "folder; empty: none",
+    )
     any_version: bool = Field(
         default=False, description="go on from a checkpoint even if it was written by incompatible library versions"
     )
