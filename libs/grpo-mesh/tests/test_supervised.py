@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def all_gone(pids: list[int]) -> bool:
     return not any(map(alive, pids))
 
 
-def supervised(code: str, **options: object) -> SupervisedProcess:
+def supervised(code: str, **options: Any) -> SupervisedProcess:
     return SupervisedProcess([sys.executable, "-S", "-c", code], **options)
 
 

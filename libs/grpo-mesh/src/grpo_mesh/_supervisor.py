@@ -40,9 +40,12 @@ def main(lifeline: int, memory: int, command: list[str]) -> None:
     child = _start(command, memory)
     for descriptor in (0, 1):  # the program's own: a reader sees their end when the program ends
         os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+    events = select.poll()
+    for descriptor in (lifeline, wake_read):
+        events.register(descriptor, select.POLLIN)
     status = None
     while status is None:
-        ready = select.select([lifeline, wake_read], [], [], _CHECK_SECONDS)[0]
+        ready = dict(events.poll(1000 * _CHECK_SECONDS))
         if lifeline in ready or os.getppid() != parent:
             break
         for number in os.read(wake_read, 64) if wake_read in ready else b"":
@@ -93,18 +96,15 @@ def _kill_all(child: int, status: int | None) -> int:
     _kill_group(child, signal.SIGKILL)
     until = time.monotonic() + _KILL_SECONDS
     while True:
+        living = _descendants() if _LINUX else [child] if status is None else []
         found = _reap(child)
         status = found if status is None else status
-        living = _descendants() if _LINUX else [child] if status is None else []
-        if not living:
-            break
-        if time.monotonic() > until:
-            break
+        if not living or time.monotonic() > until:
+            return signal.SIGKILL if status is None else status
         for pid in living:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
-    return signal.SIGKILL if status is None else status
 
 
 def _kill_group(leader: int, number: int) -> None:
