@@ -222,7 +222,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._writer:
+        # Nobody reads the output any more, as after `| head -1`: that is no failure of the run.
+        if isinstance(error, Exception) and not isinstance(error, BrokenPipeError) and self._writer:
             file = self.path / "error.txt"
             try:
                 file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
