@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import TASK, load
@@ -217,3 +219,54 @@ def test_huge_pages_are_reported(monkeypatch, has, text):
     monkeypatch.setattr("grpo_mesh.has_huge_pages", lambda: has)
     lines = prepare_process(load([], ["huge_pages=true", "compilation_cache="]))
     assert lines[-1] == f"huge pages   {text} (huge_pages)"
+
+
+# Commands whose stand-in for the training loop waits in C, as for a lost peer, or prints for ever.
+STUCK = """
+import ctypes
+print("building", flush=True)
+lock = ctypes.create_string_buffer(256)
+for _ in range(2):
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+TALKS = "while True: print('step')"
+
+
+def start(body, *arguments) -> Any:
+    script = (
+        "import os, sys, types\nfrom grpo_trainer import cli\nfrom toy import TASK\n"
+        "module = types.ModuleType('standin')\n"
+        "module.train = lambda settings, task, **options: exec(os.environ['BODY'], {})\n"
+        "sys.modules['grpo_trainer.train'] = module\ncli.run_app(TASK)\n"
+    )
+    command = [sys.executable, "-c", script, "train", "--set", "compilation_cache=", *arguments]
+    environment = {**os.environ, "BODY": body, "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, env=environment
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only on Linux is a lock of zeros valid")
+def test_a_signal_while_a_run_is_built_ends_it_as_one_that_can_go_on():
+    process = start(STUCK)
+    assert process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == cli.EXIT_PREEMPTED
+    assert process.stderr.read() == "grpo-toy: stopped by SIGTERM; the same command goes on\n"
+
+
+@pytest.mark.parametrize("arguments", [["--print-config"], ["--help"], []])
+@pytest.mark.parametrize("both", [False, True])
+def test_output_that_nobody_reads_ends_a_command_quietly(arguments, both):
+    process = start(TALKS, *arguments)
+    process.stdout.close()
+    if both:
+        process.stderr.close()
+    assert process.wait(60) == cli.EXIT_CLOSED_PIPE
+    assert both or process.stderr.read() == ""
+
+
+def test_another_broken_pipe_is_an_error(train):
+    train(raising(BrokenPipeError("of a worker")))
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main("train", "--set", "compilation_cache=")

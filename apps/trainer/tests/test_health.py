@@ -133,15 +133,17 @@ def test_skipped_updates_in_a_row_are_counted_over_steps(tmp_path: Path) -> None
 
 def test_failures_are_counted_and_written_down(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    watched.health.reward_failures(
-        1, [{"kind": "crash", "rows": [3, 4], "completion": "a"}, {"kind": "shape", "rows": []}]
-    )
+    crash = {"function": "own:f", "kind": "crash", "rows": [3, 4], "message": "crashed", "completion": "a"}
+    watched.health.reward_failures(1, [crash, {**crash, "kind": "shape", "rows": []}])
+    watched.health.reward_failures(1, [{**crash, "rows": []}])
+    assert len(watched.warnings) == 2  # one of each kind
+    assert "reward function 'own:f' crashed" in watched.shown.getvalue()
     counts = watched.step()
-    assert counts["reward_failures/crash"] == 2
+    assert counts["reward_failures/crash"] == 3
     assert counts["reward_failures/shape"] == 1
     assert watched.step()["reward_failures/crash"] == 0
     lines = (watched.folder.path / "reward_failures.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 1]
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 1]
     watched.folder.start(0)
     assert not (watched.folder.path / "reward_failures.jsonl").read_text()  # a resume starts before them
 

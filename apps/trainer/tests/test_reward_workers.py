@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import graders
 import pytest
 
 from grpo_trainer.rewards.functions import RewardError
+from grpo_trainer.rewards.worker import call_function
 from grpo_trainer.rewards.workers import RewardWorker
 
 
@@ -41,6 +43,13 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.02)
     return not alive(pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """This process and all below it."""
+    command = ["ps", "--ppid", str(pid), "-o", "pid="]
+    children = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return [pid, *(below for child in children for below in descendants(int(child)))]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +117,66 @@ def test_processes_import_no_jax_and_end_with_their_worker() -> None:
         os.waitpid(int(pid), os.WNOHANG)  # no zombie
 
 
-def test_what_a_function_started_dies_with_it() -> None:
-    worker = RewardWorker("graders:moody", timeout=0.3)
-    group = worker._process.pid
-    _, failures = worker.judge(given("child"))
-    assert failures[0].kind == "timeout"
-    listed = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True, check=False).stdout.split()
-    assert all(gone(int(pid)) for pid in listed)
+@pytest.mark.parametrize(("text", "kind"), [("child", "timeout"), ("daemon", "crash")])
+def test_what_a_function_started_dies_with_it_and_delays_nobody(text: str, kind: str) -> None:
+    worker = RewardWorker("graders:moody", timeout=2.0)
+    values, failures = worker.judge(given(text))
+    assert (values, failures[0].kind) == ([None], kind)
+    ((_, child),) = (line.split() for line in failures[0].output.splitlines() if line.startswith("child"))
+    assert gone(int(child))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its pipes in /proc")
+def test_only_the_reply_to_a_request_is_its_reply(moody: RewardWorker) -> None:
+    assert moody.judge(given("forge")) == ([0.5], [])
+    values, (failure,) = moody.judge(given("garble"))
+    assert values == [None]
+    assert (failure.kind, "sent something that is not a reply" in failure.message) == ("crash", True)
+    assert moody.judge(given("a")) == ([0.5], [])
+
+
+def test_messages_are_cut_and_escaped_where_they_arise(moody: RewardWorker) -> None:
+    _, (failure,) = moody.judge(given("loud"))
+    assert failure.message.startswith("raised ValueError: \\x1b]0;title\\x07xxx")
+    assert len(failure.message) < 3_000
+    assert failure.message.isprintable()
+
+
+def test_memory_is_limited() -> None:
+    worker = RewardWorker("graders:moody", timeout=20.0, memory=500_000_000)
+    values, (failure,) = worker.judge(given("a", "large", "b"))
+    assert values == [0.5, None, 0.5]
+    assert failure.kind == "exception"
+    assert "raised MemoryError" in failure.message
+    assert "reward.memory" in failure.message
+    assert RewardWorker("graders:moody", timeout=20.0).judge(given("large")) == ([1.0], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("column", None, "list of 3 rewards, one a completion: got an array of shape (3, 1)"),
+        ("scalar", None, "list of 3 rewards, one a completion: got a single number, "),
+        ("set", None, "list of 3 rewards, one a completion: got {1.0, 2.0, 3.0}"),
+        ("mapping", None, "list of 3 rewards, one a completion: got {0: 1.0"),
+        ("endless", None, "list of 3 rewards, one a completion: got count("),
+        ("strings", None, "list of 3 rewards, one a completion: got '123'"),
+        ("large", [None, 2.0, None], "finite numbers or None: got 1e+39"),
+        ("infinite", [None, 2.0, None], "finite numbers or None: got inf"),
+        ("rows", [None, 2.0, None], "finite numbers or None: got array([1., 1.])"),
+        ("scalars", [0.5, 1.0, 3.0], ""),
+        ("array", [0.5, 1.0, 3.0], ""),
+    ],
+)
+def test_what_counts_as_rewards(name: str, values: list[float | None] | None, message: str) -> None:
+    reply = call_function(graders.returns, given("a", "b", "c") | {"prompts": [name] * 3})
+    assert reply.get("values") == values
+    said = (
+        [reply["message"]]
+        if values is None
+        else [f"finite numbers or None: got {text}" for text in reply["wrong"].values()]
+    )
+    assert any(message in text for text in said) if message else not said
 
 
 def test_a_worker_serves_any_thread() -> None:
@@ -131,13 +193,13 @@ def test_a_worker_serves_any_thread() -> None:
     assert sorted(results, key=str) == [[0.5], [0.5], [None]]
 
 
-@pytest.mark.parametrize("text", ["a", "spin"])
+@pytest.mark.parametrize("text", ["a", "spin", "child"])
 def test_no_orphan_outlives_a_killed_trainer(tmp_path: Path, text: str) -> None:
     script = textwrap.dedent(f"""
         import sys
         sys.path.append({str(Path(__file__).parent)!r})
         from grpo_trainer.rewards.workers import RewardWorker
-        worker = RewardWorker("graders:moody", timeout=3.0)
+        worker = RewardWorker("graders:moody", timeout=100.0)
         print(worker._process.pid, flush=True)
         worker.judge({given(text)!r})
         print("judged", flush=True)
@@ -145,12 +207,16 @@ def test_no_orphan_outlives_a_killed_trainer(tmp_path: Path, text: str) -> None:
     """)
     trainer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
-    pid = int(trainer.stdout.readline())
+    supervisor = int(trainer.stdout.readline())
     if text == "a":
         trainer.stdout.readline()
+    processes = descendants(supervisor)
+    while text == "child" and len(processes) < 3:
+        processes = descendants(supervisor)
     trainer.kill()
     trainer.wait()
-    assert gone(pid)
+    assert len(processes) >= 2
+    assert all(gone(pid) for pid in processes)
 
 
 @pytest.mark.parametrize(

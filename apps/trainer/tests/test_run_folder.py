@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +15,8 @@ import pytest
 from toy import load
 
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.run.files import read_lines
+from grpo_trainer.report.page import write_report
+from grpo_trainer.run.files import name_steps, read_lines
 from grpo_trainer.run.folder import RunFolder, versions
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 
@@ -213,20 +215,139 @@ def test_a_full_disk_is_an_error_that_says_so(config):
             folder.log(1, {"reward": 1.0})
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"reward": 1}', '{"step": null}'])
-def test_damaged_metrics_are_named(config, line):
+def fill(folder: RunFolder, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        folder.log(step, {"reward": step / 8})
+        if step:
+            folder.completions(
+                step, [{"prompt": "1 + 1?", "completion": str(step), "reward": 1.0, "rewards": {"a": 1}}]
+            )
+
+
+DAMAGED = ["nonsense", "[1]", '{"reward": 1}', '{"step": null}', '{"step": 1e999}', "[" * 100_000, "\0" * 9, "9" * 5000]
+
+
+@pytest.mark.parametrize("line", [*DAMAGED, '{"step": 2, "reward": "x"}', '{"step": 2, "reward": 1%s}' % ("0" * 400)])
+def test_a_damaged_line_of_metrics_is_left_out_and_its_step_is_named(config, caplog, line):
     with RunFolder(config(), VERSIONS) as folder:
-        (folder.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-        with pytest.raises(RunFolderError, match="line 2"):
+        folder.start(0)
+        fill(folder, 0, 3)
+        file = folder.path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([*lines[:2], line + "\n", lines[3]]))
+        damaged = file.read_bytes()
+        (note,) = folder.start(3)
+        assert note == "metrics.jsonl has no record of step 2: lost. The summary and the report will say so"
+        assert steps(folder) == [0, 1, 3]
+        assert (folder.path / "damaged" / "metrics.jsonl").read_bytes() == damaged
+        assert "metrics.jsonl: 1 lines are not records of a run; the file as it was is kept as" in caplog.text
+        assert folder.summary(steps=3, seconds=1, device="cpu")["missing_records"] == {"metrics.jsonl": "step 2"}
+        assert "lost from metrics.jsonl step 2" in " ".join(
+            re.sub("<.*?>", " ", write_report(folder.path).read_text()).split()
+        )
+
+
+@pytest.mark.parametrize("line", [*DAMAGED, '{"step": 2, "completion": 3}', '{"step": 2, "rewards": [1]}'])
+def test_a_damaged_line_of_completions_is_left_out_and_its_step_is_named(config, line):
+    with RunFolder(config(), VERSIONS) as folder:
+        folder.start(0)
+        fill(folder, 0, 2)
+        file = folder.path / "completions.jsonl"
+        file.write_text(file.read_text().splitlines(keepends=True)[0] + line + "\n")
+        write_report(folder.path)
+        assert folder.start(2) == [
+            "completions.jsonl has no record of step 2: lost. The summary and the report will say so"
+        ]
+
+
+@pytest.mark.parametrize("cut", ["half", "all", "gone"])
+def test_records_that_a_checkpoint_covers_and_a_file_does_not_are_named(config, cut):
+    with RunFolder(config(), VERSIONS) as folder:
+        folder.start(0)
+        fill(folder, 0, 6)
+        file = folder.path / "metrics.jsonl"
+        os.truncate(file, file.stat().st_size - 50 if cut == "half" else 0)
+        if cut == "gone":
+            file.unlink()
+        (note,) = folder.start(6)
+        assert f"metrics.jsonl has no record of step{' 6' if cut == 'half' else 's 0 to 6'}: lost" in note
+        fill(folder, 7, 8)
+        summary = folder.summary(steps=8, seconds=1, device="cpu")
+        assert summary["missing_records"] == {"metrics.jsonl": "step 6" if cut == "half" else "steps 0 to 6"}
+
+
+def test_nothing_is_missing_from_a_whole_history(config):
+    with RunFolder(config(), VERSIONS) as folder:
+        assert folder.start(0) == []
+        fill(folder, 0, 3)
+        assert folder.start(3) == []
+        assert "missing_records" not in folder.summary(steps=3, seconds=1, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "step", "finished", "kept"),
+    # Saved at 2, 4 and 6, each complete once the next is begun: at step 7, that of 4 must be there.
+    [
+        (7, 2, 4, False, False),
+        (7, 2, 2, False, True),
+        (3, 2, 0, False, False),
+        (5, 0, 0, False, False),
+        (5, 0, 0, True, True),
+    ],
+)
+def test_steps_are_done_again_aloud_and_a_lost_history_is_kept(config, last, every, step, finished, kept):
+    with RunFolder(config(f"checkpoint.every={every}", "log.completions=0"), VERSIONS) as folder:
+        folder.start(0)
+        fill(folder, 0, last)
+        old = (folder.path / "metrics.jsonl").read_bytes()
+        if finished:
+            folder.summary(steps=last, seconds=1, device="cpu")
+        (note,) = folder.start(step)
+        assert note.startswith(f"metrics.jsonl goes up to step {last} and the newest checkpoint to step {step}")
+        assert f"{'steps' if last > step + 1 else 'step'} {step + 1} to {last} will be done again" in note
+        assert ("later checkpoints are gone" in note) == kept
+        assert (folder.path / "damaged").exists() == kept
+        if kept:
+            assert (folder.path / "damaged" / "metrics.jsonl").read_bytes() == old
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", "3", "", '{"steps": "x"}', '{"steps": 60, "seconds": 1, "device": "cpu", "accuracy_after": "all"}'],
+)
+def test_a_damaged_summary_is_named_and_written_anew(config, caplog, text):
+    with RunFolder(config(), VERSIONS) as folder:
+        (folder.path / "summary.json").write_text(text)
+        assert not folder.finished
+        assert "summary.json is damaged" in caplog.text
+        folder.summary(steps=60, seconds=1, device="cpu")
+        assert folder.finished
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_history_that_cannot_be_read_now_is_not_damaged(config):
+    with RunFolder(config(), VERSIONS) as folder:
+        fill(folder, 0, 3)
+        (folder.path / "metrics.jsonl").chmod(0)
+        with pytest.raises(RunFolderError, match="cannot be read now"):
             folder.start(3)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_a_damaged_summary_is_named(config, text):
-    with RunFolder(config(), VERSIONS) as folder:
-        (folder.path / "summary.json").write_text(text)
-        with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
-            _ = folder.finished
+@pytest.mark.parametrize("make", [lambda lock, other: lock.symlink_to(other), lambda lock, other: os.mkfifo(lock)])
+def test_only_a_plain_file_is_locked(config, tmp_path, make):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "lock", tmp_path / "mine")
+    with pytest.raises(RunFolderError, match=r"plain file|cannot be written"):
+        RunFolder(config(), VERSIONS)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("given", "text"), [([3], "step 3"), ([1, 2], "steps 1 to 2"), ([9, 1, 2, 3, 7], "steps 1 to 3, 7, 9")]
+)
+def test_steps_in_words(given, text):
+    assert name_steps(given) == text
 
 
 def test_damaged_settings_are_named(config):

@@ -156,3 +156,26 @@ def test_failures_are_reported_with_the_text_that_caused_them(rollout: Rollout, 
     assert record["kind"] == "shape"
     assert record["rows"] == [1]
     assert (record["prompt"], record["completion"], record["answer"]) == ("one?", "is =6", "=5")
+
+
+def test_none_of_one_function_means_what_the_settings_say(rollout: Rollout, transcript: Transcript) -> None:
+    """Two functions for two kinds of problems, and one that failed at a row."""
+    functions = {"sums": lambda **_: [0.25, None, None, "x"], "words": lambda **_: [None, 2.0, None, 1.0]}
+    weights = {"sums": 2.0, "words": 0.5}
+    records: list[dict[str, Any]] = []
+    scored = Rewards(functions, weights, 1.0).score(rollout, transcript, records.extend)
+    assert not scored.scored_B.any()
+    assert [(record["function"], record["kind"], record["rows"]) for record in records] == [
+        ("sums", "shape", [3]),
+        ("sums", "none", [1]),
+        ("words", "none", [0]),
+    ]
+    assert "set reward.skip_none=true" in records[1]["message"]
+
+    records.clear()
+    scored = Rewards(functions, weights, 1.0, skip_none=True).score(rollout, transcript, records.extend)
+    np.testing.assert_array_equal(scored.scored_B, [True, True, False, False])
+    np.testing.assert_array_equal(scored.reward_B, [0.5, 1.0, 0, 0])
+    assert [record["kind"] for record in records] == ["shape"]
+    with pytest.raises(RewardError, match=r"4 of 4 did.*'sums' returned None for 2 of 4.*reward\.skip_none=true"):
+        Rewards({**functions, "sums": lambda **_: [0.25, None, None, None]}, weights, 0.1).score(rollout, transcript)

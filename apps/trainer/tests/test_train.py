@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,40 @@ def test_the_policy_learns_what_is_rewarded(toy_policy: Path, tmp_path: Path) ->
     assert train(settings(toy_policy, folder, *sets), TASK) == 0
     rewards = [line["reward"] for line in metrics(folder)]
     assert np.mean(rewards[-5:]) > 3 * np.mean(rewards[:5])
+
+
+@pytest.mark.parametrize("left", ["whole", "no report", "no summary", "cut"])
+def test_a_run_that_was_killed_at_its_end_leaves_all_of_it(
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    if left != "whole":
+        (folder / "report.html").unlink()
+    if left == "no summary":
+        (folder / "summary.json").unlink()
+    if left == "cut":
+        os.truncate(folder / "summary.json", 99)
+        os.truncate(folder / "completions.jsonl", 99)
+    assert train(settings(toy_policy, folder, *MEASURED), TASK) == 0
+    assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+    summary, whole = (json.loads((path / "summary.json").read_text()) for path in (folder, uninterrupted))
+    assert summary["state_digest"] == whole["state_digest"]
+    assert metrics(folder) == metrics(uninterrupted)
+    assert summary.get("missing_records") == ({"completions.jsonl": "steps 1 to 4"} if left == "cut" else None)
+    assert ("has no record of steps 1 to 4" in capsys.readouterr().out) == (left == "cut")
+
+
+def test_a_run_without_its_checkpoints_starts_again_and_says_so(
+    toy_policy: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "summary.json").unlink()
+    assert train(settings(toy_policy, folder, *MEASURED), TASK) == 0
+    assert "metrics.jsonl goes up to step 4 and the newest checkpoint to step 0" in capsys.readouterr().out
+    assert metrics(folder) == metrics(uninterrupted)
 
 
 class Killed(BaseException):

@@ -1,5 +1,9 @@
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,3 +57,68 @@ def test_the_command_line(capsys):
     assert main(["--processes", "1", "--", "/no/such/program"]) == 127
     with pytest.raises(SystemExit):
         main(["--processes", "1"])
+
+
+# Ignores SIGTERM, and so does its child, which has a session of its own.
+STUBBORN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+
+
+def start(*options, code=STUBBORN) -> Any:
+    command = [sys.executable, "-m", "grpo_mesh.launch", "--processes", "2", *options, "--", *python(code)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def all_gone(pids):
+    until = time.monotonic() + 60
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not left
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM], 130),
+        ([signal.SIGHUP, signal.SIGKILL], -9),
+        ([signal.SIGSEGV], -11),
+    ],
+)
+def test_no_process_outlives_the_launcher(signals, code):
+    launcher = start("--grace", "1000")  # a second signal does not wait for it
+    pids = [int(launcher.stdout.readline().split()[1]) for _ in range(4)]
+    for number in signals:
+        launcher.send_signal(number)
+        time.sleep(0.2)  # two signals at once are one
+    assert launcher.wait(60) == code
+    assert all_gone(pids)
+
+
+@linux
+@pytest.mark.parametrize("both", [False, True])
+def test_output_that_nobody_reads_ends_it_quietly(both):
+    launcher = start("--grace", "0.5", code="import os, time\nwhile True: print(os.getpid(), flush=True)")
+    pids = [int(launcher.stdout.readline().split()[1])]
+    launcher.stdout.close()
+    if both:
+        launcher.stderr.close()
+    assert launcher.wait(60) == 141
+    assert both or launcher.stderr.read() == ""
+    assert all_gone(pids)

@@ -1,8 +1,13 @@
 """The command line of every app: checked settings first, heavy imports after, and errors as sentences."""
 
 import argparse
+import contextlib
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +18,7 @@ from grpo_trainer.task import Task
 
 __all__ = ["Command", "main", "run_app"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 75, 130, 141
 
 _MEMBERS = [name for name in vars(Task) if not name.startswith("_")]
 
@@ -67,21 +72,81 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
 
     Returns:
         Exit code: 0 done, 1 failed, 2 a setting or input must be changed, 75 stopped on request and resumable,
-        130 interrupted.
+        130 interrupted, 141 standard output was closed.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if missing := [name for name in _MEMBERS if not hasattr(task, name)]:
         raise TypeError(f"the task {type(task).__name__} lacks {', '.join(missing)}: see grpo_trainer.task.Task")
     own = _OWN | dict(commands or {})
     try:
-        if given and given[0] in own:
-            return int(_function(own[given[0]][0])(task, given[1:]) or 0)
-        return _run(task, _parser(task, own).parse_args(given))
+        with _end_on_sigterm(task):
+            code = _dispatch(task, given, own)
+            sys.stdout.flush()
+            return code
     except KeyboardInterrupt:
         return _fail(task, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        if not _drop_closed_streams():
+            raise
+        return EXIT_CLOSED_PIPE
     except _grpo_error() as error:
         notes = [str(note) for note in getattr(error, "__notes__", ())]
         return _fail(task, "\n".join([f"error: {error}", *notes]), _exit_code(error))
+
+
+def _dispatch(task: Task, given: Sequence[str], own: Mapping[str, Command]) -> int:
+    if given and given[0] in own:
+        return int(_function(own[given[0]][0])(task, given[1:]) or 0)
+    try:
+        options = _parser(task, own).parse_args(given)
+    except SystemExit:
+        sys.stdout.flush()  # what --help printed
+        raise
+    return _run(task, options)
+
+
+@contextlib.contextmanager
+def _end_on_sigterm(task: Task) -> Iterator[None]:
+    """Until the loop listens for itself, SIGTERM ends the process at once; the same command does again what is lost."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    # A thread waits for the signal, because the main thread may wait in C: for a compiler, or for peers of its job.
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def listen() -> None:
+        while byte := os.read(read_end, 1):
+            if byte[0] == signal.SIGTERM:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command goes on\n".encode())
+                os._exit(EXIT_PREEMPTED)
+
+    listener = threading.Thread(target=listen, name="sigterm", daemon=True)
+    listener.start()
+    handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    wakeup_before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(write_end)
+        listener.join()
+        os.close(read_end)
+
+
+def _drop_closed_streams() -> bool:
+    """Point standard output and error, where nobody reads them any more, to nowhere; whether one was closed."""
+    dropped = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor cannot be closed by others
+            events = select.poll()
+            events.register(stream.fileno(), select.POLLOUT)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in events.poll(0)):
+                dropped = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return dropped
 
 
 def _run(task: Task, options: argparse.Namespace) -> int:
@@ -209,6 +274,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _fail(task: Task, message: str, code: int) -> int:
+    _drop_closed_streams()
     sys.stdout.flush()
     print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
     return code

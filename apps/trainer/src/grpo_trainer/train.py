@@ -75,6 +75,8 @@ def fit(
     _introduce(run)
     with RunFolder(settings, run.versions, writer=leader, processes=jax.process_count()) as folder:
         if folder.finished:
+            if leader:
+                write_report(folder.path)  # a run killed after its summary has none yet
             print(f"{folder.path} holds this run, finished: see {folder.path / 'report.html'}")
             return 0
         check_export(settings, folder.path)  # now, not after the last step
@@ -235,7 +237,8 @@ def _resume(run: Run, folder: RunFolder, checkpoints: Checkpoints, progress: Pro
             loop.accuracy = {}  # of other problems: no gain can be told from it
         checkpoints.set_aside_after(loop.step)
         progress.note(f"going on after step {loop.step} of {folder.path}")
-    folder.start(loop.step, prompt=run.prompt)
+    for note in folder.start(loop.step, prompt=run.prompt):
+        progress.note(note)
     progress.resume(loop.step)
     return loop
 

@@ -594,18 +594,20 @@ def _(bench: Bench) -> None:
         folder.completions(1, [{"completion": "x" * 100_000}])
 
 
-@fault("Run folder", "a damaged line of metrics", RunFolderError, "metrics.jsonl line 1 is not a record")
+@fault("Run folder", "a link in place of the lock", RunFolderError, "cannot be written", "lock")
 def _(bench: Bench) -> None:
-    with bench.run_folder() as folder:
-        (folder.path / "metrics.jsonl").write_text("{]\n")
-        folder.start(3)
+    bench.run_folder().close()
+    (bench.folder / "run" / "lock").unlink()
+    (bench.folder / "run" / "lock").symlink_to(bench.folder / "mine")
+    bench.run_folder()
 
 
-@fault("Run folder", "a damaged summary", RunFolderError, "summary.json is damaged")
+@fault("Run folder", "a pipe in place of the lock", RunFolderError, "lock must be a plain file")
 def _(bench: Bench) -> None:
-    with bench.run_folder() as folder:
-        (folder.path / "summary.json").write_text("{")
-        assert not folder.finished
+    bench.run_folder().close()
+    (bench.folder / "run" / "lock").unlink()
+    os.mkfifo(bench.folder / "run" / "lock")
+    bench.run_folder()
 
 
 @fault("Run folder", "damaged settings", RunFolderError, "config.yaml is not the settings of a run")
@@ -785,8 +787,48 @@ KILLS = [
     ),
     (
         "a trainer killed while it waits for a reward",
-        "its reward processes end with it",
+        "its reward processes end with it, and everything they started",
         "apps/trainer/tests/test_reward_workers.py::test_no_orphan_outlives_a_killed_trainer",
+    ),
+    (
+        "SIGKILL, a crash, a second signal or SIGHUP to `grpo_mesh.launch`",
+        "its processes end with it, and everything they started",
+        "libs/grpo-mesh/tests/test_launch.py::test_no_process_outlives_the_launcher",
+    ),
+    (
+        "SIGTERM while a run is built",
+        "exit 75, at once",
+        "apps/trainer/tests/test_cli.py::test_a_signal_while_a_run_is_built_ends_it_as_one_that_can_go_on",
+    ),
+    (
+        "nobody reads the output any more, as after `\\| head -1`",
+        "exit 141 without a word; the same command goes on",
+        "apps/trainer/tests/test_cli.py::test_output_that_nobody_reads_ends_a_command_quietly",
+    ),
+    (
+        "a reward function leaves a process behind that holds its pipes",
+        "the process is killed; the step goes on",
+        "apps/trainer/tests/test_reward_workers.py::test_what_a_function_started_dies_with_it_and_delays_nobody",
+    ),
+    (
+        "SIGKILL between the summary and the report",
+        "the same command writes the report",
+        "apps/trainer/tests/test_train.py::test_a_run_that_was_killed_at_its_end_leaves_all_of_it",
+    ),
+    (
+        "metrics.jsonl or completions.jsonl cut, gone or damaged",
+        "said; the lost steps are named in the summary and the report",
+        "apps/trainer/tests/test_run_folder.py::test_records_that_a_checkpoint_covers_and_a_file_does_not_are_named",
+    ),
+    (
+        "checkpoints gone while metrics are there",
+        "said; the steps are done again, the old records kept in `damaged/`",
+        "apps/trainer/tests/test_train.py::test_a_run_without_its_checkpoints_starts_again_and_says_so",
+    ),
+    (
+        "a damaged summary.json",
+        "said, and written anew",
+        "apps/trainer/tests/test_run_folder.py::test_a_damaged_summary_is_named_and_written_anew",
     ),
 ]
 

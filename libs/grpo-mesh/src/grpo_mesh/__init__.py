@@ -15,6 +15,7 @@ from grpo_mesh._render import Launch, render_gcloud, render_jobset, render_slurm
 from grpo_mesh._report import Collectives, CompileReport, compile_report, compile_with_text
 from grpo_mesh._rules import Rules, shardings, state_shardings
 from grpo_mesh._startup import force_cpu_devices, has_huge_pages, restart_with_huge_pages, use_compilation_cache
+from grpo_mesh._supervised import SupervisedProcess
 
 __all__ = [
     "AXES",
@@ -35,6 +36,7 @@ __all__ = [
     "RenderError",
     "Rules",
     "Slice",
+    "SupervisedProcess",
     "abort",
     "barrier",
     "batch_sharding",

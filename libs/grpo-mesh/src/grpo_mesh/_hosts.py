@@ -138,10 +138,12 @@ def abort(code: int, message: str) -> NoReturn:
         code: exit status, not 0.
         message: printed to standard error.
     """
-    print(f"rank {_runtime.rank()} aborts with code {code}: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        print(f"rank {_runtime.rank()} aborts with code {code}: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # even if nobody reads the message: the pipe may be closed, the disk full
 
 
 def _options(
@@ -197,5 +199,7 @@ def _required(kind: str, names: tuple[str, ...], environment: Mapping[str, str])
 
 
 def _abort_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    traceback.print_exception(kind, error, trace)
-    abort(1, f"{kind.__name__}, see above")
+    try:
+        traceback.print_exception(kind, error, trace)
+    finally:
+        abort(1, f"{kind.__name__}, see above")

@@ -12,7 +12,8 @@ from grpo_trainer.report.charts import intervals, number
 from grpo_trainer.report.curves import plans
 from grpo_trainer.report.printable import printable
 from grpo_trainer.report.results import Results
-from grpo_trainer.run.files import read_lines, read_summary
+from grpo_trainer.run.files import read_lines, read_summary, replace, writing
+from grpo_trainer.run.folder import missing_records
 from grpo_trainer.run.progress import duration
 from grpo_trainer.settings.layers import flat, load_saved
 from grpo_trainer.settings.schema import Settings
@@ -32,7 +33,7 @@ def write_report(folder: Path) -> Path:
         Path of the report.
 
     Raises:
-        RunFolderError: a file of the folder is damaged.
+        RunFolderError: a file of the folder cannot be read, or the report not written.
     """
     settings = load_saved(folder / "config.yaml")
     records = read_lines(folder / "metrics.jsonl")
@@ -47,7 +48,7 @@ def write_report(folder: Path) -> Path:
             results=results,
             accuracies=accuracies,
             intervals=Markup(intervals(list(accuracies.items()))) if accuracies else None,  # our own, labels escaped
-            facts=_facts(settings, records, summary),
+            facts=_facts(folder, settings, records, summary),
             charts=[chart for chart in (plan.draw(records) for plan in plans(records)) if chart],
             settings=_settings(settings),
             prompt=_prompt(folder / "prompt.txt"),
@@ -57,7 +58,8 @@ def write_report(folder: Path) -> Path:
         )
     )
     file = folder / "report.html"
-    file.write_text(page, encoding="utf-8", errors="backslashreplace")
+    with writing(folder):
+        replace(file, page)
     return file
 
 
@@ -69,15 +71,19 @@ def environment() -> Environment:
 
 
 def _prompt(file: Path) -> str:
-    return printable(file.read_text(encoding="utf-8")) if file.is_file() else ""
+    return printable(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else ""
 
 
-def _facts(settings: Settings, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, str]:
+def _facts(
+    folder: Path, settings: Settings, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> dict[str, str]:
     done = max((record["step"] for record in records), default=0)
     facts = {"steps": f"{done:,} of {settings.steps:,}"}
     if "seconds" in summary:
         facts["time"] = duration(summary["seconds"])
         facts["device"] = summary["device"]
+    for name, steps in missing_records(folder, settings, done).items():
+        facts[f"lost from {name}"] = steps
     return facts | {
         "policy": settings.model.path,
         "problems": settings.data.source,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from grpo_trainer.settings.schema import RewardSettings
 
 __all__ = ["Rewards", "Transcript", "transcribe"]
+
+_GIB = 1 << 30
+_LONGEST_SHOWN = 200  # characters of a completion or an answer in a message
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,13 @@ class Rewards:
         functions: by name, in the order of the config; those of users run in processes of their own.
         weights: by name.
         max_unscored: largest share of rows without a reward that a step may have.
+        skip_none: None from a function means that it does not apply, and the others alone make the reward.
     """
 
     functions: Mapping[str, RewardFunction | RewardWorker]
     weights: Mapping[str, float]
     max_unscored: float
+    skip_none: bool = False
 
     @classmethod
     def start(cls, settings: RewardSettings, task: Task, *, max_new_tokens: int) -> Rewards:
@@ -117,14 +122,16 @@ class Rewards:
         Raises:
             RewardError: a function cannot be found or imported; says why.
         """
+        memory = int(settings.memory * _GIB) or None
         functions = {
-            name: task.rewards.get(name) or RewardWorker(name, timeout=settings.timeout) for name in settings.functions
+            name: task.rewards.get(name) or RewardWorker(name, timeout=settings.timeout, memory=memory)
+            for name in settings.functions
         }
         weights = dict(zip(settings.functions, settings.weights))
         if settings.overlong_buffer:
             functions["overlong"] = _overlong(max_new_tokens, settings.overlong_buffer)
             weights["overlong"] = settings.overlong_penalty
-        return cls(functions, weights, settings.max_unscored)
+        return cls(functions, weights, settings.max_unscored, settings.skip_none)
 
     def score(
         self,
@@ -148,23 +155,60 @@ class Rewards:
         """
         rows, given = len(transcript.completions), transcript.arguments()
         columns: dict[str, list[float | None]] = {}
+        failed: dict[str, set[int]] = {}
         records: list[dict[str, Any]] = []
         for name, function in self.functions.items():
-            columns[name], failures = _score_by(function, given)
+            columns[name], failed[name], failures = _score_by(function, given)
             records += [_record(name, failure, given) for failure in failures]
+        scored = Scored.from_rewards(rollout, columns, self.weights)
+        if self.skip_none:
+            scored = _without_inapplicable(scored, failed)
+        else:
+            records += [_record(name, failure, given) for name, failure in _nones(scored, failed)]
         if records and report is not None:
             report(records)
-        scored = Scored.from_rewards(rollout, columns, self.weights)
         unscored = rows - int(scored.scored_B.sum())
         if unscored > self.max_unscored * rows:
             first = int((~scored.scored_B).argmax())
             raise RewardError(
                 f"at most {self.max_unscored:.0%} of a step's completions may stay without a reward "
-                f"(reward.max_unscored): {unscored} of {rows} did. The first is {given['completions'][first]!r}, "
-                f"answer {given['answers'][first]!r}"
+                f"(reward.max_unscored): {unscored} of {rows} did. The first is {_quoted(given['completions'][first])}"
+                f", answer {_quoted(given['answers'][first])}"
                 + "".join(f". reward function {record['function']!r} {record['message']}" for record in records[:1])
             )
         return scored
+
+
+def _quoted(text: str) -> str:
+    return repr(text[:_LONGEST_SHOWN]) + ("..." if len(text) > _LONGEST_SHOWN else "")
+
+
+def _without_inapplicable(scored: Scored, failed: Mapping[str, set[int]]) -> Scored:
+    """The same scores, where a row needs a reward of one function, and a failure of none, of those that count."""
+    failed_BN = np.zeros(scored.scored_BN.shape, bool)
+    for n, name in enumerate(scored.names):
+        failed_BN[list(failed[name]), n] = True
+    counts_N = scored.weight_N != 0
+    scored_B = (scored.scored_BN & counts_N).any(1) & ~(failed_BN & counts_N).any(1)
+    reward_B = np.where(scored_B, scored.reward_BN @ scored.weight_N, 0).astype(np.float32)
+    return replace(scored, reward_B=reward_B, scored_B=scored_B)
+
+
+def _nones(scored: Scored, failed: Mapping[str, set[int]]) -> Iterator[tuple[str, Failure]]:
+    """Rows that one function left without a reward by returning None, though another one scored them."""
+    for n, name in enumerate(scored.names):
+        others_B = np.delete(scored.scored_BN & (scored.weight_N != 0), n, axis=1).any(1)
+        rows = [int(row) for row in np.flatnonzero(~scored.scored_BN[:, n] & others_B) if row not in failed[name]]
+        if rows and scored.weight_N[n] != 0:
+            yield (
+                name,
+                Failure(
+                    "none",
+                    tuple(rows),
+                    f"returned None for {len(rows)} of {len(others_B)} completions that another function scored, so "
+                    "they have no reward; if None means that the function does not apply, set reward.skip_none=true",
+                ),
+            )
 
 
 def _overlong(max_tokens: int, buffer_tokens: int) -> RewardFunction:
@@ -177,32 +221,39 @@ def _overlong(max_tokens: int, buffer_tokens: int) -> RewardFunction:
 
 def _score_by(
     function: RewardFunction | RewardWorker, given: dict[str, Any]
-) -> tuple[list[float | None], list[Failure]]:
+) -> tuple[list[float | None], set[int], list[Failure]]:
+    """The rewards of each row, the rows that the function failed at, and what happened."""
     rows = len(given["completions"])
     if isinstance(function, RewardWorker):
         return _agree(function, given)
     reply = call_function(function, given)
     if "kind" in reply:
-        return [None] * rows, [Failure(reply["kind"], tuple(range(rows)), reply["message"])]
-    return reply["values"], [
+        everything = range(rows)
+        return [None] * rows, set(everything), [Failure(reply["kind"], tuple(everything), reply["message"])]
+    failures = [
         Failure("shape", (row,), f"must return finite numbers or None: got {shown}")
         for row, shown in reply["wrong"].items()
     ]
+    return reply["values"], set(reply["wrong"]), failures
 
 
-def _agree(worker: RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], list[Failure]]:
+def _agree(worker: RewardWorker, given: dict[str, Any]) -> tuple[list[float | None], set[int], list[Failure]]:
     """The rewards of the first process's worker, in all processes: whether a time limit is hit differs between them."""
     import jax  # a reward process imports what stands above, and needs none of it
 
+    first = jax.process_index() == 0
+    nothing: list[float | None] = [None] * len(given["completions"])
+    values, failures = worker.judge(given) if first else (nothing, [])
+    failed = {row for failure in failures for row in failure.rows}
     if jax.process_count() == 1:
-        return worker.judge(given)
+        return values, failed, failures
     from jax.experimental import multihost_utils
 
-    first = jax.process_index() == 0
-    values, failures = worker.judge(given) if first else ([None] * len(given["completions"]), [])
-    value_B = np.array([np.nan if value is None else value for value in values], np.float32)
+    numbers = [np.nan if value is None else value for value in values]
+    value_B = np.array([np.inf if row in failed else number for row, number in enumerate(numbers)], np.float32)
     shared_B = np.asarray(multihost_utils.broadcast_one_to_all(value_B))
-    return [None if np.isnan(value) else float(value) for value in shared_B], failures
+    shared = [float(value) if np.isfinite(value) else None for value in shared_B]
+    return shared, set(np.flatnonzero(np.isinf(shared_B)).tolist()), failures
 
 
 def _record(name: str, failure: Failure, given: Mapping[str, Any]) -> dict[str, Any]:

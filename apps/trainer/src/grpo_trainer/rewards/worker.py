@@ -1,14 +1,14 @@
-"""The process that runs one reward function: `python -P -m grpo_trainer.rewards.worker`, started by `reward_workers`.
+"""The process that runs one reward function: `python -P -m grpo_trainer.rewards.worker`, started by `workers`.
 
-Requests come in on standard input and replies go out on standard output, each a length in four bytes and as many bytes
-of JSON. Both pipes are put out of the function's reach before it is imported: what it prints goes to standard error.
-The process ends with its parent, however that ends, and at the latest when a request's time is over.
+Requests come in on standard input and replies go out on standard output, see `channel`; a reply carries the number of
+its request. Both pipes are put out of the function's reach before it is imported: what it prints goes to standard
+error, and no process that it starts inherits them. The process ends with its parent, however that ends, and at the
+latest when a request's time is over.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import math
 import os
 import queue
@@ -16,34 +16,20 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import IO, Any
 
+from grpo_trainer.report.printable import printable
+from grpo_trainer.rewards.channel import receive, send
 from grpo_trainer.rewards.functions import RewardError, load_function
 
-__all__ = ["main", "receive", "send"]
+__all__ = ["call_function", "main", "shorten"]
 
-_LONGEST_SHOWN = 200
-
-
-def send(pipe: IO[bytes], message: Any) -> None:
-    """Write one message; lone surrogates, which a policy may well sample, survive as JSON escapes."""
-    data = json.dumps(message, default=str).encode("ascii")  # a column may hold a date or the like
-    pipe.write(len(data).to_bytes(4, "big") + data)
-    pipe.flush()
-
-
-def receive(pipe: IO[bytes]) -> Any:
-    """Read one message.
-
-    Raises:
-        EOFError: the other side is gone.
-    """
-    head = pipe.read(4)
-    data = pipe.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
-    if len(head) < 4 or len(data) < int.from_bytes(head, "big"):
-        raise EOFError("the pipe was closed in the middle of a message")
-    return json.loads(data)
+_LONGEST_SHOWN, _LONGEST_MESSAGE = 200, 2_000  # characters
+_LONGEST_REQUEST = (1 << 32) - 1
+# The squares of rewards are summed in float32. Whatever is beyond this is no reward but an accident.
+_LARGEST = 1e12
 
 
 def main() -> None:
@@ -61,7 +47,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(request["seconds"], exit=True)
         reply = call_function(function, request["given"])
         faulthandler.cancel_dump_traceback_later()
-        send(pipe_out, reply)
+        send(pipe_out, reply | {"number": request["number"]})
 
 
 def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +64,7 @@ def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[s
     rows = len(given["completions"])
     try:
         returned = function(**given)
-        listed = None if isinstance(returned, str | bytes | dict) else _listed(returned)
+        listed = _listed(returned, rows)
         if listed is None or len(listed) != rows:
             message = f"must return a list of {rows} rewards, one a completion: got {_shown(returned)}"
             return {"kind": "shape", "message": message}
@@ -89,11 +75,20 @@ def call_function(function: Callable[..., Any], given: dict[str, Any]) -> dict[s
         *_, frame = traceback.extract_tb(error.__traceback__)
         where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
         text = "".join(traceback.format_exception_only(error)).strip()
-        return {"kind": "exception", "message": f"raised {text} ({where})"}
+        hint = "; reward.memory limits the data of its process" if isinstance(error, MemoryError) else ""
+        return {"kind": "exception", "message": f"raised {shorten(text)} ({shorten(where)}){hint}"}
+
+
+def shorten(text: str, longest: int = _LONGEST_MESSAGE) -> str:
+    """Cut a text of a reward function to a length that a message may have, and escape what acts on a terminal."""
+    shown = printable(text[: longest + 1], newlines=False)
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 def _claim_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    pipe_in, pipe_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    pipe_in, pipe_out = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
+    for pipe in (pipe_in, pipe_out):  # `os.dup` keeps them from programs that it starts, and this from its forks
+        os.register_at_fork(after_in_child=pipe.close)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -104,43 +99,55 @@ def _claim_pipes() -> tuple[IO[bytes], IO[bytes]]:
 def _listen(pipe: IO[bytes], requests: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
-            requests.put(receive(pipe))
+            requests.put(receive(pipe, longest=_LONGEST_REQUEST))
     except EOFError:
         os._exit(0)  # the trainer is gone, perhaps killed: whatever the function is doing has no reader
 
 
-def _load(request: dict[str, Any], pipe: IO[bytes]) -> Callable[..., Any]:
+def _load(request: Mapping[str, Any], pipe: IO[bytes]) -> Callable[..., Any]:
+    def answer(**reply: Any) -> None:
+        send(pipe, reply | {"number": request["number"]})
+
     sys.path.extend(path for path in request["paths"] if path not in sys.path)
     faulthandler.dump_traceback_later(request["seconds"], exit=True)
     try:
         function = load_function(request["function"])
     except RewardError as error:
-        send(pipe, {"error": str(error)})
+        answer(error=shorten(str(error)))
         sys.exit(1)
     except BaseException as error:  # noqa: BLE001 - importing runs the user's own code
         text = "".join(traceback.format_exception_only(error)).strip()
-        send(pipe, {"error": f"reward function {request['function']!r}: importing its module raised {text}"})
+        answer(error=f"reward function {request['function']!r}: importing its module raised {shorten(text)}")
         sys.exit(1)
     faulthandler.cancel_dump_traceback_later()
-    send(pipe, {"ready": True})
+    answer(ready=True)
     return function
 
 
-def _listed(returned: Any) -> list[Any] | None:
-    return list(returned) if isinstance(returned, Sequence) or hasattr(returned, "__iter__") else None
+def _listed(returned: Any, rows: int) -> list[Any] | None:
+    """The values in their order, or None where there is none; at most one more than there should be."""
+    unordered = isinstance(returned, str | bytes | Mapping | set | frozenset)
+    if unordered or not hasattr(returned, "__iter__") or getattr(returned, "ndim", 1) != 1:
+        return None
+    return list(islice(returned, rows + 1))
 
 
 def _number(value: Any) -> float | None:
-    """A finite real number, of numpy, torch or jax as well; None for anything else."""
-    if value is None or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    """A real number of a usable size, of numpy, torch or jax as well; None for anything else."""
+    if not (hasattr(value, "__float__") or hasattr(value, "__index__")) or getattr(value, "ndim", 0):
         return None
-    number = float(value)
-    return number if math.isfinite(number) else None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) and abs(number) <= _LARGEST else None
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape) != 1:
+        return f"an array of shape {shape}" if shape else f"a single number, {shorten(repr(value), _LONGEST_SHOWN)}"
+    return shorten(repr(value), _LONGEST_SHOWN)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,53 @@
-"""The files of a run: read back, cut back, replaced whole or not at all, and held by one process."""
+"""The files of a run: read back even if damaged, cut back, replaced whole or not at all, held by one process."""
 
 import json
+import logging
+import math
 import os
 import re
+import shutil
 import socket
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grpo_trainer.settings.errors import RunFolderError
 
-__all__ = ["cut_back", "locate_run", "lock", "read_lines", "read_summary", "replace", "writing"]
+__all__ = [
+    "copy_aside",
+    "cut_back",
+    "locate_run",
+    "lock",
+    "name_steps",
+    "read_lines",
+    "read_summary",
+    "replace",
+    "writing",
+]
+
+log = logging.getLogger(__name__)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file of a run; a last line cut short by a kill is left out.
+def read_lines(file: Path, *, warn: bool = True) -> list[dict[str, Any]]:
+    """The records of a JSONL file of a run. Lines that are not records are named in a warning and left out.
 
     Args:
-        file: metrics.jsonl or completions.jsonl; may be missing.
+        file: such as metrics.jsonl or completions.jsonl; may be missing. A last line cut short by a kill is left out.
+        warn: False says nothing.
 
     Returns:
         One dictionary a line.
 
     Raises:
-        RunFolderError: a line before the last is not a record.
+        RunFolderError: the file cannot be read now.
     """
-    if not file.is_file():
-        return []
-    lines = file.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-            records.append({**record, "step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{file} line {number} is not a record of this run: {error}") from error
+    records, damaged = _parse(file)
+    if damaged and warn:
+        few = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        log.warning("%s: %d lines are not records of a run and are left out (line %s)", file, len(damaged), few)
     return records
 
 
@@ -47,18 +58,89 @@ def read_summary(folder: Path) -> dict[str, Any]:
         folder: of the run.
 
     Returns:
-        As `RunFolder.summary` wrote it.
+        As `RunFolder.summary` wrote it; empty, with a warning, if the file is damaged.
 
     Raises:
-        RunFolderError: the file is damaged.
+        RunFolderError: the file cannot be read now.
     """
     file = folder / "summary.json"
     if not file.is_file():
         return {}
     try:
-        return {**json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise RunFolderError(f"{file} is damaged: {error}. Delete it, and the same command goes on") from error
+        summary = {**json.loads(_read(file))}
+        fits = _is_summary(summary)
+    except _DAMAGE:
+        fits, summary = False, {}
+    if fits:
+        return summary
+    log.warning("%s is damaged and is left out: the same command writes it anew", file)
+    return {}
+
+
+def name_steps(steps: Iterable[int]) -> str:
+    """Steps in words: "steps 1 to 3, 7"."""
+    spans: list[list[int]] = []
+    for step in sorted(steps):
+        if spans and step == spans[-1][1] + 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    listed = ", ".join(f"{first} to {last}" if first < last else str(first) for first, last in spans)
+    return f"step{'s' if len(spans) > 1 or any(first < last for first, last in spans) else ''} {listed}"
+
+
+# What JSON of another form raises, or JSON nested too deep, or with integers beyond every float.
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes() if file.is_file() else b""
+    except OSError as error:
+        raise RunFolderError(f"{file} cannot be read now: {error}. Make it readable, and try again") from error
+
+
+def _parse(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a file, and the numbers of the lines that are none."""
+    records, damaged = [], []
+    lines = _read(file).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record: dict[str, Any] = {}
+        try:
+            record = {**json.loads(line)}
+            fits = type(record["step"]) is int and record["step"] >= 0 and _FITS.get(file.name, bool)(record)
+        except _DAMAGE:
+            fits = False
+        if fits:
+            records.append(record)
+        elif number < len(lines):  # the last one is empty, or was cut short
+            damaged.append(number)
+    return records, damaged
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
+def _is_completion(record: Mapping[str, Any]) -> bool:
+    texts = all(isinstance(record.get(name, ""), str) for name in ("prompt", "completion"))
+    return texts and all(map(_is_number, (record.get("reward"), *(record.get("rewards") or {}).values())))
+
+
+def _is_summary(summary: Mapping[str, Any]) -> bool:
+    plain = type(summary["steps"]) is int and isinstance(summary["seconds"], int | float)
+    named = isinstance(summary["device"], str) and isinstance(summary.get("versions", {}), dict)
+    return (plain and named) and all(
+        summary.get(f"accuracy_{name}") is None
+        or (0 <= summary[f"accuracy_{name}"] <= 1 and type(count := summary[f"problems_{name}"]) is int and count > 0)
+        for name in ("before", "after")
+    )
+
+
+_FITS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "metrics.jsonl": lambda record: all(map(_is_number, record.values())),
+    "completions.jsonl": _is_completion,
+}
 
 
 def locate_run(path: Path) -> tuple[Path, int | None] | None:
@@ -80,8 +162,11 @@ def locate_run(path: Path) -> tuple[Path, int | None] | None:
 def lock(path: Path) -> int:
     """Hold the file `path/lock` until the descriptor is closed or the process dies; return the descriptor."""
     file = path / "lock"
-    with writing(path):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    with writing(path):  # not through a link, and without waiting for the reader of a pipe
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunFolderError(f"{file} must be a plain file, which the run locks: remove it, or name another run.dir")
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -103,10 +188,27 @@ def lock(path: Path) -> int:
 
 
 def cut_back(file: Path, step: int) -> None:
-    """Leave only the lines of steps up to `step` (0: none) in a JSONL file, which may be missing."""
+    """Leave only the records of steps up to `step` (0: none) in a JSONL file, which may be missing.
+
+    Args:
+        file: as of `read_lines`. If it has damaged lines, a copy of it is kept.
+        step: the last one to keep.
+    """
+    records, damaged = _parse(file)
+    if damaged:
+        copy = copy_aside(file)
+        log.warning("%s: %d lines are not records of a run; the file as it was is kept as %s", file, len(damaged), copy)
+    kept = [record for record in records if record["step"] <= step] if step else []
     if file.is_file():
-        kept = [record for record in read_lines(file) if record["step"] <= step] if step else []
         replace(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def copy_aside(file: Path) -> Path:
+    """Copy a file of a run to `damaged/` beside it; return the copy."""
+    aside = file.parent / "damaged"
+    aside.mkdir(exist_ok=True)
+    taken = sum(1 for _ in aside.glob(f"{file.name}*"))
+    return Path(shutil.copyfile(file, aside / (f"{file.name}.{taken}" if taken else file.name)))
 
 
 def replace(file: Path, text: str) -> None:

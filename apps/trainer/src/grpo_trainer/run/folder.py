@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
+from grpo_trainer.run.files import copy_aside, cut_back, lock, name_steps, read_lines, read_summary, replace, writing
 from grpo_trainer.settings.changes import continued, differences
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import dump, load_saved
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["RunFolder", "matched_settings", "summarize_accuracy", "versions"]
+__all__ = ["RunFolder", "matched_settings", "missing_records", "summarize_accuracy", "versions"]
 
 
 class RunFolder:
@@ -96,22 +96,30 @@ class RunFolder:
         """Whether a summary says that the run reached its last step."""
         return read_summary(self.path).get("steps", 0) >= self.settings.steps
 
-    def start(self, step: int, *, prompt: str = "") -> None:
+    def start(self, step: int, *, prompt: str = "") -> list[str]:
         """Go on after `step` (0: from the beginning): cut back what was written past it, open the loggers.
 
         Args:
             step: the last step that the restored checkpoint contains.
             prompt: one whole prompt as the model sees it, kept as prompt.txt.
 
+        Returns:
+            Sentences about steps that are done again, and about those whose records are lost.
+
         Raises:
             ConfigError: log.wandb is set and wandb is not installed.
             RunFolderError: the files cannot be written.
         """
         if not self._writer:
-            return
+            return []
         with writing(self.path):
+            notes = [*self._done_again(step)]
             for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
+            notes += [
+                f"{file} has no record of {text}: lost. The summary and the report will say so"
+                for file, text in missing_records(self.path, self.settings, step).items()
+            ]
             (self.path / "summary.json").unlink(missing_ok=True)
             if prompt:
                 replace(self.path / "prompt.txt", prompt)
@@ -126,6 +134,22 @@ class RunFolder:
                 )
         if self.settings.log.wandb:
             self._wandb = _wandb(self.path, self.settings)
+        return notes
+
+    def _done_again(self, step: int) -> Iterator[str]:
+        """What is recorded past the checkpoint. Where checkpoints must be lost, copies of the records are kept."""
+        file, summary = self.path / "metrics.jsonl", self.path / "summary.json"
+        last = max((record["step"] for record in read_lines(file, warn=False)), default=0)
+        if last <= step:
+            return
+        text = f"{file.name} goes up to step {last} and the newest checkpoint to step {step}"
+        every = self.settings.checkpoint.every
+        # A checkpoint is complete once the next one was begun, and that is begun before the step after it is recorded.
+        complete = (last - 1) // every * every - every if every else 0
+        if summary.is_file() or complete > step:
+            copies = [copy_aside(kept) for kept in (file, self.path / "completions.jsonl", summary) if kept.is_file()]
+            text += f": later checkpoints are gone. The old records are kept in {copies[0].parent}"
+        yield f"{text}; {name_steps(range(step + 1, last + 1))} will be done again"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; call it before that step's checkpoint is saved, or a kill between loses the line.
@@ -193,7 +217,10 @@ class RunFolder:
             What was written.
         """
         summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 3), "device": device}
-        summary |= {**summarize_accuracy(accuracy or {}), **more, "versions": self._versions}
+        summary |= summarize_accuracy(accuracy or {})
+        if missing := missing_records(self.path, self.settings, steps):
+            more["missing_records"] = missing
+        summary |= {**more, "versions": self._versions}
         if self._writer:
             with writing(self.path):
                 replace(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -219,7 +246,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self._writer:
+        # Nobody reads the output any more, as after `| head -1`: that is no failure of the run.
+        if isinstance(error, Exception) and not isinstance(error, BrokenPipeError) and self._writer:
             file = self.path / "error.txt"
             try:
                 file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -256,6 +284,28 @@ def summarize_accuracy(accuracy: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
         summary[f"problems_{name}"] = measured and measured.total
     return summary
+
+
+def missing_records(path: Path, settings: Settings, step: int) -> dict[str, str]:
+    """Steps up to `step` that a run's histories should record and do not.
+
+    Args:
+        path: folder of the run.
+        settings: of the run.
+        step: the last one that is done.
+
+    Returns:
+        File name -> steps, in words; empty if nothing is missing.
+    """
+    first = {"metrics.jsonl": 0 if settings.eval.before else 1}
+    if settings.log.completions:
+        first["completions.jsonl"] = 1
+    missing = {}
+    for name, begin in first.items():
+        steps = set(range(begin, step + 1)) if step else set()
+        if lost := steps - {record["step"] for record in read_lines(path / name, warn=False)}:
+            missing[name] = name_steps(lost)
+    return missing
 
 
 def matched_settings(settings: Settings, *, root: str | os.PathLike[str] = "runs") -> Settings:
@@ -322,7 +372,7 @@ def _auto(settings: Settings, root: Path) -> Path:
     """The newest unfinished run with these settings that nobody is running; or a new folder."""
     for folder in sorted(root.glob("*/config.yaml"), reverse=True):
         path = folder.parent
-        if (path / "summary.json").exists():
+        if read_summary(path):
             continue
         try:
             _matched(path, settings)

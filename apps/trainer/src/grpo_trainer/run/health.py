@@ -75,7 +75,7 @@ class Health:
             )
 
     def reward_failures(self, step: int, failures: list[dict[str, Any]]) -> None:
-        """Count and write down what reward functions failed at, with the texts that caused it.
+        """Count and write down what reward functions failed at, with the texts that caused it; warn of the first ones.
 
         Args:
             step: 1 for the first.
@@ -83,6 +83,15 @@ class Health:
         """
         for failure in failures:
             self._failures[failure["kind"]] += max(1, len(failure["rows"]))
+            name = f"reward {failure['function']} {failure['kind']}"
+            if name not in self._memory.given:
+                self._warn(
+                    step,
+                    name,
+                    True,
+                    f"reward function {failure['function']!r} {failure['message']} (the first such failure; all are in "
+                    "reward_failures.jsonl)",
+                )
         self._folder.reward_failures(step, failures)
 
     def watch(self, step: int, learned: Mapping[str, float]) -> dict[str, float]:

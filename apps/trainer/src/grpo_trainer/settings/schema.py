@@ -247,6 +247,16 @@ class RewardSettings(_Section):
         description="seconds a step's completions may take your own function before it is killed; "
         "after a failure, as much again to judge them one by one",
     )
+    memory: float = Field(
+        default=16.0,
+        ge=0.0,
+        description="GiB of data that each process of your own functions may hold (on Linux); 0: no limit",
+    )
+    skip_none: bool = Field(
+        default=False,
+        description="None from a function means that it does not apply: the others alone make the reward; "
+        "false: the completion has no reward",
+    )
     overlong_buffer: Count = Field(
         default=0,
         description="tokens before rollout.max_new_tokens over which a penalty grows from 0 to overlong_penalty "
