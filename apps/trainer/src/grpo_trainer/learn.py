@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_contracts import FinishReason, Scored, TrainBatch
 from grpo_loss import (
@@ -26,11 +25,14 @@ from grpo_loss import (
     top_entropy_mask,
     unpack_tokens,
 )
-from grpo_mesh import BATCH_AXES, to_global, to_host
+from grpo_mesh import to_global, to_host
 from grpo_trainer.assemble import Run
+from grpo_trainer.assemble.objective import idle_aggregation
 from grpo_trainer.settings.schema import Settings
 
 __all__ = ["advantages", "learn", "make_batch", "place", "updates"]
+
+_WITHOUT_TOKENS = ("loss", "policy_loss", "denominator", "grad_norm", "update_norm", "finite")
 
 
 def advantages(scored: Scored, settings: Settings) -> np.ndarray:
@@ -137,13 +139,24 @@ def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[Tr
 
     Returns:
         The state after, and the metrics of the updates: means over them, maxima where the name ends in `/max`, and
-        `skipped_in_a_row`, how many of the last ones were not finite.
+        `skipped_in_a_row`, how many of the last ones were not finite. Means over tokens are over those that were
+        computed, and absent where there were none.
     """
-    results = []
+    results, computed = [], 0
     for packed in updates(run, state.params, batch, step):
         state, metrics = run.plan.update(state, place(run, packed))
-        results.append((metrics, packed.fill))
-    return state, _merge([{**jax.device_get(metrics), "packing/fill": fill} for metrics, fill in results])
+        results.append((metrics, packed))
+        computed += int(packed.micro.mask_RT.sum())
+    counted = int((batch.scored.rollout.loss_mask_BT & batch.scored.scored_B[:, None]).sum())
+    idle = 1 - computed / max(1, counted * run.settings.loss.epochs)
+    return state, _merge([_measured(*result) for result in jax.device_get(results)]) | {"packing/idle": idle}
+
+
+def _measured(metrics: Mapping[str, Any], packed: PackedBatch) -> dict[str, Any]:
+    if not packed.count:
+        return {name: metrics[name] for name in _WITHOUT_TOKENS}
+    positions, tokens = packed.positions
+    return {**metrics, "packing/fill": packed.fill, "packing/positions_per_token": positions / tokens}
 
 
 def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
@@ -172,19 +185,20 @@ def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[Pac
         step=step,
         old=lambda packed: log_probabilities(params, packed),
         reference=None if reference is None else lambda packed: log_probabilities(reference, packed),
+        idle=idle_aggregation(run.settings),
     )
 
 
 def place(run: Run, packed: PackedBatch) -> PackedBatch:
     """Rows and prompts of every micro-batch over the mesh's data axes. Every process packed the same batch."""
-    return to_global(packed, NamedSharding(run.plan.mesh, PartitionSpec(None, BATCH_AXES)))
+    return to_global(packed, run.plan.rows_sharding)
 
 
 def _merge(results: list[Mapping[str, Any]]) -> dict[str, float]:
     return {
         name: float(max(values) if name.endswith("/max") else np.mean(values))
-        for name in results[0]
-        for values in [[result[name] for result in results]]
+        for name in dict.fromkeys(name for result in results for name in result)
+        for values in [[result[name] for result in results if name in result]]
     } | {"skipped_in_a_row": _last_in_a_row([not result["finite"] for result in results])}
 
 

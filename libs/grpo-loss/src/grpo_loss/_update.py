@@ -3,7 +3,7 @@
 The number of live micro-batches is read at run time, so one compiled program serves every fill of a batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -107,7 +107,7 @@ def accumulate(
         forward: `(params, micro) -> (logp_RT, entropy_RT)`, in nats.
         loss: `(logp_RT, entropy_RT, micro) -> LossTerms`.
         params: what to differentiate in.
-        batch: micro-batches; only the first `batch.count` are computed.
+        batch: micro-batches; only the first `batch.count` are computed. `batch.idle` starts the denominator.
         param_shardings: sharding of every parameter, to keep the running sums sharded alike. None leaves it to the
             compiler.
 
@@ -141,6 +141,8 @@ def accumulate(
     _, shapes = jax.eval_shape(numerator, params, first)
     no_gradient = pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params))
     no_terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    idle = jnp.asarray(batch.idle, no_terms.denominator.dtype)
+    no_terms = replace(no_terms, denominator=no_terms.denominator + idle)
     return lax.fori_loop(0, batch.count, body, (no_gradient, no_terms))
 
 

@@ -74,6 +74,11 @@ class Blueprint:
         return self.mesh.shape["tp"]
 
     @property
+    def rows_sharding(self) -> NamedSharding:
+        """Of a packed batch: rows and prompts of every micro-batch over the mesh's data axes."""
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+
+    @property
     def shapes(self) -> dict[str, Any]:
         """What the compiled programs depend on: equal on every process of a job."""
         return {"pack": asdict(self.pack_shape), "mesh": dict(self.mesh.shape), "slots": self.sampler.slots}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, abstract_batch, logit_chunks
-from grpo_mesh import BATCH_AXES, Slice, bytes_per_device, replicated
+from grpo_mesh import Slice, bytes_per_device, replicated
 from grpo_mesh.preflight import Measured, Program, Verdict, judge
 from grpo_sampler import splash_flops
 from grpo_trainer.assemble.blueprint import Blueprint
@@ -113,7 +112,7 @@ def _decoding(
         return splash_flops(
             kernel,
             rows=prefilled(compiled),
-            heads=model.query_heads,
+            heads=model.query_heads // plan.tensor,
             head_size=model.head_size,
             length=plan.settings.data.max_prompt_length,
         )
@@ -182,7 +181,7 @@ def _batch(plan: Blueprint, *, old: bool = False, reference: bool = False) -> Pa
     """A packed batch as `learn` places it."""
     return abstract_batch(
         plan.pack_shape,
-        rows_sharding=NamedSharding(plan.mesh, PartitionSpec(None, BATCH_AXES)),
+        rows_sharding=plan.rows_sharding,
         count_sharding=replicated(plan.mesh),
         old=old,
         reference=reference,
