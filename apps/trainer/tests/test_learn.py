@@ -72,7 +72,7 @@ def run(*sets: str) -> Run:
     )
     mesh = make_mesh("dp:1", jax.devices()[:1])
     rows_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    plan = SimpleNamespace(pack_shape=shape, score=score, rows_sharding=rows_sharding)
+    plan = SimpleNamespace(pack_shapes=[shape], score=score, rows_sharding=rows_sharding)
     reference = REFERENCE if given.loss.reference != "none" else None
     return cast(Run, SimpleNamespace(settings=given, plan=plan, reference=reference))
 

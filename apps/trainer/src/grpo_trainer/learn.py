@@ -93,7 +93,7 @@ def make_batch(run: Run, params: Any, scored: Scored) -> TrainBatch:
         return TrainBatch(scored, advantages(scored, settings))
     # Both change the advantages by log-probabilities, so these are computed before any update is packed for good.
     blank = TrainBatch(scored, np.zeros(len(scored.reward_B), np.float32))
-    packed = next(iterate_minibatches(blank, shape=run.plan.pack_shape, seed=settings.seed, step=0))
+    packed = next(iterate_minibatches(blank, shape=run.plan.pack_shapes, seed=settings.seed, step=0))
     old_logp_BT, entropy_BT = _score(run, params, packed, scored)
     mask_BT = scored.rollout.loss_mask_BT & scored.scored_B[:, None]
     reference_logp_BT = None
@@ -178,7 +178,7 @@ def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[Pac
     loss, reference = run.settings.loss, run.reference
     return iterate_minibatches(
         batch,
-        shape=run.plan.pack_shape,
+        shape=run.plan.pack_shapes,
         epochs=loss.epochs,
         minibatches=loss.minibatches,
         seed=run.settings.seed,

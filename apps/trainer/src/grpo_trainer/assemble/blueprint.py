@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ class Blueprint:
         reference: shapes and shardings of the frozen parameters for the KL term; None without one.
         sampler: draws rollouts under the settings' sampling parameters.
         greedy: the sampling parameters of evaluations.
-        pack_shape: sizes of a packed batch, the only ones the update is compiled for.
+        pack_shape: the largest size of a packed batch.
         start: parameters -> state before the first update.
         update, score, gradient: compiled on first use; `gradient` is what `update` adds up, for looking into.
         learning_rate: of an optimizer update.
@@ -74,6 +74,13 @@ class Blueprint:
         return self.mesh.shape["tp"]
 
     @property
+    def pack_shapes(self) -> list[PackShape]:
+        """The sizes a packed batch may have, smaller prompt slots first; the last is `pack_shape`."""
+        count, longest = self.settings.loss.prompt_sizes, self.pack_shape.prompt_length
+        lengths = [-(-longest * part // count) for part in range(1, count + 1)]
+        return [replace(self.pack_shape, prompt_length=min(longest, length + -length % 8)) for length in lengths]
+
+    @property
     def rows_sharding(self) -> NamedSharding:
         """Of a packed batch: rows and prompts of every micro-batch over the mesh's data axes."""
         return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
@@ -81,7 +88,11 @@ class Blueprint:
     @property
     def shapes(self) -> dict[str, Any]:
         """What the compiled programs depend on: equal on every process of a job."""
-        return {"pack": asdict(self.pack_shape), "mesh": dict(self.mesh.shape), "slots": self.sampler.slots}
+        return {
+            "pack": [asdict(shape) for shape in self.pack_shapes],
+            "mesh": dict(self.mesh.shape),
+            "slots": self.sampler.slots,
+        }
 
     @property
     def device(self) -> str:

@@ -202,6 +202,11 @@ class LossSettings(_Section):
     )
     rows: Positive = Field(default=8, description="packed rows of one micro-batch")
     prompts: Count = Field(default=0, description="prompts of one micro-batch; 0: half its rows")
+    prompt_sizes: Positive = Field(
+        default=1,
+        description="sizes of a prompt slot, up to data.max_prompt_length: a batch uses the smallest that holds its "
+        "prompts. Each one is a program of its own, compiled when it is first used",
+    )
     blocks: Positive = Field(
         default=4,
         description="parts of a row that may each continue another prompt: fuller rows, each part a copy of its prompt",
