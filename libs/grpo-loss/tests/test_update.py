@@ -112,6 +112,28 @@ def test_sequences_without_an_advantage_are_not_computed_but_counted(data, objec
         np.testing.assert_allclose(metrics[name], known[name], rtol=1e-5, err_msg=name)
 
 
+def test_what_is_frozen_reaches_the_network_and_stays_as_it_is(data, batch):
+    """Half of the parameters given as frozen: the other half moves as it does when all are trained."""
+    params = toy_params(jnp.float32)
+
+    def forward(trained, micro, frozen):
+        return toy_forward({**trained, **frozen}, micro)
+
+    def parts():
+        return {"mix": jnp.copy(params["mix"])}, {name: params[name] for name in ("embed", "unembed")}
+
+    trained, frozen = parts()
+    optimizer = optax.sgd(0.1)
+    update = make_update(forward, toy_loss, optimizer, max_grad_norm=None)
+    state, metrics = update(init_state(trained, optimizer), batch, frozen)
+    whole, known = make_update(toy_forward, toy_loss, optimizer, max_grad_norm=None)(fresh(optimizer=optimizer), batch)
+    np.testing.assert_allclose(state.params["mix"], whole.params["mix"], rtol=1e-6)
+    assert float(metrics["loss"]) == float(known["loss"])
+    np.testing.assert_array_equal(
+        make_score(forward)(parts()[0], batch, frozen)[0], make_score(toy_forward)(params, batch)[0]
+    )
+
+
 def test_an_update_without_any_advantage_costs_nothing_and_counts_as_a_step(data):
     shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
     silent = replace(data, advantage=np.zeros_like(data.advantage))

@@ -123,7 +123,7 @@ def _score(run: Run, params: Any, packed: PackedBatch, scored: Scored) -> tuple[
     shape = scored.rollout.tokens_BT.shape
     logp_BT, entropy_BT = (
         unpack_tokens(to_host(part_MRT), packed.micro.source_RT, shape)
-        for part_MRT in run.plan.score(params, place(run, packed))
+        for part_MRT in run.plan.score(params, place(run, packed), *run.frozen)
     )
     return logp_BT, entropy_BT
 
@@ -144,7 +144,7 @@ def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[Tr
     """
     results, computed = [], 0
     for packed in updates(run, state.params, batch, step):
-        state, metrics = run.plan.update(state, place(run, packed))
+        state, metrics = run.plan.update(state, place(run, packed), *run.frozen)
         results.append((metrics, packed))
         computed += int(packed.micro.mask_RT.sum())
     counted = int((batch.scored.rollout.loss_mask_BT & batch.scored.scored_B[:, None]).sum())
@@ -173,7 +173,7 @@ def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[Pac
     """
 
     def log_probabilities(params: Any, packed: PackedBatch) -> np.ndarray:
-        return to_host(run.plan.score(params, place(run, packed))[0])
+        return to_host(run.plan.score(params, place(run, packed), *run.frozen)[0])
 
     loss, reference = run.settings.loss, run.reference
     return iterate_minibatches(

@@ -186,7 +186,7 @@ def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollou
         The rollout.
     """
     return run.plan.sampler.generate(
-        params,
+        run.network(params),
         asked.prompts,
         group_size=run.settings.rollout.group_size,
         seed=run.settings.seed,

@@ -73,6 +73,15 @@ class Forward(Protocol):
         ...
 
 
+@runtime_checkable
+class FrozenForward(Protocol):
+    """A network of which a part is trained; the rest is given to updates and scoring passes as `frozen`."""
+
+    def __call__(self, params: Params, micro: MicroBatch, /, *frozen: Params) -> tuple[jax.Array, jax.Array]:
+        """As of `Forward`."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedBatch:

@@ -18,9 +18,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, PackShape, TrainState, accumulate, init_state, make_score, make_update
 from grpo_mesh import BATCH_AXES, Rules, shardings, state_shardings
-from grpo_sampler import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, ModelConfig, Sampler, abstract, merge
+from grpo_sampler import (
+    PADDED_AXES,
+    PARTITION_AXES,
+    PARTITION_RULES,
+    ModelConfig,
+    Sampler,
+    abstract,
+    join_adapters,
+    merge,
+    split_adapters,
+)
 from grpo_trainer.assemble.objective import make_forward, make_policy_loss
 from grpo_trainer.assemble.optimizer import make_optimizer
+from grpo_trainer.assemble.policy import lora_of
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 
@@ -35,10 +46,11 @@ class Blueprint:
 
     Args:
         settings: resolved.
-        model: dimensions of the policy.
+        model: dimensions of the policy, with its adapters.
         mesh: axes dp, fsdp, tp; its devices need not be there.
         attention: the kernel that `model.attention` came to.
-        state: shapes and shardings of parameters and optimizer state.
+        state: shapes and shardings of what is trained, parameters or adapters, and of the optimizer's state.
+        frozen: those of the parameters beside the adapters; empty where all parameters are trained.
         reference: shapes and shardings of the frozen parameters for the KL term; None without one.
         sampler: draws rollouts under the settings' sampling parameters.
         greedy: the sampling parameters of evaluations.
@@ -53,6 +65,7 @@ class Blueprint:
     mesh: Mesh
     attention: str
     state: TrainState
+    frozen: tuple[Any, ...]
     reference: Any
     sampler: Sampler
     greedy: SamplingParams
@@ -72,6 +85,10 @@ class Blueprint:
     def tensor(self) -> int:
         """Devices that split each product."""
         return self.mesh.shape["tp"]
+
+    def network(self, params: Any, *frozen: Any) -> Any:
+        """The network's parameters, of those that are trained and those that are frozen."""
+        return join_adapters(*frozen, params) if frozen else params
 
     @property
     def pack_shapes(self) -> list[PackShape]:
@@ -118,6 +135,7 @@ def blueprint(
     Raises:
         GrpoError: sizes that do not divide.
     """
+    model = replace(model, lora=lora_of(settings))
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     _check_rows(settings, mesh, shards)
     compute_dtype = jnp.dtype(settings.model.compute_dtype)
@@ -129,6 +147,11 @@ def blueprint(
         remat=settings.model.remat,
         mesh=mesh,
     )
+    attention = merge(graphdef, shapes).attention
+    frozen: tuple[Any, ...] = ()
+    if model.lora is not None:
+        base, shapes = split_adapters(shapes)
+        frozen = (_placed(base, jax.tree.map(_without_idle_axes, shardings(base, mesh, RULES))),)
     placed = jax.tree.map(_without_idle_axes, shardings(shapes, mesh, RULES))
     optimizer, schedule = make_optimizer(settings)
     start = partial(init_state, optimizer=optimizer)
@@ -141,8 +164,9 @@ def blueprint(
         settings=settings,
         model=model,
         mesh=mesh,
-        attention=merge(graphdef, shapes).attention,
+        attention=attention,
         state=_placed(state, state_placed),
+        frozen=frozen,
         reference=None if loss.reference == "none" else _placed(shapes, placed),
         sampler=Sampler(
             model,

@@ -15,7 +15,7 @@ from grpo_loss import TrainState
 from grpo_mesh import digest, make_mesh
 from grpo_sampler import ModelConfig, load_pretrained
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
-from grpo_trainer.assemble.policy import check_same_model, policy_folder
+from grpo_trainer.assemble.policy import check_same_model, first_adapters, policy_folder
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
 from grpo_trainer.data.stream import Asked, ProblemStream, Reader
@@ -39,7 +39,8 @@ class Run:
     Args:
         plan: shapes, shardings and compiled functions.
         task: what is learned.
-        state: parameters and optimizer state before the first step.
+        state: what is trained and the optimizer's state, before the first step.
+        frozen: the parameters beside adapters; empty where all parameters are trained.
         reference: frozen parameters for the KL term; None without one.
         problems: training prompts, step by step, from (seed, epoch) alone.
         held_out: the problems of every evaluation.
@@ -54,6 +55,7 @@ class Run:
     plan: Blueprint
     task: Task
     state: TrainState
+    frozen: tuple[Any, ...]
     reference: Any
     problems: ProblemStream
     held_out: Asked
@@ -68,6 +70,10 @@ class Run:
     def settings(self) -> Settings:
         """Resolved."""
         return self.plan.settings
+
+    def network(self, params: Any) -> Any:
+        """The network's parameters: those that are trained, such as `state.params`, with the frozen ones."""
+        return self.plan.network(params, *self.frozen)
 
 
 def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = None) -> Run:
@@ -104,14 +110,18 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
     rewards = Rewards.start(settings.reward, task, max_new_tokens=settings.rollout.max_new_tokens)
 
     dtype = jnp.dtype(settings.model.dtype)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
-    _, params = load_pretrained(folder, dtype=dtype, sharding=placed)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (*plan.frozen, plan.state.params))
+    _, params = load_pretrained(folder, dtype=dtype, sharding=placed[0])
     identity = {"parameters": digest(params), "reference": "none"}
+    frozen: tuple[Any, ...] = ()
+    if plan.frozen:
+        frozen, params = (params,), first_adapters(settings, plan.model, placed[1])
+        identity["adapters"] = digest(params)
     reference = None
     if settings.loss.reference == "initial":
-        reference, identity["reference"] = jax.tree.map(jnp.copy, params), identity["parameters"]
+        reference, identity["reference"] = jax.tree.map(jnp.copy, params), digest(params)
     elif reference_folder is not None:
-        _, reference = load_pretrained(reference_folder, dtype=dtype, sharding=placed)
+        _, reference = load_pretrained(reference_folder, dtype=dtype, sharding=placed[0])
         identity["reference"] = digest(reference)
     identity |= {
         "tokenizer": sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
@@ -124,6 +134,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         plan=plan,
         task=task,
         state=plan.start(params),
+        frozen=frozen,
         reference=reference,
         problems=problems,
         held_out=asked,
@@ -140,11 +151,13 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
     settings, dropped = plan.settings, problems.questions.dropped
     trained = {problem.question for problem in problems.questions.problems}
     shared = sum(problem.question in trained for problem in asked.problems)
-    count = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
+    lora = plan.model.lora
+    adapters = f"; {trained:,} more are trained, adapters of rank {lora.rank}" if lora else ""
     axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
     return (
-        f"policy   {settings.model.path}: {plan.model.family}, {count:,} parameters, {settings.model.dtype}, "
-        f"attention {settings.model.attention}",
+        f"policy   {settings.model.path}: {plan.model.family}, {frozen or trained:,} parameters, "
+        f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
         f"{len(asked.problems):,} held out"
         + (f", {dropped:,} over-long ones dropped" if dropped else "")
