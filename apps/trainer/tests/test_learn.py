@@ -8,11 +8,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from toy import load
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams, Scored, validate
 from grpo_loss import PackShape
-from grpo_mesh import make_mesh
+from grpo_mesh import BATCH_AXES, make_mesh
 from grpo_trainer.assemble import Run
 from grpo_trainer.learn import make_batch
 
@@ -69,7 +70,9 @@ def run(*sets: str) -> Run:
     shape = PackShape.for_rollout(
         sequences=B, groups=P, max_prompt_length=PROMPT, max_new_tokens=NEW, rows=2, row_length=8, blocks=1
     )
-    plan = SimpleNamespace(pack_shape=shape, score=score, mesh=make_mesh("dp:1", jax.devices()[:1]))
+    mesh = make_mesh("dp:1", jax.devices()[:1])
+    rows_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    plan = SimpleNamespace(pack_shapes=[shape], score=score, rows_sharding=rows_sharding)
     reference = REFERENCE if given.loss.reference != "none" else None
     return cast(Run, SimpleNamespace(settings=given, plan=plan, reference=reference))
 

@@ -1,6 +1,7 @@
 """Settings: layers, strictness, and messages that name the key."""
 
 from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -273,8 +274,8 @@ def test_config_is_frozen():
 
 def test_every_key_says_what_it_is():
     for name in flat(Settings()):
-        section, _, leaf = name.rpartition(".")
-        model = type(getattr(Settings(), section)) if section else Settings
+        *sections, leaf = name.split(".")
+        model = type(reduce(getattr, sections, Settings()))
         assert model.model_fields[leaf].description, name
 
 

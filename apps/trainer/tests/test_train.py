@@ -109,6 +109,37 @@ def test_a_run_without_its_checkpoints_starts_again_and_says_so(
     assert metrics(folder) == metrics(uninterrupted)
 
 
+def test_groups_without_signal_are_not_computed(toy_policy: Path, tmp_path: Path) -> None:
+    sets = ("reward.functions=[sevens]", "steps=3", "rollout.prompts=2", "rollout.group_size=2", "loss.rows=2")
+    assert train(settings(toy_policy, tmp_path / "idle", *sets), TASK) == 0
+    lines = metrics(tmp_path / "idle")
+    assert 1 in [line["packing/idle"] for line in lines]
+    for line in lines:
+        # Both groups have one length limit, so a share of groups is about one of tokens only where it is 0 or 1.
+        assert (line["packing/idle"] == 1) == (line["frac_reward_zero_std"] == 1) == ("entropy" not in line)
+        assert (line["packing/idle"] == 0) == (line["frac_reward_zero_std"] == 0)
+        assert line["finite"] == 1
+        assert line["denominator"] == line["tokens"]
+        assert line["grad_norm"] > 0 or line["packing/idle"] == 1
+
+
+def test_prompt_slots_fit_the_prompts_of_a_batch(toy_policy: Path, tmp_path: Path) -> None:
+    def first_step(name: str, *sets: str) -> dict[str, Any]:
+        assert train(settings(toy_policy, tmp_path / name, "steps=1", "data.max_prompt_length=96", *sets), TASK) == 0
+        return metrics(tmp_path / name)[0]
+
+    padded, fitted = first_step("padded"), first_step("fitted", "loss.prompt_sizes=6")
+    assert fitted["packing/positions_per_token"] < padded["packing/positions_per_token"]
+    for name in ("loss", "grad_norm", "entropy", "update_norm"):
+        np.testing.assert_allclose(fitted[name], padded[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_kl_term_learns_from_every_group(toy_policy: Path, tmp_path: Path) -> None:
+    sets = ("reward.functions=[sevens]", "loss.reference=initial", "loss.kl_coefficient=0.1", "steps=1")
+    assert train(settings(toy_policy, tmp_path / "kl", *sets), TASK) == 0
+    assert [line["packing/idle"] for line in metrics(tmp_path / "kl")] == [0]
+
+
 class Killed(BaseException):
     """Not an error of the run's: it leaves as a kill does, without a word."""
 

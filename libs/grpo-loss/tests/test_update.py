@@ -14,10 +14,20 @@ from grpo_loss import (
     KL,
     LossError,
     PackShape,
+    cispo,
+    fixed,
+    gspo,
+    gspo_token,
     init_state,
     make_loss,
     make_score,
     make_update,
+    ppo,
+    reinforce,
+    sapo,
+    sequence_mean_token_mean,
+    sequence_mean_token_sum,
+    token_mean,
     truncate,
     unpack_tokens,
 )
@@ -67,6 +77,72 @@ def test_one_step_is_that_of_the_whole_batch_at_once(data, batch):
     for name, value in means.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
     assert (int(state.step), int(state.skipped), float(metrics["finite"])) == (1, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "aggregation", "per_token"),
+    [
+        (ppo(dual_clip=3.0), token_mean, False),
+        (ppo(), fixed(12), True),
+        (gspo(), sequence_mean_token_mean, False),
+        (gspo_token(), sequence_mean_token_mean, True),
+        (cispo(), token_mean, True),
+        (sapo(), sequence_mean_token_sum, False),
+        (reinforce(), sequence_mean_token_sum, True),
+    ],
+)
+def test_sequences_without_an_advantage_are_not_computed_but_counted(data, objective, aggregation, per_token):
+    idle_B = (data.group_B < 2) | (np.arange(20) % 7 == 0)
+    advantage = np.where(idle_B, 0, data.advantage)
+    if per_token:
+        # The prompt's values count for nothing.
+        in_prompt_BT = np.arange(data.tokens_BT.shape[1]) < data.prompt_length_B[:, None]
+        advantage = np.where(in_prompt_BT, 1, advantage[:, None]).astype(np.float32)
+    some = replace(data, advantage=advantage)
+    shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
+    loss = make_loss(objective=objective, aggregation=aggregation, correction=truncate(2.0))
+    update = make_update(toy_forward, loss, OPTIMIZER)
+    everything, less = some.pack(shape), some.pack(shape, idle=aggregation)
+    assert not np.isin(less.micro.sequence_RT, np.flatnonzero(idle_B)).any()
+    assert less.count < everything.count
+    (expected, known), (state, metrics) = (update(fresh(), packed) for packed in (everything, less))
+    assert tree_difference(state.params, expected.params) < 1e-6
+    assert tree_difference(state.opt_state[0].mu, expected.opt_state[0].mu) < 1e-5
+    for name in ("loss", "policy_loss", "grad_norm", "denominator"):
+        np.testing.assert_allclose(metrics[name], known[name], rtol=1e-5, err_msg=name)
+
+
+def test_what_is_frozen_reaches_the_network_and_stays_as_it_is(data, batch):
+    """Half of the parameters given as frozen: the other half moves as it does when all are trained."""
+    params = toy_params(jnp.float32)
+
+    def forward(trained, micro, frozen):
+        return toy_forward({**trained, **frozen}, micro)
+
+    def parts():
+        return {"mix": jnp.copy(params["mix"])}, {name: params[name] for name in ("embed", "unembed")}
+
+    trained, frozen = parts()
+    optimizer = optax.sgd(0.1)
+    update = make_update(forward, toy_loss, optimizer, max_grad_norm=None)
+    state, metrics = update(init_state(trained, optimizer), batch, frozen)
+    whole, known = make_update(toy_forward, toy_loss, optimizer, max_grad_norm=None)(fresh(optimizer=optimizer), batch)
+    np.testing.assert_allclose(state.params["mix"], whole.params["mix"], rtol=1e-6)
+    assert float(metrics["loss"]) == float(known["loss"])
+    np.testing.assert_array_equal(
+        make_score(forward)(parts()[0], batch, frozen)[0], make_score(toy_forward)(params, batch)[0]
+    )
+
+
+def test_an_update_without_any_advantage_costs_nothing_and_counts_as_a_step(data):
+    shape = PackShape.for_rollout(sequences=20, groups=5, max_prompt_length=6, max_new_tokens=12, rows=4)
+    silent = replace(data, advantage=np.zeros_like(data.advantage))
+    update = make_update(toy_forward, make_loss(), OPTIMIZER)
+    everything, nothing = silent.pack(shape), silent.pack(shape, idle=token_mean)
+    assert (int(nothing.count), nothing.fill, nothing.positions) == (0, 0.0, (0, 0))
+    (expected, _), (state, metrics) = (update(fresh(), packed) for packed in (everything, nothing))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert (int(state.step), float(metrics["loss"]), float(metrics["denominator"])) == (1, 0, data.loss_mask_BT.sum())
 
 
 @pytest.mark.parametrize("poison", ["advantage", "parameter", "moment", "nothing counts"])

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer_layout import SPECS
 
 from grpo_contracts import PolicyVersion, Prompts, SamplingParams
-from grpo_sampler import ModelConfig, Sampler, Transformer, split
+from grpo_sampler import LoRA, ModelConfig, Sampler, Transformer, init_adapters, join_adapters, split
 from grpo_sampler._kernels import self_attention, splash_attention
 
 CONFIG = ModelConfig(
@@ -37,13 +38,13 @@ CONFIG = ModelConfig(
 SAMPLING = SamplingParams(temperature=0.9, stop_ids=(5, 9))
 
 
-def rollout(params, mesh, *, sampling, unroll, slots):
+def rollout(params, mesh, *, config, sampling, unroll, slots):
     lengths = np.array([3, 8, 5, 1, 7], np.int32)
     tokens = np.random.default_rng(0).integers(1, 32, (5, 8)).astype(np.int32)
     tokens[np.arange(8) >= lengths[:, None]] = 0
     prompts = Prompts(tokens, lengths, np.arange(5, dtype=np.int32), 32, 0)
     sampler = Sampler(
-        CONFIG, sampling, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
+        config, sampling, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
     )
     return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyVersion(2, "0a"))
 
@@ -74,13 +75,19 @@ def splash_beside_xla(mesh: Mesh) -> float:
     return float(jnp.abs(difference * segment[..., None, None]).max())
 
 
-def main(shape: list[int], filtered: bool, unroll: bool) -> None:
+def main(shape: list[int], kind: str, unroll: bool) -> None:
     params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 8}
-    sampling = SamplingParams(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if filtered else SAMPLING
-    one = rollout(params, None, sampling=sampling, unroll=unroll, slots=24)
+    config, sampling = CONFIG, SAMPLING
+    if kind == "filtered":
+        sampling = SamplingParams(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9))
+    if kind == "adapters":
+        config = replace(CONFIG, lora=LoRA(4, 8.0))
+        adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(config, seed=0))
+        params = join_adapters(params, adapters)
+    one = rollout(params, None, config=config, sampling=sampling, unroll=unroll, slots=24)
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
-    many = rollout(sharded(params, mesh), mesh, sampling=sampling, unroll=unroll, slots=16)
+    many = rollout(sharded(params, mesh), mesh, config=config, sampling=sampling, unroll=unroll, slots=16)
     report = {
         "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
         "finish": bool((one.finish_B == many.finish_B).all()),
@@ -92,4 +99,4 @@ def main(shape: list[int], filtered: bool, unroll: bool) -> None:
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2] == "filtered", sys.argv[3] == "unrolled")
+    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2], sys.argv[3] == "unrolled")

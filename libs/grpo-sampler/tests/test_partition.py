@@ -5,16 +5,17 @@ import re
 import jax
 import pytest
 
-from grpo_sampler import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, ModelConfig, abstract
+from grpo_sampler import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, LoRA, ModelConfig, abstract
 
 CONFIGS = [
     ModelConfig("qwen2", 64, 32, 48, 2, 4, 2, 8, qkv_bias=True, tied=True),
     ModelConfig("qwen3", 64, 32, 48, 2, 4, 2, 8, qk_norm=True),
     ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8),
+    ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8, lora=LoRA(3, 3.0)),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.family + ("-lora" if config.lora else ""))
 def test_one_rule_fits_each_parameter(config):
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)[1]):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -20,6 +20,8 @@ SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
         ("2,2,2", "plain", "scanned"),
         ("1,4,2", "filtered", "scanned"),
         ("4,1,2", "plain", "unrolled"),
+        ("2,2,2", "adapters", "unrolled"),
+        ("1,4,2", "adapters", "scanned"),
     ],
 )
 def test_results_equal_one_device(mesh, sampling, layers):

@@ -10,4 +10,10 @@ SPECS = {
     "gate": (None, "fsdp", "tp"),
     "up": (None, "fsdp", "tp"),
     "down": (None, "tp", "fsdp"),
+    "q_a": (None, "fsdp"),
+    "q_b": (None, None, "tp"),
+    "o_a": (None, "tp"),
+    "o_b": (None, None, "fsdp"),
+    "down_a": (None, "tp"),
+    "down_b": (None, None, "fsdp"),
 }

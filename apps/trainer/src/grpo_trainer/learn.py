@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_contracts import FinishReason, Scored, TrainBatch
 from grpo_loss import (
@@ -26,11 +25,14 @@ from grpo_loss import (
     top_entropy_mask,
     unpack_tokens,
 )
-from grpo_mesh import BATCH_AXES, to_global, to_host
+from grpo_mesh import to_global, to_host
 from grpo_trainer.assemble import Run
+from grpo_trainer.assemble.objective import idle_aggregation
 from grpo_trainer.settings.schema import Settings
 
 __all__ = ["advantages", "learn", "make_batch", "place", "updates"]
+
+_WITHOUT_TOKENS = ("loss", "policy_loss", "denominator", "grad_norm", "update_norm", "finite")
 
 
 def advantages(scored: Scored, settings: Settings) -> np.ndarray:
@@ -91,7 +93,7 @@ def make_batch(run: Run, params: Any, scored: Scored) -> TrainBatch:
         return TrainBatch(scored, advantages(scored, settings))
     # Both change the advantages by log-probabilities, so these are computed before any update is packed for good.
     blank = TrainBatch(scored, np.zeros(len(scored.reward_B), np.float32))
-    packed = next(iterate_minibatches(blank, shape=run.plan.pack_shape, seed=settings.seed, step=0))
+    packed = next(iterate_minibatches(blank, shape=run.plan.pack_shapes, seed=settings.seed, step=0))
     old_logp_BT, entropy_BT = _score(run, params, packed, scored)
     mask_BT = scored.rollout.loss_mask_BT & scored.scored_B[:, None]
     reference_logp_BT = None
@@ -121,7 +123,7 @@ def _score(run: Run, params: Any, packed: PackedBatch, scored: Scored) -> tuple[
     shape = scored.rollout.tokens_BT.shape
     logp_BT, entropy_BT = (
         unpack_tokens(to_host(part_MRT), packed.micro.source_RT, shape)
-        for part_MRT in run.plan.score(params, place(run, packed))
+        for part_MRT in run.plan.score(params, place(run, packed), *run.frozen)
     )
     return logp_BT, entropy_BT
 
@@ -137,13 +139,24 @@ def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[Tr
 
     Returns:
         The state after, and the metrics of the updates: means over them, maxima where the name ends in `/max`, and
-        `skipped_in_a_row`, how many of the last ones were not finite.
+        `skipped_in_a_row`, how many of the last ones were not finite. Means over tokens are over those that were
+        computed, and absent where there were none.
     """
-    results = []
+    results, computed = [], 0
     for packed in updates(run, state.params, batch, step):
-        state, metrics = run.plan.update(state, place(run, packed))
-        results.append((metrics, packed.fill))
-    return state, _merge([{**jax.device_get(metrics), "packing/fill": fill} for metrics, fill in results])
+        state, metrics = run.plan.update(state, place(run, packed), *run.frozen)
+        results.append((metrics, packed))
+        computed += int(packed.micro.mask_RT.sum())
+    counted = int((batch.scored.rollout.loss_mask_BT & batch.scored.scored_B[:, None]).sum())
+    idle = 1 - computed / max(1, counted * run.settings.loss.epochs)
+    return state, _merge([_measured(*result) for result in jax.device_get(results)]) | {"packing/idle": idle}
+
+
+def _measured(metrics: Mapping[str, Any], packed: PackedBatch) -> dict[str, Any]:
+    if not packed.count:
+        return {name: metrics[name] for name in _WITHOUT_TOKENS}
+    positions, tokens = packed.positions
+    return {**metrics, "packing/fill": packed.fill, "packing/positions_per_token": positions / tokens}
 
 
 def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
@@ -160,31 +173,32 @@ def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[Pac
     """
 
     def log_probabilities(params: Any, packed: PackedBatch) -> np.ndarray:
-        return to_host(run.plan.score(params, place(run, packed))[0])
+        return to_host(run.plan.score(params, place(run, packed), *run.frozen)[0])
 
     loss, reference = run.settings.loss, run.reference
     return iterate_minibatches(
         batch,
-        shape=run.plan.pack_shape,
+        shape=run.plan.pack_shapes,
         epochs=loss.epochs,
         minibatches=loss.minibatches,
         seed=run.settings.seed,
         step=step,
         old=lambda packed: log_probabilities(params, packed),
         reference=None if reference is None else lambda packed: log_probabilities(reference, packed),
+        idle=idle_aggregation(run.settings),
     )
 
 
 def place(run: Run, packed: PackedBatch) -> PackedBatch:
     """Rows and prompts of every micro-batch over the mesh's data axes. Every process packed the same batch."""
-    return to_global(packed, NamedSharding(run.plan.mesh, PartitionSpec(None, BATCH_AXES)))
+    return to_global(packed, run.plan.rows_sharding)
 
 
 def _merge(results: list[Mapping[str, Any]]) -> dict[str, float]:
     return {
         name: float(max(values) if name.endswith("/max") else np.mean(values))
-        for name in results[0]
-        for values in [[result[name] for result in results]]
+        for name in dict.fromkeys(name for result in results for name in result)
+        for values in [[result[name] for result in results if name in result]]
     } | {"skipped_in_a_row": _last_in_a_row([not result["finite"] for result in results])}
 
 

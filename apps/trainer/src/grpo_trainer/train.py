@@ -122,7 +122,7 @@ def _steps(
 
     if settings.eval.before and not loop.step:
         with _clock(run, progress, loop).phase("evaluation"):
-            result = evaluate(run, loop.train.params, records=folder.evaluation(0))
+            result = evaluate(run, run.network(loop.train.params), records=folder.evaluation(0))
         loop.accuracy["before"] = result.record()
         folder.log(0, result.metrics())
         progress.note(f"before: {result}")
@@ -146,7 +146,7 @@ def _steps(
         metrics |= health.watch(done, metrics)
         if _due(done, settings.eval.every) or (last and settings.eval.after):
             with clock.phase("evaluation"):
-                result = evaluate(run, loop.train.params, records=folder.evaluation(done))
+                result = evaluate(run, run.network(loop.train.params), records=folder.evaluation(done))
             loop.accuracy["after" if last else "latest"] = result.record()
             metrics |= result.metrics()
             progress.note(f"step {done}: {result}")
@@ -195,7 +195,7 @@ def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollou
         The rollout.
     """
     return run.plan.sampler.generate(
-        params,
+        run.network(params),
         asked.prompts,
         group_size=run.settings.rollout.group_size,
         seed=run.settings.seed,

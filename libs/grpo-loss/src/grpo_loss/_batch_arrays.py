@@ -13,19 +13,23 @@ from grpo_loss._layout import MicroBatch, PackedBatch, pack_tokens
 
 @dataclass(frozen=True)
 class BatchArrays:
-    """The arrays of a train batch that are packed, in numpy, and which sequences are."""
+    """The arrays of a train batch that are packed, in numpy, and which sequences are.
+
+    Live sequences have a completion and a score. Idle ones are left out because all their advantages are 0.
+    """
 
     tokens_BT: np.ndarray
     prompt_length_B: np.ndarray
     total_length_B: np.ndarray
     loss_mask_BT: np.ndarray
     live_B: np.ndarray
+    idle_B: np.ndarray
     pad_id: int
     advantage: np.ndarray
     token_logps: dict[str, np.ndarray | None]
 
     @classmethod
-    def of(cls, batch: TrainBatch, keep_B: ArrayLike | None) -> "BatchArrays":
+    def of(cls, batch: TrainBatch, keep_B: ArrayLike | None, *, without_idle: bool = False) -> "BatchArrays":
         """Refuse what would be packed into nonsense."""
         if not isinstance(batch, TrainBatch):
             raise LossError(
@@ -70,9 +74,18 @@ class BatchArrays:
             "reference_logp_RT": _token_array("reference_logp_BT", batch.reference_logp_BT, tokens_BT.shape),
         }
         live_B = (total_length_B > prompt_length_B) & scored_B & keep_B
-        total_length_B = total_length_B.astype(np.int64)
+        moves_B = advantage != 0 if advantage.ndim == 1 else ((advantage != 0) & loss_mask_BT).any(axis=1)
+        idle_B = live_B & ~moves_B & without_idle
         return cls(
-            tokens_BT, prompt_length_B, total_length_B, loss_mask_BT, live_B, rollout.pad_id, advantage, token_logps
+            tokens_BT,
+            prompt_length_B,
+            total_length_B.astype(np.int64),
+            loss_mask_BT,
+            live_B & ~idle_B,
+            idle_B,
+            rollout.pad_id,
+            advantage,
+            token_logps,
         )
 
     def packed(

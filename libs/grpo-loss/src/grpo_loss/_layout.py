@@ -61,6 +61,7 @@ class MicroBatch:
 
 
 Params: TypeAlias = Any
+_NOTHING = np.float32(0)
 
 
 @runtime_checkable
@@ -72,6 +73,15 @@ class Forward(Protocol):
         ...
 
 
+@runtime_checkable
+class FrozenForward(Protocol):
+    """A network of which a part is trained; the rest is given to updates and scoring passes as `frozen`."""
+
+    def __call__(self, params: Params, micro: MicroBatch, /, *frozen: Params) -> tuple[jax.Array, jax.Array]:
+        """As of `Forward`."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedBatch:
@@ -80,16 +90,26 @@ class PackedBatch:
     Args:
         micro: all micro-batches: every array has a leading axis M.
         count: live micro-batches, a scalar; the others are padding and are never computed.
+        idle: what sequences that `pack` left out, because all their advantages are 0, add to the loss's denominator.
     """
 
     micro: MicroBatch
     count: Int[Array, ""]
+    idle: Float[Array, ""] = _NOTHING
 
     @property
     def fill(self) -> float:
         """Share of the live micro-batches' row positions that hold a token."""
         live = np.asarray(self.micro.segment_RT)[: int(self.count)]
         return float((live > 0).mean()) if live.size else 0.0
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """Token positions computed, in rows and prompt slots, and how many of them hold a token."""
+        count = int(self.count)
+        rows, prompts = self.micro.segment_RT[:count], self.micro.prompt_tokens_PT[:count]
+        tokens = int((np.asarray(rows) > 0).sum()) + int(np.asarray(self.micro.prompt_length_P[:count]).sum())
+        return rows.size + prompts.size, tokens
 
 
 def pack_tokens(array_BT: Array, source_RT: Array) -> Array:

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Int
 
 from grpo_contracts import TrainBatch
+from grpo_loss._aggregate import Aggregation
 from grpo_loss._errors import LossError, check_shape
 from grpo_loss._layout import PackedBatch, unpack_tokens
 from grpo_loss._pack import pack
@@ -25,6 +26,7 @@ def iterate_minibatches(
     step: int,
     old: Callable[[PackedBatch], Any] | None = None,
     reference: Callable[[PackedBatch], Any] | None = None,
+    idle: Aggregation | None = None,
 ) -> Iterator[PackedBatch]:
     """What each optimizer step on one rollout consumes, packed on the host.
 
@@ -41,6 +43,7 @@ def iterate_minibatches(
         old: `packed -> logp_MRT` (nats) at the parameters before the first step, called once if they are needed. It
             places the batch on its devices, scores it (`make_score`) and returns an array that numpy can read.
         reference: the same under the reference policy, called once unless the batch carries its log-probabilities.
+        idle: leave out sequences without an advantage, as in `pack`.
 
     Yields:
         One packed batch per step, epochs × minibatches in all.
@@ -58,7 +61,7 @@ def iterate_minibatches(
             "step: got neither old nor old_logp_BT. Pass a function that scores a packed batch."
         )
     if needs_old or (reference is not None and batch.reference_logp_BT is None):
-        whole = pack(unscored, shape=shape)
+        whole = pack(unscored, shape=shape, idle=idle)
         if needs_old and old is not None:
             batch = replace(batch, old_logp_BT=_scored(batch, "old", old, whole))
         if reference is not None and batch.reference_logp_BT is None:
@@ -66,7 +69,7 @@ def iterate_minibatches(
     for epoch in range(epochs):
         group_B = np.asarray(batch.scored.rollout.group_B)
         for keep_B in split_minibatches(group_B, minibatches, seed=seed, step=step, epoch=epoch):
-            yield pack(batch, shape=shape, keep_B=keep_B)
+            yield pack(batch, shape=shape, keep_B=keep_B, idle=idle)
 
 
 def split_minibatches(

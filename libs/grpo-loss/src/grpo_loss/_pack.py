@@ -5,16 +5,19 @@ that each can place its own shard of them without talking to the others.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
 from jaxtyping import Bool
 
 from grpo_contracts import TrainBatch
+from grpo_loss._aggregate import Aggregation, token_weights
 from grpo_loss._batch_arrays import BatchArrays, check_groups
 from grpo_loss._errors import LossError
 from grpo_loss._layout import MicroBatch, PackedBatch
@@ -26,6 +29,7 @@ def pack(
     *,
     shape: PackShape | Sequence[PackShape],
     keep_B: Bool[ArrayLike, "B"] | None = None,
+    idle: Aggregation | None = None,
 ) -> PackedBatch:
     """Pack completions into rows, the longest first and each where it leaves the least room.
 
@@ -37,6 +41,8 @@ def pack(
             jax's or lists.
         shape: sizes of the result. Of several, the one that computes the fewest positions is used.
         keep_B: sequences to pack; the others take no room and count for nothing. Unscored ones are never packed.
+        idle: leave out sequences whose advantages are all 0, and count them in the denominator as this aggregation of
+            the loss does. The gradient is the same, unless the loss has a KL or entropy term: then leave it None.
 
     Returns:
         The packed batch, of numpy arrays.
@@ -44,7 +50,7 @@ def pack(
     Raises:
         LossError: lengths, groups or shapes contradict each other, or the batch does not fit the shape.
     """
-    arrays = BatchArrays.of(batch, keep_B)
+    arrays = BatchArrays.of(batch, keep_B, without_idle=idle is not None)
     group_B, length_B = check_groups(batch, arrays), arrays.total_length_B - arrays.prompt_length_B
     live_B = arrays.live_B
     members = [np.flatnonzero(live_B & (group_B == group)) for group in np.unique(group_B[live_B])]
@@ -56,7 +62,12 @@ def pack(
             problems.append(str(misfit))
     if not plans:
         raise LossError(" ".join(problems) or "shape must name at least one PackShape: got an empty sequence.")
-    return _build(arrays, min(plans, key=lambda plan: plan.cost))
+    packed = _build(arrays, min(plans, key=lambda plan: plan.cost))
+    if idle is None:
+        return packed
+    # All rows, so that jax sees one shape whatever was left out: a row without a token that counts weighs nothing.
+    _, denominator = token_weights(jnp.asarray(arrays.loss_mask_BT & arrays.idle_B[:, None]), idle, None, jnp.float32)
+    return replace(packed, idle=np.asarray(denominator, np.float32))
 
 
 def pad(batch: TrainBatch, *, rows: int, keep_B: Bool[ArrayLike, "B"] | None = None) -> PackedBatch:
@@ -120,7 +131,7 @@ def abstract_batch(
         shape: sizes of the batch.
         rows_sharding: of every array [M, R, ...] and [M, P, ...]; for example
             `NamedSharding(mesh, PartitionSpec(None, ("dp", "fsdp")))`.
-        count_sharding: of the count of live micro-batches.
+        count_sharding: of the two scalars.
         old: whether the batch carries old log-probabilities.
         reference: whether it carries those of a reference.
 
@@ -148,7 +159,8 @@ def abstract_batch(
         old_logp_RT=tokens(dtype=np.float32) if old else None,
         reference_logp_RT=tokens(dtype=np.float32) if reference else None,
     )
-    return PackedBatch(micro, jax.ShapeDtypeStruct((), np.int32, sharding=count_sharding))
+    count, idle = (jax.ShapeDtypeStruct((), dtype, sharding=count_sharding) for dtype in (np.int32, np.float32))
+    return PackedBatch(micro, count, idle)
 
 
 def _build(arrays: BatchArrays, plan: Plan) -> PackedBatch:

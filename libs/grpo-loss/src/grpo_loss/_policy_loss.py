@@ -118,16 +118,16 @@ def policy_loss(
     def report(name: str, value_RT: Array) -> None:
         metrics[name] = (masked(stop_gradient(value_RT)).sum(), tokens)
 
-    parts = objective(TokenTerms(logp_RT, log_ratio_RT, advantage_RT, mask_RT, segment_RT))
-    if not isinstance(parts, Surrogate):
-        raise LossError(f"objective must return a Surrogate: got a {type(parts).__name__}.")
-    loss_RT = -parts.objective_RT
-    report("importance_ratio/mean", parts.ratio_RT)
-    maxima["importance_ratio/max"] = masked(parts.ratio_RT).max()
-    if parts.clipped_low_RT is not None and parts.clipped_high_RT is not None:
-        report("clip_ratio/low", parts.clipped_low_RT)
-        report("clip_ratio/high", parts.clipped_high_RT)
-        report("clip_ratio/region", parts.clipped_low_RT | parts.clipped_high_RT)
+    surrogate = objective(TokenTerms(logp_RT, log_ratio_RT, advantage_RT, mask_RT, segment_RT))
+    if not isinstance(surrogate, Surrogate):
+        raise LossError(f"objective must return a Surrogate: got a {type(surrogate).__name__}.")
+    loss_RT = -surrogate.objective_RT
+    report("importance_ratio/mean", surrogate.ratio_RT)
+    maxima["importance_ratio/max"] = masked(surrogate.ratio_RT).max()
+    if surrogate.clipped_low_RT is not None and surrogate.clipped_high_RT is not None:
+        report("clip_ratio/low", surrogate.clipped_low_RT)
+        report("clip_ratio/high", surrogate.clipped_high_RT)
+        report("clip_ratio/region", surrogate.clipped_low_RT | surrogate.clipped_high_RT)
     if sampler_logp_RT is not None:
         gap_RT = jnp.abs(start_logp_RT - masked(stop_gradient(sampler_logp_RT)))
         report("sampling_logp_difference/mean", gap_RT)
@@ -138,7 +138,7 @@ def policy_loss(
             )
             report("sampling_weight/mean", weight_RT)
             loss_RT = loss_RT * weight_RT
-    metrics["policy_loss"] = (stop_gradient(jnp.sum(loss_RT * token_weight_RT)), denominator)
+    parts = {"policy_loss": stop_gradient(jnp.sum(loss_RT * token_weight_RT))}
     if reference_logp_RT is not None:
         kl_RT = kl_estimate(logp_RT, masked(reference_logp_RT), "k3" if kl is None else kl.estimator)
         report("kl", kl_RT)
@@ -148,7 +148,7 @@ def policy_loss(
         report("entropy", entropy_RT)
         if has_entropy_term:
             loss_RT = loss_RT - entropy_coefficient * masked(entropy_RT)
-    return LossTerms(jnp.sum(loss_RT * token_weight_RT), denominator, metrics, maxima)
+    return LossTerms(jnp.sum(loss_RT * token_weight_RT), denominator, metrics, maxima, parts)
 
 
 def make_loss(

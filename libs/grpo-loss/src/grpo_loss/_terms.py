@@ -26,12 +26,14 @@ class LossTerms:
         denominator: what to divide by (tokens, sequences, or sequences × horizon).
         metrics: name -> (sum, weight); the metric is sum / weight after both have been added.
         maxima: name -> largest value; combined by maximum. 0 where there is no token.
+        parts: name -> a part of the numerator, reported over the loss's own denominator.
     """
 
     numerator: Scalar
     denominator: Scalar
     metrics: dict[str, tuple[Scalar, Scalar]]
     maxima: dict[str, Scalar] = field(default_factory=dict)
+    parts: dict[str, Scalar] = field(default_factory=dict)
 
     def __add__(self, other: "LossTerms") -> "LossTerms":
         """The terms of two parts of a batch taken together."""
@@ -40,6 +42,7 @@ class LossTerms:
             self.denominator + other.denominator,
             jax.tree.map(jnp.add, self.metrics, other.metrics),
             jax.tree.map(jnp.maximum, self.maxima, other.maxima),
+            jax.tree.map(jnp.add, self.parts, other.parts),
         )
 
     def over(self, axis_name: str | tuple[str, ...]) -> "LossTerms":
@@ -47,16 +50,17 @@ class LossTerms:
 
         Differentiate the local numerator first: the gradient of a batch is the `psum` of the gradients.
         """
-        numerator, denominator, metrics = jax.lax.psum((self.numerator, self.denominator, self.metrics), axis_name)
-        return LossTerms(numerator, denominator, metrics, jax.lax.pmax(self.maxima, axis_name))
+        added = jax.lax.psum((self.numerator, self.denominator, self.metrics, self.parts), axis_name)
+        return LossTerms(*added[:3], jax.lax.pmax(self.maxima, axis_name), added[3])
 
     def loss(self) -> Scalar:
         """`numerator / denominator`; 0 for a batch without a token that counts, whose numerator is 0."""
         return _divide(self.numerator, self.denominator)
 
     def means(self) -> dict[str, Scalar]:
-        """Every metric divided by its weight (0 where the weight is 0), and every maximum, under one name each."""
-        return {name: _divide(*pair) for name, pair in self.metrics.items()} | self.maxima
+        """Every metric and part divided by its weight (0 where that is 0), and every maximum, under one name each."""
+        parts = {name: _divide(part, self.denominator) for name, part in self.parts.items()}
+        return {name: _divide(*pair) for name, pair in self.metrics.items()} | parts | self.maxima
 
 
 @runtime_checkable

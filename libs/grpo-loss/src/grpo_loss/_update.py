@@ -3,7 +3,7 @@
 The number of live micro-batches is read at run time, so one compiled program serves every fill of a batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from grpo_loss._errors import LossError
-from grpo_loss._layout import Forward, MicroBatch, PackedBatch, Params
+from grpo_loss._layout import Forward, FrozenForward, MicroBatch, PackedBatch, Params
 from grpo_loss._terms import Loss, LossTerms
 
 
@@ -41,11 +41,11 @@ class TrainState:
 class Update(Protocol):
     """A compiled update, from `make_update`: a `jax.jit` function that donates its state."""
 
-    def __call__(self, state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(self, state: TrainState, batch: PackedBatch, *frozen: Params) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step: the new state, and scalar metrics by name."""
         ...
 
-    def lower(self, state: TrainState, batch: PackedBatch) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: PackedBatch, *frozen: Params) -> jax.stages.Lowered:
         """The program for these shapes (arrays or `jax.ShapeDtypeStruct`), to compile ahead of time."""
         ...
 
@@ -54,11 +54,11 @@ class Update(Protocol):
 class Score(Protocol):
     """A compiled scoring pass, from `make_score`: a `jax.jit` function."""
 
-    def __call__(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+    def __call__(self, params: Params, batch: PackedBatch, *frozen: Params) -> tuple[Array, Array]:
         """Log-probabilities and entropies [M, R, T]."""
         ...
 
-    def lower(self, params: Params, batch: PackedBatch) -> jax.stages.Lowered:
+    def lower(self, params: Params, batch: PackedBatch, *frozen: Params) -> jax.stages.Lowered:
         """The program for these shapes (arrays or `jax.ShapeDtypeStruct`), to compile ahead of time."""
         ...
 
@@ -99,7 +99,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, maste
 
 
 def accumulate(
-    forward: Forward, loss: Loss, params: Params, batch: PackedBatch, *, param_shardings: Params | None = None
+    forward: Forward | FrozenForward,
+    loss: Loss,
+    params: Params,
+    batch: PackedBatch,
+    *frozen: Params,
+    param_shardings: Params | None = None,
 ) -> tuple[Params, LossTerms]:
     """Gradient of the loss's numerator and all its terms, added over the live micro-batches; nothing is divided.
 
@@ -107,7 +112,8 @@ def accumulate(
         forward: `(params, micro) -> (logp_RT, entropy_RT)`, in nats.
         loss: `(logp_RT, entropy_RT, micro) -> LossTerms`.
         params: what to differentiate in.
-        batch: micro-batches; only the first `batch.count` are computed.
+        batch: micro-batches; only the first `batch.count` are computed. `batch.idle` starts the denominator.
+        frozen: what `forward` reads besides, such as the base of low-rank adapters; passed on, never differentiated.
         param_shardings: sharding of every parameter, to keep the running sums sharded alike. None leaves it to the
             compiler.
 
@@ -119,7 +125,7 @@ def accumulate(
     """
 
     def numerator(params: Params, micro: MicroBatch) -> tuple[Array, LossTerms]:
-        terms = loss(*_forward(forward, params, micro), micro)
+        terms = loss(*_forward(forward, params, micro, *frozen), micro)
         if not isinstance(terms, LossTerms):
             raise LossError(
                 f"loss must return LossTerms, as `policy_loss` does: got a {type(terms).__name__}. Return the sum and "
@@ -141,11 +147,13 @@ def accumulate(
     _, shapes = jax.eval_shape(numerator, params, first)
     no_gradient = pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params))
     no_terms = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    idle = jnp.asarray(batch.idle, no_terms.denominator.dtype)
+    no_terms = replace(no_terms, denominator=no_terms.denominator + idle)
     return lax.fori_loop(0, batch.count, body, (no_gradient, no_terms))
 
 
 def make_update(
-    forward: Forward,
+    forward: Forward | FrozenForward,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
@@ -158,7 +166,7 @@ def make_update(
     adds one to `skipped`; so does a batch without a token that counts.
 
     Args:
-        forward: `(params, micro) -> (logp_RT, entropy_RT)` of one micro-batch, in nats.
+        forward: `(params, micro, *frozen) -> (logp_RT, entropy_RT)` of one micro-batch, in nats.
         loss: `(logp_RT, entropy_RT, micro) -> LossTerms` of one micro-batch; `make_loss` makes one.
         optimizer: any optax optimizer; it sees float32 gradients and parameters. Schedules count applied steps. It is
             traced twice per update, for the change and for its state, and XLA drops the unused half of each.
@@ -166,8 +174,9 @@ def make_update(
         param_shardings: sharding of every parameter; see `accumulate`.
 
     Returns:
-        `update(state, batch) -> (state, metrics)`, a `jax.jit` function. Metrics are scalars over the whole batch:
-        the loss's own, `loss`, `grad_norm` (before clipping), `update_norm`, `finite` (0 or 1) and `denominator`.
+        `update(state, batch, *frozen) -> (state, metrics)`, a `jax.jit` function; `frozen` goes to `forward`. Metrics
+        are scalars over the whole batch: the loss's own, `loss`, `grad_norm` (before clipping), `update_norm`, `finite`
+        (0 or 1) and `denominator`.
 
     Raises:
         LossError: `max_grad_norm` is not positive; from the update itself: its arguments, or what `forward` or `loss`
@@ -176,12 +185,12 @@ def make_update(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise LossError(f"max_grad_norm must be positive: got {max_grad_norm}. Use None for no limit.")
 
-    def update(state: TrainState, batch: PackedBatch) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, batch: PackedBatch, *frozen: Params) -> tuple[TrainState, dict[str, Array]]:
         if not isinstance(state, TrainState):
             raise LossError(
                 f"state must be a TrainState: got a {type(state).__name__}. init_state(params, optimizer) makes one."
             )
-        gradient, terms = accumulate(forward, loss, state.params, batch, param_shardings=param_shardings)
+        gradient, terms = accumulate(forward, loss, state.params, batch, *frozen, param_shardings=param_shardings)
         scale = 1 / jnp.where(terms.denominator > 0, terms.denominator, 1)
         grad_norm = optax.tree.norm(gradient) * scale
         if max_grad_norm is not None:
@@ -223,40 +232,41 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(forward: Forward) -> Score:
+def make_score(forward: Forward | FrozenForward) -> Score:
     """A compiled scoring pass: old or reference log-probabilities of a packed batch.
 
     Args:
         forward: as for `make_update`.
 
     Returns:
-        `score(params, batch) -> (logp_MRT, entropy_MRT)`, a `jax.jit` function; 0 in micro-batches that are not live.
+        `score(params, batch, *frozen) -> (logp_MRT, entropy_MRT)`, a `jax.jit` function; 0 in micro-batches that are
+        not live.
         `iterate_minibatches` takes the first as old log-probabilities; `unpack_tokens` gives `[B, T]`.
 
     Raises:
         LossError: from the pass itself: `forward` returns something else.
     """
 
-    def score(params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+    def score(params: Params, batch: PackedBatch, *frozen: Params) -> tuple[Array, Array]:
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batch.micro)
-            new = _forward(forward, params, micro)
+            new = _forward(forward, params, micro, *frozen)
             logp_MRT, entropy_MRT = (
                 lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in zip(carry, new, strict=True)
             )
             return logp_MRT, entropy_MRT
 
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.micro)
-        shapes = jax.eval_shape(lambda params, micro: _forward(forward, params, micro), params, first)
+        shapes = jax.eval_shape(lambda params, micro: _forward(forward, params, micro, *frozen), params, first)
         empty = tuple(jnp.zeros((batch.micro.tokens_RT.shape[0], *x.shape), x.dtype) for x in shapes)
         return lax.fori_loop(0, batch.count, body, empty)
 
     return jax.jit(score)
 
 
-def _forward(forward: Forward, params: Params, micro: MicroBatch) -> tuple[Array, Array]:
+def _forward(forward: Any, params: Params, micro: MicroBatch, *frozen: Params) -> tuple[Array, Array]:
     """What `forward` returns, checked: one array alone would be taken apart by rows."""
-    result: Any = forward(params, micro)
+    result: Any = forward(params, micro, *frozen)
     if not (isinstance(result, tuple | list) and len(result) == 2):
         raise LossError(
             f"forward must return (logp_RT, entropy_RT), as `token_logp` does: got a {type(result).__name__}."

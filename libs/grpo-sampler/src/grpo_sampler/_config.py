@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from grpo_sampler._errors import SamplerError, UnsupportedModelError
+from grpo_sampler._lora import LoRA
 
 Family = Literal["qwen2", "qwen3", "llama"]
 
@@ -62,6 +63,7 @@ class ModelConfig:
         max_positions: longest context that the model was trained for, in tokens.
         bos_id: first token of every text, or None.
         eos_ids: tokens that end a text.
+        lora: low-rank adapters, or None. No config.json holds them: `dataclasses.replace(config, lora=LoRA(...))`.
 
     Raises:
         SamplerError: sizes that are not compatible.
@@ -84,6 +86,7 @@ class ModelConfig:
     max_positions: int = 32768
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         if self.family not in _ARCHITECTURES:

@@ -19,6 +19,7 @@ from grpo_sampler._cache import Cache, attend_cached, seen, write
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._kernels import Attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, fuse, mlp, qkv, rms_norm
+from grpo_sampler._lora import merge_adapters
 from grpo_sampler._rope import rope_tables
 from grpo_sampler._sampling import draw
 from grpo_sampler._table import Rows, read_call, read_table, renew_table
@@ -46,12 +47,12 @@ class Emitted(NamedTuple):
 
 
 def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, *, unroll: bool, fused: bool) -> Weights:
-    """Casts parameters to the compute type, once per call instead of once per step.
+    """Merges adapters and casts parameters to the compute type, once per call instead of once per step.
 
     Unrolling, the layout for CPUs, separates the layers and transposes the unembedding: a CPU multiplies a few rows
     with a row-major matrix up to eight times as fast as with a column-major one. `fused` (unrolled only): see `fuse`.
     """
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), merge_adapters(params, config))
     layers, unembed = cast["layers"], None if config.tied else cast["unembed"]
     if unroll:
         layers = tuple({name: leaf[i] for name, leaf in layers.items()} for i in range(config.layers))
@@ -89,7 +90,7 @@ def prefill(
 
     def block(x: Array, layer: Layer) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = qkv(layer, x, cos, sin, config)
-        x = attention_out(layer, x, self_attention(attention, q, k, v, segment_PT, mesh))
+        x = attention_out(layer, x, self_attention(attention, q, k, v, segment_PT, mesh), config)
         return mlp(layer, x, config), (jnp.einsum("PTKE->PKET", k), jnp.einsum("PTKE->PKTE", v))
 
     x = weights.embed[tokens_PT]
@@ -237,7 +238,7 @@ def _forward(
         q, k, v = qkv(layer, x, cos, sin, config)
         own = write(own, k, v, rows.column, at)
         shared_here, own_here = (tuple(leaf[at[0]] if at else leaf for leaf in pair) for pair in (shared, own))
-        x = attention_out(layer, x, attend_cached(q, rows, visible, shared_here, own_here))
+        x = attention_out(layer, x, attend_cached(q, rows, visible, shared_here, own_here), config)
         return mlp(layer, x, config), own
 
     x = weights.embed[rows.token_S]

@@ -13,6 +13,7 @@ from grpo_sampler._cache import Cache, empty_cache
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weights_from
 from grpo_sampler._kernels import Attention
+from grpo_sampler._lora import split_adapters
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Options, Programs
 from grpo_sampler._request import Request
@@ -196,7 +197,8 @@ class Engine:
         if self.placement.tensor == 1:
             shapes = jax.eval_shape(self._weights_function, self._params)
             return jax.tree.map(lambda _: self.placement.replicated, shapes)
-        place, params, config = self.placement.weight, self._params, self.plan.config
+        place, config = self.placement.weight, self.plan.config
+        params, _ = split_adapters(self._params)
         if self.plan.unroll:
             single = jax.tree.map(partial(place, drop=1), params["layers"])
             layers: Any = (single,) * config.layers

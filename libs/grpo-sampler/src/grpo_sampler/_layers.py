@@ -55,6 +55,30 @@ def project(x: Float[Array, "*dims"], weight: Float[Array, "*rest"], axes: int =
     return product.reshape(*kept, *weight.shape[axes:])
 
 
+def product(
+    layer: Layer, name: str, x: Float[Array, "*dims"], config: ModelConfig, axes: int = 1
+) -> Float[Array, "*out"]:
+    """The product of x and one of a block's matrices, and of the matrix's adapter if it has one.
+
+    Args:
+        layer: one block's parameters.
+        name: of the matrix.
+        x: activations.
+        config: the model.
+        axes: as for `project`.
+
+    Returns:
+        The sum, in x's type.
+
+    Source: LoRA arXiv:2106.09685 eq. 3.
+    """
+    plain = project(x, layer[name], axes)
+    if config.lora is None or f"{name}_a" not in layer:
+        return plain
+    low = project(x, layer[f"{name}_a"], axes)
+    return plain + project(low, config.lora.scale * layer[f"{name}_b"])
+
+
 def qkv(
     layer: Layer,
     x: Float[Array, "*dims D"],
@@ -77,7 +101,7 @@ def qkv(
     normed = rms_norm(x, layer["attn_norm"], config.norm_eps)
     if "qkv" in layer:
         return _fused_qkv(layer, normed, cos, sin, config)
-    q, k, v = project(normed, layer["q"]), project(normed, layer["k"]), project(normed, layer["v"])
+    q, k, v = (product(layer, name, normed, config) for name in ("q", "k", "v"))
     if config.qkv_bias:
         q = q + layer["q_bias"].astype(x.dtype)
         k = k + layer["k_bias"].astype(x.dtype)
@@ -122,7 +146,7 @@ def fuse(layer: Layer, config: ModelConfig) -> Layer:
 
 
 def attention_out(
-    layer: Layer, x: Float[Array, "*dims D"], attended: Float[Array, "*dims H E"]
+    layer: Layer, x: Float[Array, "*dims D"], attended: Float[Array, "*dims H E"], config: ModelConfig
 ) -> Float[Array, "*dims D"]:
     """Adds the attention's output projection to the residual stream.
 
@@ -130,11 +154,12 @@ def attention_out(
         layer: one block's parameters.
         x: residual stream.
         attended: mixed values of every query head.
+        config: the model.
 
     Returns:
         The new residual stream.
     """
-    return x + project(attended, layer["o"], axes=2)
+    return x + product(layer, "o", attended, config, axes=2)
 
 
 def mlp(layer: Layer, x: Float[Array, "*dims D"], config: ModelConfig) -> Float[Array, "*dims D"]:
@@ -151,5 +176,5 @@ def mlp(layer: Layer, x: Float[Array, "*dims D"], config: ModelConfig) -> Float[
     Source: SwiGLU, arXiv:2002.05202.
     """
     normed = rms_norm(x, layer["mlp_norm"], config.norm_eps)
-    hidden = jax.nn.silu(project(normed, layer["gate"])) * project(normed, layer["up"])
-    return x + project(hidden, layer["down"])
+    hidden = jax.nn.silu(product(layer, "gate", normed, config)) * product(layer, "up", normed, config)
+    return x + product(layer, "down", hidden, config)

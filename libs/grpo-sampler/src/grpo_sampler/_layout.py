@@ -11,6 +11,7 @@ import numpy as np
 
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import WeightsError
+from grpo_sampler._lora import adapter_shapes
 
 Index = tuple[slice, ...]
 
@@ -163,7 +164,14 @@ def check_params(params: Any, config: ModelConfig) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise WeightsError(f"params {name} must be of a floating type: got {dtype}.")
-    known = {"/".join(path) for path in expected}
+    for name, shape in adapter_shapes(config).items():
+        value = value_of(params, ("layers", name))
+        if tuple(value.shape) != (config.layers, *shape):
+            raise WeightsError(
+                f"params layers/{name} must have shape {(config.layers, *shape)}: got {tuple(value.shape)}. "
+                "Do these adapters belong to this configuration?"
+            )
+    known = {"/".join(path) for path in expected} | {f"layers/{name}" for name in adapter_shapes(config)}
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)

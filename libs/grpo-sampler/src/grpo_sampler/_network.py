@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._kernels import Attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
+from grpo_sampler._lora import adapter_shapes, initial_adapter, is_adapter
 from grpo_sampler._packed import (
     attend_in_spans,
     check_packed,
@@ -35,7 +36,7 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         config: the model.
 
     Returns:
-        Shapes by name; biases and head norms only if the family has them.
+        Shapes by name; biases, head norms and adapters only if the model has them.
     """
     D, F, H, K, E = config.width, config.mlp_width, config.query_heads, config.kv_heads, config.head_size
     shapes: dict[str, tuple[int, ...]] = {"attn_norm": (D,), "q": (D, H, E), "k": (D, K, E), "v": (D, K, E)}
@@ -43,7 +44,8 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"q_bias": (H, E), "k_bias": (K, E), "v_bias": (K, E)}
     if config.qk_norm:
         shapes |= {"q_norm": (E,), "k_norm": (E,)}
-    return shapes | {"o": (H, E, D), "mlp_norm": (D,), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    shapes |= {"o": (H, E, D), "mlp_norm": (D,), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    return shapes | adapter_shapes(config)
 
 
 class Transformer(nnx.Module):
@@ -52,7 +54,7 @@ class Transformer(nnx.Module):
     Args:
         config: the model.
         rngs: random keys for the initial weights (normal, standard deviation 0.02; norms 1, biases 0).
-        param_dtype: type of the parameters.
+        param_dtype: type of the parameters; adapters are float32.
         compute_dtype: type of activations and of the inputs of products; None for `param_dtype`. Products accumulate in
             float32.
         attention: `auto`, `xla`, `cudnn` (GPU) or `splash` (TPU); the attribute holds what `auto` resolved to.
@@ -115,7 +117,7 @@ class Transformer(nnx.Module):
 
         def block(x: Array, layer: Layer) -> Array:
             q, k, v = qkv(layer, x, cos, sin, self.config)
-            x = attention_out(layer, x, self_attention(self.attention, q, k, v, segment_BT, self.mesh))
+            x = attention_out(layer, x, self_attention(self.attention, q, k, v, segment_BT, self.mesh), self.config)
             return mlp(layer, x, self.config)
 
         x = self._through_layers(block, self._embedded(tokens_BT))
@@ -165,11 +167,11 @@ class Transformer(nnx.Module):
             prompts, rows = streams
             q, k, v = qkv(layer, prompts, *prompt_angles, config)
             prompts = attention_out(
-                layer, prompts, self_attention(self.attention, q, k, v, prompt_segment_PT, self.mesh)
+                layer, prompts, self_attention(self.attention, q, k, v, prompt_segment_PT, self.mesh), config
             )
             row_qkv = qkv(layer, rows, *row_angles, config)
             attended = attend_in_spans(self.attention, spans, masks, of_prompt, (k, v), row_qkv)
-            rows = attention_out(layer, rows, attended)
+            rows = attention_out(layer, rows, attended, config)
             return mlp(layer, prompts, config), mlp(layer, rows, config)
 
         _, rows = self._through_layers(block, (self._embedded(prompt_tokens_PT), self._embedded(tokens_RT)))
@@ -235,6 +237,8 @@ def abstract(config: ModelConfig, **options: Any) -> tuple[nnx.GraphDef[Transfor
 
 
 def _initial(name: str, shape: tuple[int, ...], rngs: nnx.Rngs, dtype: jnp.dtype) -> Array:
+    if is_adapter(name):
+        return initial_adapter(name, shape, rngs.params())
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
     if name.endswith("bias"):

@@ -18,6 +18,14 @@ PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("layers/o", (None, "heads", None, "width")),
     ("layers/(gate|up)", (None, "width", "mlp")),
     ("layers/down", (None, "mlp", "width")),
+    # Adapters: the rank is not split, the other axes are those of the matrix.
+    ("layers/(q|k|v|gate|up)_a", (None, "width", None)),
+    ("layers/o_a", (None, "heads", None, None)),
+    ("layers/down_a", (None, "mlp", None)),
+    ("layers/q_b", (None, None, "heads", None)),
+    ("layers/[kv]_b", (None, None, "kv_heads", None)),
+    ("layers/(gate|up)_b", (None, None, "mlp")),
+    ("layers/(o|down)_b", (None, None, "width")),
 )
 """For every parameter, a regular expression that matches its whole path ("layers/q") and the axis of each dimension.
 

@@ -94,6 +94,11 @@ def save_pretrained(
     """
     table = leaves(config)
     check_params(params, config)
+    if config.lora is not None:
+        raise WeightsError(
+            "params must be without adapters: got config.lora. Save `merge_adapters(params, config)` with "
+            "`dataclasses.replace(config, lora=None)`, or the adapters alone with `save_adapters`."
+        )
     values = {leaf: value_of(params, leaf.path) for leaf in table}
     dtypes = {np.dtype(value.dtype).name for value in values.values()}
     if len(dtypes) > 1:

@@ -18,9 +18,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, PackShape, TrainState, accumulate, init_state, make_score, make_update
 from grpo_mesh import BATCH_AXES, Rules, shardings, state_shardings
-from grpo_sampler import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, ModelConfig, Sampler, abstract, merge
+from grpo_sampler import (
+    PADDED_AXES,
+    PARTITION_AXES,
+    PARTITION_RULES,
+    ModelConfig,
+    Sampler,
+    abstract,
+    join_adapters,
+    merge,
+    split_adapters,
+)
 from grpo_trainer.assemble.objective import make_forward, make_policy_loss
 from grpo_trainer.assemble.optimizer import make_optimizer
+from grpo_trainer.assemble.policy import lora_of
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 
@@ -35,15 +46,16 @@ class Blueprint:
 
     Args:
         settings: resolved.
-        model: dimensions of the policy.
+        model: dimensions of the policy, with its adapters.
         mesh: axes dp, fsdp, tp; its devices need not be there.
         attention: the kernel that `model.attention` came to.
-        state: shapes and shardings of parameters and optimizer state.
+        state: shapes and shardings of what is trained, parameters or adapters, and of the optimizer's state.
+        frozen: those of the parameters beside the adapters; empty where all parameters are trained.
         reference: shapes and shardings of the frozen parameters for the KL term; None without one.
         sampler: draws rollouts under the settings' sampling parameters.
         evaluator: the sampler of evaluations: the same one, unless they have a token limit or batch of their own.
         greedy, sampled: the sampling parameters of evaluations; `sampled` is None where only greedy answers count.
-        pack_shape: sizes of a packed batch, the only ones the update is compiled for.
+        pack_shape: the largest size of a packed batch.
         start: parameters -> state before the first update.
         update, score, gradient: compiled on first use; `gradient` is what `update` adds up, for looking into.
         learning_rate: of an optimizer update.
@@ -54,6 +66,7 @@ class Blueprint:
     mesh: Mesh
     attention: str
     state: TrainState
+    frozen: tuple[Any, ...]
     reference: Any
     sampler: Sampler
     evaluator: Sampler
@@ -76,10 +89,30 @@ class Blueprint:
         """Devices that split each product."""
         return self.mesh.shape["tp"]
 
+    def network(self, params: Any, *frozen: Any) -> Any:
+        """The network's parameters, of those that are trained and those that are frozen."""
+        return join_adapters(*frozen, params) if frozen else params
+
+    @property
+    def pack_shapes(self) -> list[PackShape]:
+        """The sizes a packed batch may have, smaller prompt slots first; the last is `pack_shape`."""
+        count, longest = self.settings.loss.prompt_sizes, self.pack_shape.prompt_length
+        lengths = [-(-longest * part // count) for part in range(1, count + 1)]
+        return [replace(self.pack_shape, prompt_length=min(longest, length + -length % 8)) for length in lengths]
+
+    @property
+    def rows_sharding(self) -> NamedSharding:
+        """Of a packed batch: rows and prompts of every micro-batch over the mesh's data axes."""
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+
     @property
     def shapes(self) -> dict[str, Any]:
         """What the compiled programs depend on: equal on every process of a job."""
-        return {"pack": asdict(self.pack_shape), "mesh": dict(self.mesh.shape), "slots": self.sampler.slots}
+        return {
+            "pack": [asdict(shape) for shape in self.pack_shapes],
+            "mesh": dict(self.mesh.shape),
+            "slots": self.sampler.slots,
+        }
 
     @property
     def device(self) -> str:
@@ -105,6 +138,7 @@ def blueprint(
     Raises:
         GrpoError: sizes that do not divide.
     """
+    model = replace(model, lora=lora_of(settings))
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     _check_rows(settings, mesh, shards)
     compute_dtype = jnp.dtype(settings.model.compute_dtype)
@@ -116,6 +150,11 @@ def blueprint(
         remat=settings.model.remat,
         mesh=mesh,
     )
+    attention = merge(graphdef, shapes).attention
+    frozen: tuple[Any, ...] = ()
+    if model.lora is not None:
+        base, shapes = split_adapters(shapes)
+        frozen = (_placed(base, jax.tree.map(_without_idle_axes, shardings(base, mesh, RULES))),)
     placed = jax.tree.map(_without_idle_axes, shardings(shapes, mesh, RULES))
     optimizer, schedule = make_optimizer(settings)
     start = partial(init_state, optimizer=optimizer)
@@ -147,8 +186,9 @@ def blueprint(
         settings=settings,
         model=model,
         mesh=mesh,
-        attention=merge(graphdef, shapes).attention,
+        attention=attention,
         state=_placed(state, state_placed),
+        frozen=frozen,
         reference=None if loss.reference == "none" else _placed(shapes, placed),
         sampler=sampler,
         evaluator=sampler if alike else make_sampler(max_new_tokens=limit, slots=slots),

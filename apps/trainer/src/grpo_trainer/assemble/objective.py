@@ -10,7 +10,7 @@ from grpo_loss import (
     KL,
     Aggregation,
     Correction,
-    Forward,
+    FrozenForward,
     Loss,
     Objective,
     cispo,
@@ -28,13 +28,13 @@ from grpo_loss import (
     token_mean,
     truncate,
 )
-from grpo_sampler import merge
+from grpo_sampler import join_adapters, merge
 from grpo_trainer.settings.schema import LossSettings, Settings
 
-__all__ = ["make_forward", "make_policy_loss"]
+__all__ = ["idle_aggregation", "make_forward", "make_policy_loss"]
 
 
-def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> Forward:
+def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> FrozenForward:
     """The training forward: each prompt once, its packed completions after it, never a [batch, time, vocabulary] array.
 
     Args:
@@ -43,11 +43,11 @@ def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> Forward:
         shards: parts that the rows of a micro-batch are spread over (dp times fsdp).
 
     Returns:
-        `(params, micro) -> (logp_RT, entropy_RT)` in nats.
+        `(params, micro) -> (logp_RT, entropy_RT)` in nats; with adapters `(adapters, micro, base)`.
     """
 
-    def forward(params: Any, micro: Any) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-        model = merge(graphdef, params)
+    def forward(params: Any, micro: Any, *base: Any) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+        model = merge(graphdef, join_adapters(*base, params) if base else params)
         hidden_RTD = model.with_prompts(
             micro.prompt_tokens_PT,
             micro.prompt_length_P,
@@ -79,14 +79,30 @@ def make_policy_loss(settings: Settings) -> Loss:
         `(logp_RT, entropy_RT, micro) -> LossTerms`.
     """
     loss = settings.loss
-    in_loss = loss.kl_coefficient and loss.kl_in == "loss"
     return make_loss(
         objective=_objective(loss),
         aggregation=_aggregation(settings),
-        kl=KL(loss.kl, loss.kl_coefficient, ratio=loss.kl_ratio) if in_loss else None,
+        kl=KL(loss.kl, loss.kl_coefficient, ratio=loss.kl_ratio) if _kl_in_loss(loss) else None,
         entropy_coefficient=loss.entropy_coefficient,
         correction=_correction(loss),
     )
+
+
+def idle_aggregation(settings: Settings) -> Aggregation | None:
+    """How sequences without an advantage count in the denominator; they are not computed.
+
+    Args:
+        settings: the section `loss`.
+
+    Returns:
+        The loss's aggregation; None where a KL or entropy term learns from every sequence.
+    """
+    needed = _kl_in_loss(settings.loss) or settings.loss.entropy_coefficient
+    return None if needed else _aggregation(settings)
+
+
+def _kl_in_loss(loss: LossSettings) -> bool:
+    return loss.kl_in == "loss" and loss.kl_coefficient > 0
 
 
 def _objective(loss: LossSettings) -> Objective:

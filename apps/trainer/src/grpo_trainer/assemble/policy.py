@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from grpo_sampler import ModelConfig
+from grpo_sampler import LoRA, ModelConfig, init_adapters, load_adapters
 from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.schema import Settings
 
-__all__ = ["check_same_model", "model_config", "policy_folder"]
+__all__ = ["check_same_model", "first_adapters", "lora_of", "model_config", "policy_folder"]
 
 _SHIPPED = Path(__file__).parent / "model_configs"
 # The forward pass reads none of these.
@@ -98,3 +102,37 @@ def check_same_model(path: str, reference: ModelConfig, model: ModelConfig) -> N
             "loss.reference must be the same kind of model as the policy, since they share one forward pass: "
             f"{path} has {'; '.join(differing)}"
         )
+
+
+def lora_of(settings: Settings) -> LoRA | None:
+    """The adapters that the settings ask for, or None where all parameters are trained."""
+    lora = settings.model.lora
+    if not lora.rank:
+        return None
+    return LoRA(lora.rank, lora.alpha or lora.rank, lora.targets, lora.rank_stabilized)
+
+
+def first_adapters(settings: Settings, model: ModelConfig, placed: Any) -> Any:
+    """Adapters before the first step: new ones that change nothing, or those of `model.lora.adapter`.
+
+    Args:
+        settings: the section `model`; new adapters start from `seed`.
+        model: the policy, with its adapters.
+        placed: shardings, a tree like the adapters.
+
+    Returns:
+        The adapters, on their devices.
+
+    Raises:
+        GrpoError: the adapters of the folder are damaged, or not those that the settings describe.
+    """
+    folder = settings.model.lora.adapter
+    if not folder:
+        return jax.jit(partial(init_adapters, model, seed=settings.seed), out_shardings=placed)()
+    found, adapters = load_adapters(Path(folder).expanduser(), replace(model, lora=None))
+    if found != model.lora:
+        raise ConfigError(
+            f"model.lora must describe the adapters of model.lora.adapter={folder!r}: they have rank {found.rank}, "
+            f"alpha {found.alpha:g}, targets {list(found.targets)}, rank_stabilized {found.rank_stabilized}"
+        )
+    return jax.device_put(adapters, placed)

@@ -16,7 +16,7 @@ from grpo_loss import TrainState
 from grpo_mesh import digest, make_mesh
 from grpo_sampler import ModelConfig, load_pretrained
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
-from grpo_trainer.assemble.policy import check_same_model, policy_folder
+from grpo_trainer.assemble.policy import check_same_model, first_adapters, policy_folder
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
 from grpo_trainer.data.stream import Asked, ProblemStream, Reader
@@ -30,7 +30,7 @@ from grpo_trainer.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Evaluator", "Run", "assemble", "assemble_evaluator"]
+__all__ = ["Evaluator", "Run", "assemble", "assemble_evaluator", "load_frozen"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,14 @@ class Evaluator:
     folder: Path
 
     def load(self) -> Any:
-        """The parameters in `folder`."""
-        return _load(self.folder, self.plan)
+        """The network's parameters: those in `folder`, with adapters if the settings ask for them."""
+        if not self.plan.frozen:
+            return _load(self.folder, self.plan)
+        return self.network(_adapters(self.plan))
+
+    def network(self, params: Any) -> Any:
+        """The network's parameters: what was trained, such as a checkpoint's, with what is frozen in `folder`."""
+        return self.plan.network(params, *load_frozen(self.folder, self.plan))
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Run:
     Args:
         plan: shapes, shardings and compiled functions.
         task: what is learned.
-        state: parameters and optimizer state before the first step.
+        state: what is trained and the optimizer's state, before the first step.
+        frozen: the parameters beside adapters; empty where all parameters are trained.
         reference: frozen parameters for the KL term; None without one.
         problems: training prompts, step by step, from (seed, epoch) alone.
         held_out: the problems of every evaluation.
@@ -78,6 +85,7 @@ class Run:
     plan: Blueprint
     task: Task
     state: TrainState
+    frozen: tuple[Any, ...]
     reference: Any
     problems: ProblemStream
     held_out: Asked
@@ -92,6 +100,10 @@ class Run:
     def settings(self) -> Settings:
         """Resolved."""
         return self.plan.settings
+
+    def network(self, params: Any) -> Any:
+        """The network's parameters: those that are trained, such as `state.params`, with the frozen ones."""
+        return self.plan.network(params, *self.frozen)
 
 
 def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = None) -> Run:
@@ -120,9 +132,13 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
 
     params = _load(folder, plan)
     identity = {"parameters": digest(params), "reference": "none"}
+    frozen: tuple[Any, ...] = ()
+    if plan.frozen:
+        frozen, params = (params,), _adapters(plan)
+        identity["adapters"] = digest(params)
     reference = None
     if settings.loss.reference == "initial":
-        reference, identity["reference"] = jax.tree.map(jnp.copy, params), identity["parameters"]
+        reference, identity["reference"] = jax.tree.map(jnp.copy, params), digest(params)
     elif reference_folder is not None:
         reference = _load(reference_folder, plan)
         identity["reference"] = digest(reference)
@@ -137,6 +153,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         plan=plan,
         task=task,
         state=plan.start(params),
+        frozen=frozen,
         reference=reference,
         problems=problems,
         held_out=asked,
@@ -185,20 +202,42 @@ def _policy(
     return folder, tokenizer, plan
 
 
+def load_frozen(folder: Path, plan: Blueprint) -> tuple[Any, ...]:
+    """The parameters beside adapters.
+
+    Args:
+        folder: of the policy, in Hugging Face layout.
+        plan: of the run.
+
+    Returns:
+        One tree; nothing where all parameters are trained.
+    """
+    return (_load(folder, plan),) if plan.frozen else ()
+
+
 def _load(folder: Path, plan: Blueprint) -> Any:
-    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
+    """The parameters of a checkpoint: those that are trained, or the base of adapters."""
+    [base] = plan.frozen or (plan.state.params,)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, base)
     return load_pretrained(folder, dtype=jnp.dtype(plan.settings.model.dtype), sharding=placed)[1]
+
+
+def _adapters(plan: Blueprint) -> Any:
+    placed = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
+    return first_adapters(plan.settings, plan.model, placed)
 
 
 def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:
     settings, dropped = plan.settings, problems.questions.dropped
     trained = {problem.question for problem in problems.questions.problems}
     shared = sum(problem.question in trained for problem in asked.problems)
-    count = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
+    moved, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
+    lora = plan.model.lora
+    adapters = f"; {moved:,} more are trained, adapters of rank {lora.rank}" if lora else ""
     axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
     return (
-        f"policy   {settings.model.path}: {plan.model.family}, {count:,} parameters, {settings.model.dtype}, "
-        f"attention {settings.model.attention}",
+        f"policy   {settings.model.path}: {plan.model.family}, {frozen or moved:,} parameters, "
+        f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
         f"{len(asked.problems):,} held out"
         + (f", {dropped:,} over-long ones dropped" if dropped else "")

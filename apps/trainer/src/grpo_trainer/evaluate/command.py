@@ -103,7 +103,7 @@ def _open_run(settings: Settings, task: Task, run: Path, step: int | None) -> _P
         raise CheckpointError(f"{run} holds no checkpoint to evaluate")
     own = load_saved(run / "config.yaml") if (run / "config.yaml").is_file() else settings
     # The checkpoint is of the run's own model and optimizer; how it is asked is the same for all policies.
-    model = settings.model.model_copy(update={"path": own.model.path, "dtype": own.model.dtype})
+    model = settings.model.model_copy(update={"path": own.model.path, "dtype": own.model.dtype, "lora": own.model.lora})
     evaluator = assemble_evaluator(settings.model_copy(update={"model": model, "optimizer": own.optimizer}), task)
     restored = Checkpoints.reader(run / "checkpoints").restore(evaluator.plan.state, None, at=step)
     if restored is None:
@@ -111,7 +111,7 @@ def _open_run(settings: Settings, task: Task, run: Path, step: int | None) -> _P
     return _Policy(
         f"{run} after step {restored.step}",
         evaluator,
-        restored.state.params,  # the optimizer's state was read for its checksum, and is freed here
+        evaluator.network(restored.state.params),  # the optimizer's state was read for its checksum, and is freed here
         run / "evaluations",
         f"eval_step_{restored.step}",
     )
@@ -120,7 +120,7 @@ def _open_run(settings: Settings, task: Task, run: Path, step: int | None) -> _P
 def _description(evaluator: Evaluator) -> Iterator[str]:
     plan, problems = evaluator.plan, evaluator.held_out.problems
     data, count = plan.settings.data, plan.settings.eval.samples
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(plan.network(plan.state.params, *plan.frozen)))
     drawn = f" and in {count} samples at temperature {plan.sampled.temperature:g}" if plan.sampled else ""
     yield f"policy   {plan.model.family}, {parameters:,} parameters, {plan.settings.model.dtype}"
     yield f"problems {data.test_source or data.source}: {len(problems):,} held out, each greedily{drawn}"

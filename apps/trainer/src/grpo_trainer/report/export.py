@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
 
     from grpo_mesh import make_mesh
     from grpo_sampler import ModelConfig
-    from grpo_trainer.assemble import blueprint
+    from grpo_trainer.assemble import blueprint, load_frozen
     from grpo_trainer.assemble.policy import policy_folder
     from grpo_trainer.run.checkpoint import Checkpoints
 
@@ -88,10 +90,11 @@ def main(task: Task, arguments: Sequence[str]) -> int:
     summary = read_summary(run)
     export_policy(
         given.folder,
-        restored.state.params,
-        model,
+        plan.network(restored.state.params, *load_frozen(source, plan)),
+        plan.model,
         source,
         card=model_card(task, settings, restored.step, summary),
+        base=settings.model.path,
         dtype=given.dtype,
     )
     print(f"{given.folder}: the policy of {run} after step {restored.step}")
@@ -118,7 +121,7 @@ def export_run(run: Run, folder: Path, params: Any, step: int, summary: Mapping[
     Args:
         run: assembled.
         folder: of the run.
-        params: of the policy.
+        params: what was trained.
         step: after which it ends.
         summary: what it measured, for the model card.
 
@@ -130,7 +133,9 @@ def export_run(run: Run, folder: Path, params: Any, step: int, summary: Mapping[
     settings, target = run.settings, _target(run.settings, folder)
     source = policy_folder("model.path", settings.model.path, run.task.policies)
     card = model_card(run.task, settings, step, summary)
-    export_policy(target, params, run.plan.model, source, card=card, replace=True)
+    export_policy(
+        target, run.network(params), run.plan.model, source, card=card, base=settings.model.path, replace=True
+    )
     return target
 
 
@@ -155,20 +160,23 @@ def export_policy(
     source: Path,
     *,
     card: str,
+    base: str = "",
     dtype: str | None = None,
     max_shard_bytes: int = _SHARD_BYTES,
     replace: bool = False,
 ) -> None:
     """Write a policy so that transformers, and `grpo_sampler.load_pretrained`, load it.
 
-    Everything is written beside the folder and then renamed into place: a folder of this name is whole.
+    Adapters are merged, and also written as they are, for peft, to the folder `adapter` inside. Everything is written
+    beside the folder and then renamed into place: a folder of this name is whole.
 
     Args:
         folder: where to write; must be empty or missing.
-        params: the policy's, on any mesh; every process must call this, and the first one writes.
+        params: the network's, on any mesh; every process must call this, and the first one writes.
         model: its dimensions.
         source: folder that training started from, whose tokenizer and generation settings are copied.
         card: text of README.md.
+        base: name of the base model that adapters are written with; empty: `source`.
         dtype: of the weights; None: as they are.
         max_shard_bytes: size above which the weights are split into several files with an index.
         replace: an earlier export that the folder holds.
@@ -179,22 +187,29 @@ def export_policy(
     """
     import jax
 
-    from grpo_sampler import save_pretrained
+    from grpo_mesh import to_host
+    from grpo_sampler import merge_adapters, save_adapters, save_pretrained, split_adapters
 
     writes, part = jax.process_index() == 0, folder.with_name(f".{folder.name}.part")
     if writes:
         _check_free(folder, replace=replace)
+    adapters, merged = None, dataclasses.replace(model, lora=None)
+    if model.lora is not None:
+        adapters = jax.tree.map(to_host, split_adapters(params)[1])
+        params = jax.jit(partial(merge_adapters, config=model))(params)
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     with writing(folder):
         if writes and part.exists():
             shutil.rmtree(part)
-        save_pretrained(part, model, params, max_shard_bytes=max_shard_bytes)  # every process: it gathers
+        save_pretrained(part, merged, params, max_shard_bytes=max_shard_bytes)  # every process: it gathers
         if writes:
             for pattern in _TOKENIZER:
                 for file in source.glob(pattern):
                     shutil.copyfile(file, part / file.name)
             _write_ends(part, source, model)
+            if adapters is not None:
+                save_adapters(part / "adapter", model, adapters, base=base or str(source))
             (part / "README.md").write_text(card, encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)

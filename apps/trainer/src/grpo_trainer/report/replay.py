@@ -111,7 +111,7 @@ def _update(run: Run, state: TrainState, packed: PackedBatch) -> Iterator[str]:
     placed = place(run, packed)
     micro, live = packed.micro, int(packed.count)
     counted = np.asarray(micro.mask_RT) & (np.arange(len(micro.mask_RT)) < live)[:, None, None]
-    logp, entropy = (np.asarray(part, np.float32) for part in run.plan.score(state.params, placed))
+    logp, entropy = (np.asarray(part, np.float32) for part in run.plan.score(state.params, placed, *run.frozen))
     tokens = {"log-probability": logp, "entropy": entropy}
     with np.errstate(all="ignore"):
         if micro.old_logp_RT is not None:
@@ -133,13 +133,13 @@ def _update(run: Run, state: TrainState, packed: PackedBatch) -> Iterator[str]:
             )
     for m in range(live):
         one = PackedBatch(jax.tree.map(itemgetter(slice(m, m + 1)), packed.micro), np.asarray(1, np.int32))
-        gradient, terms = run.plan.gradient(state.params, place(run, one))
+        gradient, terms = run.plan.gradient(state.params, place(run, one), *run.frozen)
         if not np.isfinite(terms.numerator):
             yield f"loss of micro-batch {m + 1} of {live}: {float(terms.numerator)}"
         for finding in _leaves("gradient", gradient):
             yield f"micro-batch {m + 1} of {live}: {finding}"
     # Last, the update itself: sums and moments may overflow where every part is finite.
-    _, metrics = run.plan.update(jax.tree.map(jnp.copy, state), placed)
+    _, metrics = run.plan.update(jax.tree.map(jnp.copy, state), placed, *run.frozen)
     for name in ("loss", "grad_norm", "finite"):
         if name != "finite" and not np.isfinite(metrics[name]):
             yield f"{name} of the whole batch: {float(metrics[name])}"

@@ -47,6 +47,16 @@ def contradictions(settings: Settings) -> Iterator[str]:
     for name in ("temperature", "top_p"):
         if getattr(settings.eval, name) is not None and not settings.eval.samples:
             yield f"eval.{name} does nothing for greedy decoding, and eval.samples is 0: set eval.samples"
+    lora = settings.model.lora
+    if not lora.rank and (lora.alpha or lora.rank_stabilized or lora.adapter):
+        yield "model.lora.rank is 0, so the rest of model.lora would do nothing: set model.lora.rank (8 to 64)"
+    if lora.rank and (not lora.targets or len(set(lora.targets)) < len(lora.targets)):
+        yield f"model.lora.targets must name at least one matrix, and each once: got {list(lora.targets)}"
+    if lora.rank and loss.reference not in ("none", "initial"):
+        yield (
+            f"loss.reference must be `initial` or `none` with model.lora, whose reference is the policy without "
+            f"what its adapters learn: got {loss.reference!r}"
+        )
     prompt = settings.prompt
     if prompt.template and "{prompt}" not in prompt.template:
         yield f"prompt.template must hold {{prompt}}, where the question goes: got {prompt.template!r}"

@@ -160,25 +160,26 @@ def _assigned(assignment: str) -> dict[str, Any]:
 
 def _field(key: str) -> FieldInfo | None:
     """The leaf that a dotted key names, or None."""
-    name, _, leaf = key.partition(".")
-    section = _section(name)
-    if section is not None:
-        return section.model_fields.get(leaf)
-    return None if leaf else Settings.model_fields.get(name)
+    name, _, leaf = key.rpartition(".")
+    section = _section(name) if name else Settings
+    return section.model_fields.get(leaf) if section and not _section(key) else None
 
 
-def _section(name: str) -> type[BaseModel] | None:
-    """The model of a section such as `rollout`, or None."""
-    annotation = Settings.model_fields[name].annotation if name in Settings.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def _section(key: str) -> type[BaseModel] | None:
+    """The model of a section such as `rollout` or `model.lora`, or None."""
+    section: type[BaseModel] = Settings
+    for name in key.split("."):
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        section = annotation
+    return section
 
 
-def _valid_keys() -> list[str]:
-    keys = []
-    for name in Settings.model_fields:
-        section = _section(name)
-        keys += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
-    return keys
+def _valid_keys(prefix: str = "") -> list[str]:
+    names = (_section(prefix.rstrip(".")) or Settings).model_fields
+    keys = [_valid_keys(f"{prefix}{name}.") if _section(prefix + name) else [prefix + name] for name in names]
+    return [key for part in keys for key in part]
 
 
 def _unknown(key: str, source: str) -> str:
@@ -207,35 +208,44 @@ def _checked_keys(given: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
         elif section is None:
             checked[name] = value
-        elif isinstance(value, dict):
-            unknown = [leaf for leaf in value if leaf not in section.model_fields]
-            problems += [_unknown(f"{name}.{leaf}", source) for leaf in unknown]
-            checked[name] = value
         elif value is not None:
-            leaves = ", ".join(section.model_fields)
-            problems.append(f"{source}: {name!r} is a section and must hold keys ({leaves}): got {value!r}.")
+            checked[name] = value
+            problems += _faults_in_section(name, value, source)
     if problems:
         _refuse("\n".join(problems))
     return checked
 
 
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+def _faults_in_section(key: str, given: Any, source: str) -> Iterator[str]:
+    section = _section(key) or Settings
+    if not isinstance(given, dict):
+        leaves = ", ".join(section.model_fields)
+        yield f"{source}: {key!r} is a section and must hold keys ({leaves}): got {given!r}."
+        return
+    for leaf, value in given.items():
+        if leaf not in section.model_fields:
+            yield _unknown(f"{key}.{leaf}", source)
+        elif _section(f"{key}.{leaf}"):
+            yield from _faults_in_section(f"{key}.{leaf}", value, source)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in layer.items():
-        if isinstance(value, dict) and isinstance(into.get(name), dict):
+        if isinstance(value, dict) and isinstance(into.get(name), dict) and _section(prefix + name):
             # New weights are made for new functions; those of an earlier layer belonged to the earlier functions.
             if name == "reward" and "functions" in value and "weights" not in value:
                 into[name].pop("weights", None)
-            into[name].update(value)
+            _merge(into[name], value, f"{prefix}{name}.")
         else:
             into[name] = dict(value) if isinstance(value, dict) else value
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if _section(name) is None:
-            yield name, value
+        if _section(prefix + name) is None:
+            yield prefix + name, value
         else:
-            yield from ((f"{name}.{leaf}", inner) for leaf, inner in value.items())
+            yield from _leaves(value, f"{prefix}{name}.")
 
 
 def _lists(value: Any) -> Any:
@@ -261,7 +271,8 @@ def _explained(error: ValidationError) -> Iterator[str]:
         if any(other["loc"][:-1] == problem["loc"] != () for other in problems):
             continue
         names = [str(part) for part in problem["loc"]]
-        key = ".".join(names[:2] if _section(names[0]) else names[:1]) if names else ""
+        # The rest of the way leads into a list or a mapping.
+        key = next((key for n in range(len(names), 0, -1) if _field(key := ".".join(names[:n]))), "")
         field = _field(key) if key else None
         if field is None:
             # A contradiction: our own text, which names its keys.
@@ -299,7 +310,9 @@ def _expected(field: FieldInfo) -> str:
     if get_origin(annotation) is tuple:
         if field.examples:
             return f"a list of names like {', '.join(map(str, field.examples))}"
-        return f"a list, each of it {_KINDS[get_args(annotation)[0]]}"
+        item = get_args(annotation)[0]
+        choice = ", ".join(map(str, get_args(item))) if get_origin(item) is Literal else ""
+        return f"a list of {choice}" if choice else f"a list, each of it {_KINDS[item]}"
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
     kinds = [_KINDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,)]
     kind = " or ".join(sorted(kinds, key="null".__eq__))

@@ -16,6 +16,7 @@ __all__ = [
     "EvalSettings",
     "HealthSettings",
     "LogSettings",
+    "LoraSettings",
     "LossSettings",
     "ModelSettings",
     "OptimizerSettings",
@@ -92,6 +93,18 @@ class PromptSettings(_Section):
     )
 
 
+class LoraSettings(_Section):
+    """Low-rank adapters: train them and leave the policy's own parameters as they are."""
+
+    rank: Count = Field(default=0, description="rank of the adapters; 0: none, all parameters are trained")
+    alpha: float = Field(default=0.0, ge=0.0, description="adapters are scaled by alpha / rank; 0: as large as rank")
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Field(strict=False)] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), description="matrices of each layer that get an adapter"
+    )
+    rank_stabilized: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    adapter: str = Field(default="", description="folder of adapters in peft's layout to go on from; empty: new ones")
+
+
 class ModelSettings(_Section):
     """Which policy, in which precision."""
 
@@ -104,6 +117,7 @@ class ModelSettings(_Section):
         default=False, description="recompute each layer's activations in the backward pass to save memory"
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(default="auto", description="attention kernel")
+    lora: LoraSettings = Field(default=LoraSettings(), description="low-rank adapters in place of all parameters")
 
 
 class RolloutSettings(_Section):
@@ -202,6 +216,11 @@ class LossSettings(_Section):
     )
     rows: Positive = Field(default=8, description="packed rows of one micro-batch")
     prompts: Count = Field(default=0, description="prompts of one micro-batch; 0: half its rows")
+    prompt_sizes: Positive = Field(
+        default=1,
+        description="sizes of a prompt slot, up to data.max_prompt_length: a batch uses the smallest that holds its "
+        "prompts. Each one is a program of its own, compiled when it is first used",
+    )
     blocks: Positive = Field(
         default=4,
         description="parts of a row that may each continue another prompt: fuller rows, each part a copy of its prompt",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, abstract_batch, logit_chunks
-from grpo_mesh import BATCH_AXES, Slice, bytes_per_device, replicated
+from grpo_mesh import Slice, bytes_per_device, replicated
 from grpo_mesh.preflight import Measured, Program, Verdict, judge
 from grpo_sampler import splash_flops
 from grpo_trainer.assemble.blueprint import Blueprint
@@ -62,8 +61,10 @@ def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str
     """
     settings, reports = plan.settings, {program.name: program.report for program in measured}
     parameters = bytes_per_device(plan.state.params)
-    rows = [
-        ("parameters", settings.model.dtype, parameters),
+    rows = [("parameters", settings.model.dtype, parameters)]
+    if plan.frozen:
+        rows = [("base", settings.model.dtype, bytes_per_device(plan.frozen)), ("adapters", "float32", parameters)]
+    rows += [
         ("optimizer", "moments, and master copy if any", bytes_per_device(plan.state) - parameters),
     ]
     if plan.reference is not None:
@@ -79,10 +80,10 @@ def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str
 
 
 def _programs(plan: Blueprint) -> Iterator[Program]:
-    settings, reference = plan.settings, bytes_per_device(plan.reference)
+    settings, beside = plan.settings, bytes_per_device((plan.reference, plan.frozen))
     rollout, evaluation = settings.rollout, settings.eval
     yield Program(
-        "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), "start", beside=reference
+        "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), "start", beside=beside
     )
     yield from _decoding(plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size)
     if evaluation.every or evaluation.before or evaluation.after:
@@ -107,8 +108,8 @@ def _decoding(
 ) -> Iterator[Program]:
     sampler = plan.sampler if phase == "rollout" else plan.evaluator
     shards, model = plan.shards, plan.model
-    params, state = bytes_per_device(plan.state.params), bytes_per_device(plan.state)
-    held = state + bytes_per_device(plan.reference)
+    network = plan.network(plan.state.params, *plan.frozen)
+    held = bytes_per_device((plan.state, plan.frozen, plan.reference))
     local = math.ceil(sequences / shards)  # of one shard, as are the slots and prompts below
     refills = math.ceil(local / math.ceil(sampler.slots / shards))
 
@@ -126,20 +127,23 @@ def _decoding(
         return splash_flops(
             kernel,
             rows=prefilled(compiled),
-            heads=model.query_heads,
+            heads=model.query_heads // plan.tensor,
             head_size=model.head_size,
             length=plan.settings.data.max_prompt_length,
         )
 
     compiles = sampler.programs(
-        plan.state.params, group_size=group_size, sampling=sampling, streaming=sequences > sampler.slots
+        network,
+        group_size=group_size,
+        sampling=sampling,
+        streaming=sequences > sampler.slots,
     )
     for name, compile_now in compiles.items():
         label = name if phase == "rollout" else f"{title or phase} {name}"
         match name:
             case "weights":
                 if phase == "rollout":  # an evaluation runs the same program
-                    yield Program(label, compile_now, phase, beside=held - params)
+                    yield Program(label, compile_now, phase, beside=held - bytes_per_device(network))
             case "cache" | "shrink":
                 yield Program(label, compile_now, phase, beside=with_weights)
             case "prefill":
@@ -173,7 +177,7 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
 
     yield Program(
         "scoring",
-        lambda **options: plan.score.lower(plan.state.params, _batch(plan)).compile(**options),
+        lambda **options: plan.score.lower(plan.state.params, _batch(plan), *plan.frozen).compile(**options),
         "scoring",
         beside=state - params + frozen,
         runs=old + reference,
@@ -182,7 +186,9 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
     )
     yield Program(
         "update",
-        lambda **options: plan.update.lower(plan.state, _batch(plan, old=old, reference=reference)).compile(**options),
+        lambda **options: plan.update.lower(
+            plan.state, _batch(plan, old=old, reference=reference), *plan.frozen
+        ).compile(**options),
         "update",
         beside=frozen,
         runs=updates,
@@ -195,7 +201,7 @@ def _batch(plan: Blueprint, *, old: bool = False, reference: bool = False) -> Pa
     """A packed batch as `learn` places it."""
     return abstract_batch(
         plan.pack_shape,
-        rows_sharding=NamedSharding(plan.mesh, PartitionSpec(None, BATCH_AXES)),
+        rows_sharding=plan.rows_sharding,
         count_sharding=replicated(plan.mesh),
         old=old,
         reference=reference,
