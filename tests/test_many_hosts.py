@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from grpo_sampler import load_pretrained
-from grpo_trainer.report.records import read_records
+from grpo_trainer.evaluate.records import read_records
 
 SCRIPT = Path(__file__).parent / "train_in_a_job.py"
 SETTINGS = [

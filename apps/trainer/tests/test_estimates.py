@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from grpo_trainer.report.estimates import estimate, majority_at_k, paired_difference, pass_at_k
+from grpo_trainer.evaluate.estimates import estimate, majority_at_k, paired_difference, pass_at_k
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 7])

@@ -13,8 +13,8 @@ from toy import TASK, load, make_policy
 
 from grpo_trainer import cli
 from grpo_trainer.assemble import Evaluator, assemble_evaluator
-from grpo_trainer.evaluate import evaluate, evaluation_key
-from grpo_trainer.report.records import Answer, Evaluation, Record, compare, read_records
+from grpo_trainer.evaluate.decode import evaluate, evaluation_key
+from grpo_trainer.evaluate.records import Answer, Evaluation, Record, compare, read_records
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.task import Judgement
 

@@ -20,8 +20,8 @@ from grpo_sampler import load_pretrained
 from grpo_trainer import cli
 from grpo_trainer.assemble import assemble
 from grpo_trainer.evaluate.command import evaluate_command
+from grpo_trainer.evaluate.records import read_records
 from grpo_trainer.report.export import ExportError
-from grpo_trainer.report.records import read_records
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefused
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError

@@ -15,7 +15,7 @@ from toy import TASK, load, make_policy
 
 from grpo_sampler import abstract, load_pretrained, merge
 from grpo_trainer.assemble import Evaluator, assemble_evaluator
-from grpo_trainer.evaluate import evaluate
+from grpo_trainer.evaluate.decode import evaluate
 from grpo_trainer.report.export import export_policy
 
 

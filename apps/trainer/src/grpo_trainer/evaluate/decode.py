@@ -17,7 +17,7 @@ from grpo_contracts import FinishReason, PolicyVersion, SamplingParams
 from grpo_mesh import digest
 from grpo_trainer.assemble import Evaluator, Run
 from grpo_trainer.data.stream import Asked
-from grpo_trainer.report.records import Answer, Evaluation, Record, read_records
+from grpo_trainer.evaluate.records import Answer, Evaluation, Record, read_records
 from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.run.files import replace as write_whole
 from grpo_trainer.run.files import writing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_trainer.report.estimates import Difference
+    from grpo_trainer.evaluate.estimates import Difference
 
 __all__ = ["Accuracy", "verdict"]
 

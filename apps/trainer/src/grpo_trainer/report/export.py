@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from grpo_contracts import GrpoError
-from grpo_trainer.report.estimates import Difference
+from grpo_trainer.evaluate.estimates import Difference
 from grpo_trainer.report.results import summary_accuracies
 from grpo_trainer.run.files import locate_run, read_summary, writing
 from grpo_trainer.settings.layers import load_saved

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_trainer.evaluate.estimates import Estimate
+from grpo_trainer.evaluate.records import Comparison, Record, compare, read_records
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.report.estimates import Estimate
 from grpo_trainer.report.printable import printable
-from grpo_trainer.report.records import Comparison, Record, compare, read_records
 
 __all__ = ["Results", "summary_accuracies"]
 

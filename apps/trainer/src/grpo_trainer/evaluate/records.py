@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.report.estimates import (
+from grpo_trainer.evaluate.estimates import (
     Difference,
     Estimate,
     estimate,
@@ -20,6 +19,7 @@ from grpo_trainer.report.estimates import (
     paired_difference,
     pass_at_k,
 )
+from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.task import Judgement
 
 __all__ = ["Answer", "Comparison", "Evaluation", "Record", "compare", "read_records"]
