@@ -122,7 +122,7 @@ class ObservedCheckpoints(Checkpoints):
         return restored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObservedRewards(Rewards):
     """What was sampled, and its rewards, go through the trace."""
 

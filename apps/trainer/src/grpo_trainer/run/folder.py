@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.run.files import copy_aside, cut_back, lock, name_steps, read_lines, read_summary, replace, writing
+from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
+from grpo_trainer.run.history import missing_records, steps_done_again
 from grpo_trainer.settings.changes import continued, differences
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import dump, load_saved
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["RunFolder", "matched_settings", "missing_records", "summarize_accuracy", "versions"]
+__all__ = ["RunFolder", "matched_settings", "summarize_accuracy", "versions"]
 
 
 class RunFolder:
@@ -113,7 +114,7 @@ class RunFolder:
         if not self._writer:
             return []
         with writing(self.path):
-            notes = [*self._done_again(step)]
+            notes = [*steps_done_again(self.path, self.settings, step)]
             for name in ("metrics.jsonl", "completions.jsonl", "reward_failures.jsonl"):
                 cut_back(self.path / name, step)
             notes += [
@@ -135,21 +136,6 @@ class RunFolder:
         if self.settings.log.wandb:
             self._wandb = _wandb(self.path, self.settings)
         return notes
-
-    def _done_again(self, step: int) -> Iterator[str]:
-        """What is recorded past the checkpoint. Where checkpoints must be lost, copies of the records are kept."""
-        file, summary = self.path / "metrics.jsonl", self.path / "summary.json"
-        last = max((record["step"] for record in read_lines(file, warn=False)), default=0)
-        if last <= step:
-            return
-        text = f"{file.name} goes up to step {last} and the newest checkpoint to step {step}"
-        every = self.settings.checkpoint.every
-        # A checkpoint is complete once the next one was begun, and that is begun before the step after it is recorded.
-        complete = (last - 1) // every * every - every if every else 0
-        if summary.is_file() or complete > step:
-            copies = [copy_aside(kept) for kept in (file, self.path / "completions.jsonl", summary) if kept.is_file()]
-            text += f": later checkpoints are gone. The old records are kept in {copies[0].parent}"
-        yield f"{text}; {name_steps(range(step + 1, last + 1))} will be done again"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics; call it before that step's checkpoint is saved, or a kill between loses the line.
@@ -284,28 +270,6 @@ def summarize_accuracy(accuracy: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         summary[f"accuracy_{name}_interval"] = measured and [round(bound, 6) for bound in measured.interval]
         summary[f"problems_{name}"] = measured and measured.total
     return summary
-
-
-def missing_records(path: Path, settings: Settings, step: int) -> dict[str, str]:
-    """Steps up to `step` that a run's histories should record and do not.
-
-    Args:
-        path: folder of the run.
-        settings: of the run.
-        step: the last one that is done.
-
-    Returns:
-        File name -> steps, in words; empty if nothing is missing.
-    """
-    first = {"metrics.jsonl": 0 if settings.eval.before else 1}
-    if settings.log.completions:
-        first["completions.jsonl"] = 1
-    missing = {}
-    for name, begin in first.items():
-        steps = set(range(begin, step + 1)) if step else set()
-        if lost := steps - {record["step"] for record in read_lines(path / name, warn=False)}:
-            missing[name] = name_steps(lost)
-    return missing
 
 
 def matched_settings(settings: Settings, *, root: str | os.PathLike[str] = "runs") -> Settings:
