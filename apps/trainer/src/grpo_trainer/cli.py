@@ -1,19 +1,22 @@
 """The command line of every app: checked settings first, heavy imports after, and errors as sentences."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_trainer.settings.layers import dump, load, preset_files
+from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
+from grpo_trainer.terminal import OutputError, drop_output, explain_faults, guard_output
 
 __all__ = ["Command", "main", "run_app"]
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 2, 75, 130, 141
 
 _MEMBERS = [name for name in vars(Task) if not name.startswith("_")]
 
@@ -42,13 +45,15 @@ def run_app(task: Task, commands: Mapping[str, Command] | None = None) -> NoRetu
         task: of the app.
         commands: the app's own commands, by name.
     """
+    guard_output()
+    explain_faults(f"grpo-{task.name}")
     code = main(task, commands=commands)
     if code and "grpo_mesh" in sys.modules:
         import jax
 
         from grpo_mesh import abort
 
-        if jax.process_count() > 1 and code != EXIT_PREEMPTED:
+        if jax.distributed.is_initialized() and jax.process_count() > 1 and code != EXIT_PREEMPTED:
             abort(code, "see the message above")  # a plain exit would wait for processes that wait for this one
     sys.exit(code)
 
@@ -63,18 +68,31 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
 
     Returns:
         Exit code: 0 done, 1 failed, 2 a setting or input must be changed, 75 stopped on request and resumable,
-        130 interrupted.
+        130 interrupted, 141 the reader of standard output went away.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if missing := [name for name in _MEMBERS if not hasattr(task, name)]:
         raise TypeError(f"the task {type(task).__name__} lacks {', '.join(missing)}: see grpo_trainer.task.Task")
     own = _OWN | dict(commands or {})
     try:
+        os.getcwd()
+    except OSError as error:
+        reason = f"error: the working directory cannot be used: {error.strerror}. Change to one that exists"
+        return _fail(task, reason, EXIT_USAGE)
+    try:
         if given and given[0] in own:
-            return int(_function(own[given[0]][0])(task, given[1:]) or 0)
-        return _run(task, _parser(task, own).parse_args(given))
+            code = int(_function(own[given[0]][0])(task, given[1:]) or 0)
+        else:
+            code = _run(task, _parser(task, own).parse_args(given))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _fail(task, "interrupted", EXIT_INTERRUPTED)
+    except OutputError as error:
+        drop_output()
+        if isinstance(error.__cause__, BrokenPipeError):
+            return EXIT_CLOSED_PIPE  # whoever reads has seen enough: nothing to say
+        return _fail(task, f"error: standard output cannot be written: {error}", EXIT_FAILED)
     except _grpo_error() as error:
         notes = [str(note) for note in getattr(error, "__notes__", ())]
         return _fail(task, "\n".join([f"error: {error}", *notes]), _exit_code(error))
@@ -96,6 +114,7 @@ def _run(task: Task, options: argparse.Namespace) -> int:
         print(line, flush=True)
     if options.command != "preflight":
         _join_the_job()
+        _start_devices()
     run = _function(_CONFIGURED[options.command][0])
     return int(run(settings, task, **_extra(options)) or 0)
 
@@ -106,6 +125,19 @@ def _join_the_job() -> None:
     job = initialize()
     if job.processes > 1:
         print(f"job          {job}", flush=True)
+
+
+def _start_devices() -> None:
+    import jax
+
+    from grpo_trainer.settings.errors import ConfigError
+
+    try:
+        jax.devices()
+    except RuntimeError as error:  # jax's own word for a platform that is not there
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f". JAX_PLATFORMS={asked} asks for it: unset it, or install jax for this machine" if asked else ""
+        raise ConfigError(f"jax cannot start its devices: {error}{hint}") from error
 
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +173,7 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument(
                 "--checkpoint",
-                type=Path,
+                type=argument_path,
                 metavar="RUN",
                 help="run folder whose newest checkpoint is measured, with the run's settings",
             )
@@ -180,6 +212,8 @@ def _exit_code(error: Exception) -> int:
 
 
 def _fail(task: Task, message: str, code: int) -> int:
-    sys.stdout.flush()
-    print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
     return code

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from grpo_trainer.settings.paths import path_faults
+
 if TYPE_CHECKING:
     from grpo_trainer.settings.schema import Settings
 
@@ -21,6 +23,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
         Sentences that name the keys, what came, and what to do.
     """
     rollout, loss, optimizer = settings.rollout, settings.loss, settings.optimizer
+    yield from path_faults(settings)
     if loss.kl_coefficient > 0 and loss.reference == "none":
         yield (
             f"loss.kl_coefficient is {loss.kl_coefficient:g} but loss.reference is `none`, so there is nothing to "
