@@ -137,7 +137,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
 
 
 def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:
-    settings, dropped = plan.settings, problems.questions.dropped
+    settings, dropped = plan.settings, (problems.questions.dropped, asked.dropped)
     trained = {problem.question for problem in problems.questions.problems}
     shared = sum(problem.question in trained for problem in asked.problems)
     count = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
@@ -147,7 +147,7 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
         f"attention {settings.model.attention}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
         f"{len(asked.problems):,} held out"
-        + (f", {dropped:,} over-long ones dropped" if dropped else "")
+        + (f"; over-long ones dropped: {dropped[0]:,} to train on, {dropped[1]:,} held out" if any(dropped) else "")
         + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),
         f"devices  {plan.device}, mesh {axes}",
         f"steps    {settings.steps}, each {settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",
