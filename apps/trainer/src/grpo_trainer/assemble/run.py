@@ -15,6 +15,7 @@ from grpo_loss import TrainState
 from grpo_mesh import digest, make_mesh
 from grpo_sampler import ModelConfig, load_pretrained
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.cautions import cautions
 from grpo_trainer.assemble.policy import check_same_model, policy_folder
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
@@ -49,6 +50,7 @@ class Run:
         prompt: one whole prompt as the model sees it, special tokens and all.
         identity: what a checkpoint must agree with.
         description: lines to print at the start.
+        cautions: what a practitioner would warn of.
     """
 
     plan: Blueprint
@@ -63,6 +65,7 @@ class Run:
     prompt: str
     identity: dict[str, Any]
     description: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     @property
     def settings(self) -> Settings:
@@ -133,6 +136,14 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         identity=identity,
         prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
         description=_description(plan, problems, asked),
+        cautions=tuple(
+            cautions(
+                settings,
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                kept=len(problems.questions.problems),
+                dropped=problems.questions.dropped,
+            )
+        ),
     )
 
 
