@@ -201,11 +201,11 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         )
     files: dict[str, Any] = {}
     for name in names:
-        if not (folder / name).exists():
-            raise WeightsError(f"{folder / name} must exist, because the index names it: it does not.")
-        if not (folder / name).is_file():
-            raise WeightsError(f"{folder / name} must be a file: it is a folder or a device.")
         try:
+            if not (folder / name).exists():
+                raise WeightsError(f"{folder / name} must exist, because the index names it: it does not.")
+            if not (folder / name).is_file():
+                raise WeightsError(f"{folder / name} must be a file: it is a folder or a device.")
             file = stack.enter_context(safe_open(folder / name, framework="numpy"))
         except (SafetensorError, OSError) as error:
             raise WeightsError(
