@@ -9,6 +9,7 @@ import pytest
 from grpo_gsm8k.embedded.problems import WordProblem, generate, main, split_of, write_splits
 from grpo_gsm8k.embedded.templates import TEMPLATES
 from grpo_gsm8k.task import TASK
+from grpo_trainer.settings.errors import ConfigError
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 
@@ -70,6 +71,12 @@ def test_deterministic_prefixes_and_seeds(train: list[WordProblem]) -> None:
 
 def test_ten_thousand_problems_are_all_different() -> None:
     assert len({problem.question for problem in generate("train", 10_000)}) == 10_000
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file cannot be written"):
+        main(TASK, [str(tmp_path / "file"), "--train", "3", "--test", "1"])
 
 
 def test_written_as_gsm8k_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

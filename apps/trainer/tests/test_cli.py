@@ -108,6 +108,73 @@ def test_errors_are_one_message(train, capsys, error, code):
     assert "say this" in message or "interrupted" in message
 
 
+def run_toy(*arguments: str, **options):
+    command = [sys.executable, str(HERE / "toy.py"), *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=120, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_on_a_full_disk():
+    with open("/dev/full", "wb") as full:
+        done = run_toy("train", "--print-config", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith("grpo-toy: error: standard output cannot be written")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_output_whose_reader_went_away():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_toy("train", "--print-config", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_output_in_ascii(tmp_path):
+    done = run_toy(
+        "train", "--print-config", "--set", "run.dir=données", stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert b"donn\\xe9es" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in use cannot be deleted there")
+def test_a_working_directory_that_was_deleted(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; exec {sys.executable} {HERE / 'toy.py'} train --print-config"
+    done = subprocess.run(["sh", "-c", command], cwd=gone, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("grpo-toy: error: the working directory cannot be used")
+
+
+def test_a_platform_that_is_not_there():
+    done = run_toy("train", "--dry-run", stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "no-such"})
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert b"JAX_PLATFORMS=no-such asks for it" in done.stderr
+
+
+def test_a_fault_of_the_program_says_so_and_where_it_was_written(tmp_path):
+    script = (
+        "import types, sys\nfrom toy import TASK\nfrom grpo_trainer import cli\n"
+        "sys.modules['broken'] = types.SimpleNamespace(main=lambda task, arguments: 1 / 0)\n"
+        "cli.run_app(TASK, {'break': ('broken:main', 'break')})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "break"], capture_output=True, text=True, check=False, cwd=HERE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    (file,) = tmp_path.iterdir()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("grpo-toy: this is a fault of the program")
+    assert last.endswith(f"{file}, too")
+    assert "ZeroDivisionError" in file.read_text()
+    assert "ZeroDivisionError" in done.stderr
+
+
 def test_notes_of_an_error_are_printed(train, capsys):
     error = Broken("first")
     error.add_note("full traceback: somewhere")

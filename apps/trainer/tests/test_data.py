@@ -10,7 +10,7 @@ import pytest
 from toy import END, TASK, load
 
 from grpo_contracts import GrpoError, validate
-from grpo_trainer.data import sources
+from grpo_trainer.data.hub import is_hub_id
 from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.stream import ProblemStream, Questions, Reader, tokenize
 from grpo_trainer.data.tokenizer import TokenizerError, end_ids, load_tokenizer, padding_id
@@ -42,6 +42,12 @@ def questions(tokenizer: Any) -> Questions:
         ('{"question": " ", "answer": "#### 4"}', ":2: question must be a text that is not empty"),
         (GOOD, r":2 must not repeat the question of .*bad\.jsonl:1: '1 \+ 1\?'"),
         (b'{"question": "\xff", "answer": "#### 4"}', ":2 must be UTF-8"),
+        ("[" * 200_000, ":2 must be one JSON object a line: its brackets are too deep"),
+        ('{"question": "a", "answer": "b", "n": ' + "1" * 5000 + "}", ":2 must hold numbers of at most 4,300 digits"),
+        (r'{"question": "What \ud800 is?", "answer": "b"}', r":2: 'question' must be Unicode text"),
+        (r'{"question": "a", "answer": "b", "more": [{"\udfff": 1}]}', r":2: 'more' must be Unicode text"),
+        (r'{"question": "a", "answer": "b", "\udfff": 1}', r":2: '\\udfff' must be Unicode text"),
+        ('{"question": "a", "answer": "' + "b" * 10_000_000 + '"}', ":2 must have at most 10,000,000 bytes"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, second: str | bytes, message: str) -> None:
@@ -57,42 +63,101 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(DataError, match="must hold at least one problem: it is empty"):
         read_problems(str(tmp_path), "train")
-    with pytest.raises(DataError, match=r"must hold test\.jsonl: it holds train\.jsonl"):
+    with pytest.raises(DataError, match=r"must hold test\.jsonl or test\.parquet: it holds train\.jsonl"):
         read_problems(str(tmp_path), "test")
     for source in ("not/here/at/all", "nowhere.jsonl", "./train"):
-        with pytest.raises(DataError, match=f"there is no {source}"):
+        with pytest.raises(DataError, match=f"there is no {Path(source).absolute()}"):
             read_problems(source, "train")
 
 
-def test_hub_files_are_chosen_by_split() -> None:
-    files = [
-        "README.md", "main/test-00000-of-00001.parquet", "main/train-00000-of-00001.parquet",
-        "socratic/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet",
-    ]  # fmt: skip
-    choose = sources._choose
-    assert choose(files, "train") == "main/train-00000-of-00001.parquet"
-    assert choose([*files, "test.jsonl"], "test") == "test.jsonl"
-    assert choose(["data/train-00000-of-00002.parquet"], "train") is None
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("place", ["", "main", "default", "data"])
+@pytest.mark.parametrize("name", ["{split}", "{split}-00000-of-00001", "{split}-0000{part}-of-00003"])
+def test_a_snapshot_of_a_hub_data_set_is_read_as_a_folder(tmp_path: Path, suffix: str, place: str, name: str) -> None:
+    """As `hf download` and `push_to_hub` lay it out, in one part or several, beside another configuration."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parts = 3 if "{part}" in name else 1
+    for folder, first in ((place, 0), ("socratic", 500)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for split, add in (("train", 0), ("test", 100)):
+            for part in range(parts):
+                file = tmp_path / folder / f"{name.format(split=split, part=part)}.{suffix}"
+                some = rows(first + add + 4 * part + 4)[-4:]
+                if suffix == "parquet":
+                    parquet.write_table(pyarrow.Table.from_pylist(some), file)
+                else:
+                    file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    (tmp_path / "README.md").touch()
+    splits: dict[Split, int] = {"train": 0, "test": 100}
+    for split, add in splits.items():
+        expected = [row["question"] for row in rows(add + 4 * parts)[add:]]
+        assert [problem.question for problem in read_problems(str(tmp_path), split)] == expected
+    if parts > 1:
+        next((tmp_path / place).glob("train-00001*")).unlink()
+        with pytest.raises(DataError, match="must hold all 00003 parts of train: 2 are there"):
+            read_problems(str(tmp_path), "train")
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path: Path) -> None:
+    """As `datasets.DatasetDict.save_to_disk` writes it: Arrow streams in a folder for each split."""
+    pyarrow = pytest.importorskip("pyarrow")
+    for split, size in (("train", 5), ("test", 3)):
+        (tmp_path / split).mkdir()
+        table = pyarrow.Table.from_pylist(rows(size))
+        with pyarrow.ipc.new_stream(tmp_path / split / "data-00000-of-00001.arrow", table.schema) as file:
+            file.write_table(table)
+        (tmp_path / split / "state.json").write_text("{}")
+    assert len(read_problems(str(tmp_path), "train")) == 5
+    assert len(read_problems(str(tmp_path), "test")) == 3
 
 
 def test_a_hub_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def refuse(*_: object, **__: object) -> list[str]:
-        raise OSError("no network here")
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("no network here.")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
-    with pytest.raises(DataError, match=r"openai/gsm8k is neither a file or folder here .* no network here"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(DataError, match=r"openai/gsm8k is not a file or folder here, and .* no network here\. Without"):
         read_problems("openai/gsm8k", "train")
 
 
 def test_a_hub_data_set_is_downloaded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
+    def fetch(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("somebody/sums", "dataset")
+        assert {"train*", "main/train*", "data/train*"} <= set(allow_patterns)
+        return str(tmp_path)
+
     (tmp_path / "train.jsonl").write_text(GOOD + "\n")
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["train.jsonl", "test.jsonl"])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, **__: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert [problem.answer for problem in read_problems("somebody/sums", "train")] == ["=2"]
+
+
+@pytest.mark.parametrize("name", ["../models", "./models/a", "a/b/c", "~/a", "a--b/c", "runs/a--b", "a/..", "here/a"])
+def test_a_path_that_is_misspelt_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert not is_hub_id(name)
+    assert is_hub_id("Qwen/Qwen2.5-0.5B")
+    with pytest.raises(DataError, match=r"there is no|cannot be read|must hold"):
+        read_problems(name, "train")
+
+
+def test_a_damaged_parquet_file_is_said(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows(500)), file)
+    whole = file.read_bytes()
+    for damaged in (b"", b"PAR1garbage", whole[:-20], whole[: len(whole) // 2] + b"\0" * 64 + whole[-300:]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.parquet must be a Parquet file that is whole"):
+            read_problems(str(file), "train")
 
 
 def rows(count: int) -> list[dict[str, str]]:
@@ -161,6 +226,19 @@ def test_overlong_prompts_are_refused_or_dropped(tokenizer: Any) -> None:
         tokenize(problems[1:], tokenizer, max_length=40, overlong="drop")
 
 
+def test_a_question_of_megabytes_is_not_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        "grpo_trainer.data.stream.encode_prompts",
+        lambda problems, *_: read.extend(problem.place for problem in problems) or [[1]] * len(problems),
+    )
+    problems = [Problem("short", "=1", "f:1"), Problem("long " * 400_000, "=1", "f:2")]
+    with pytest.raises(DataError, match=r"f:2: a prompt must have at most 40 tokens .* 2,000,000 characters"):
+        tokenize(problems, tokenizer, max_length=40)
+    assert tokenize(problems, tokenizer, max_length=40, overlong="drop").dropped == 1
+    assert read == ["f:1"]
+
+
 def test_ids_beyond_the_models_vocabulary_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="below the model's vocabulary of 100"):
         tokenize([Problem("apples", "=1", "f:1")], tokenizer, max_length=40, vocab_size=100)
@@ -172,11 +250,25 @@ def _ids(stream: ProblemStream, steps: int) -> list[int]:
 
 def test_every_problem_once_an_epoch_in_an_order_of_its_own(questions: Questions) -> None:
     ids = _ids(ProblemStream(questions, count=4, seed=1), 25)  # 100 = two epochs of 50; an epoch ends within a step
-    assert Counter(ids[:50]) == Counter(range(50)) == Counter(ids[50:])
-    assert ids[:50] != ids[50:]
+    assert Counter(ids[:50]) == Counter(range(50))
+    assert Counter(ids[50:]) == Counter(range(50, 100))  # of a second epoch: ids of their own, and so samples
+    assert ids[:50] != [index - 50 for index in ids[50:]]
     assert ids == _ids(ProblemStream(questions, count=4, seed=1), 25)
     assert ids != _ids(ProblemStream(questions, count=4, seed=2), 25)
     assert ids == _ids(ProblemStream(questions, count=10, seed=1), 10)  # the order does not know the steps
+
+
+@pytest.mark.parametrize("count", [1, 49, 50, 51, 120])
+def test_a_problem_that_comes_twice_in_a_step_gets_samples_of_its_own(questions: Questions, count: int) -> None:
+    stream = ProblemStream(questions, count=count, seed=1)
+    for _ in range(3):
+        asked = next(stream)
+        validate(asked.prompts, level="values")
+        ids = asked.prompts.prompt_id_P.tolist()
+        assert len(set(ids)) == count
+        assert asked.problems == tuple(questions.problems[index % 50] for index in ids)
+        expected_PT = questions.tokens_NT[np.array(ids) % 50]
+        np.testing.assert_array_equal(asked.prompts.tokens_PT, expected_PT)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])

@@ -19,6 +19,7 @@ from toy import TASK, load, settings
 from grpo_contracts import PolicyVersion
 from grpo_loss import TrainState
 from grpo_trainer.assemble import assemble
+from grpo_trainer.assemble.cautions import cautions
 from grpo_trainer.report import replay
 from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.run import checkpoint
@@ -65,7 +66,12 @@ class Watched:
             5,
             "for 5 steps all rewards within each group were equal, so nothing was learned",
         ),
-        ({"completions__clipped_ratio": 1.0}, 1, "reached rollout.max_new_tokens=16 and was cut"),
+        (
+            {"completions__clipped_ratio": 1.0},
+            1,
+            "100% of the completions reached rollout.max_new_tokens=16",
+        ),
+        ({"completions__clipped_ratio": 0.6}, 1, "60% of the completions reached"),
         ({"sampling_logp_difference__mean": 1e-3}, 1, "0.001 nats a token on average, more than 0.0001"),
         ({"sampling_logp_difference__mean": float("nan")}, 1, "differ by nan"),
         ({"finite": 0.5}, 1, "was skipped; 3 in a row stop the run"),
@@ -97,6 +103,45 @@ def test_what_comes_and_goes_is_warned_of_a_few_times(tmp_path: Path) -> None:
     assert ["not repeated" in warning for warning in watched.warnings] == [False, False, True]
     watched.step(completions__clipped_ratio=1.0)  # another thing
     assert len(watched.warnings) == 4
+
+
+@pytest.mark.parametrize(
+    ("step", "reward_B", "scored_B", "warned"),
+    [(1, [0, 0], [True, True], True), (1, [0, 1], [True, True], False), (2, [0, 0], [True, True], False),
+     (1, [0, 0], [False, False], False)],
+)  # fmt: skip
+def test_a_first_step_without_any_reward_shows_what_the_policy_wrote(
+    tmp_path: Path, step: int, reward_B: list[float], scored_B: list[bool], warned: bool
+) -> None:
+    watched = Watched(tmp_path)
+    scored: Any = SimpleNamespace(reward_BN=np.array(reward_B)[:, None], scored_B=np.array(scored_B))
+    transcript: Any = SimpleNamespace(completions=("I think\x1b it is 7.", "no"))
+    watched.health.check_rewards(step, scored, transcript)
+    assert len(watched.warnings) == warned
+    if warned:
+        assert "I think\\x1b it is 7." in watched.warnings[0].replace("\\\\", "\\")
+        assert "prompt.instruction" in watched.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "sizes", "words"),
+    [
+        ((), {}, None),
+        (("rollout.top_p=0.9", "rollout.min_p=0.1"), {}, "rollout.top_p=0.9 and rollout.min_p=0.1 samples"),
+        (("rollout.top_k=5",), {}, "loss.correction=truncate"),
+        (("rollout.top_k=5", "loss.correction=truncate"), {}, None),
+        (("optimizer.learning_rate=3e-4",), {"parameters": 10**9}, "optimizer.learning_rate=0.0003 is far from"),
+        (("optimizer.learning_rate=1e-10",), {"parameters": 10**9}, "is far from what recipes use"),
+        (("optimizer.learning_rate=1e-6",), {"parameters": 10**9}, None),
+        (("optimizer.learning_rate=1e-2", "optimizer.name=sgd"), {"parameters": 10**9}, None),
+        ((), {"dropped": 20}, "20 of 120 training problems are longer than data.max_prompt_length"),
+        ((), {"dropped": 1}, None),
+    ],
+)
+def test_what_a_practitioner_would_warn_of(sets: tuple[str, ...], sizes: dict[str, int], words: str | None) -> None:
+    found = list(cautions(load([], [*sets]), **{"parameters": 10**6, "kept": 100, "dropped": 0, **sizes}))
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
 
 
 def test_a_healthy_step_says_nothing(tmp_path: Path) -> None:

@@ -125,6 +125,70 @@ def test_unknown_key(key, nearest, tmp_path):
     assert "mine.yaml" in in_file
 
 
+@pytest.mark.parametrize("key", ["optimizer.ema", "loss.lora_rank", "rollout.stopwatch", "wholly.elsewhere"])
+def test_an_unknown_key_that_resembles_none_gets_no_guess(key):
+    message = refused(f"{key}=1")
+    assert f"unknown key {key!r}" in message
+    assert "nearest" not in message
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("!!int abc", "tags"),
+        ("!!timestamp abc", "tags"),
+        ("!!python/object:os.system x", "tags"),
+        ("9" * 5000, "a number has at most"),
+        ("1." + "0" * 5000, "a number has at most"),
+        ("[" * 20_000, "levels deep"),
+        ("{a: " * 5_000, "levels deep"),
+        ("- " * 5_000 + "1", "levels deep"),
+        ("&a [1]", "steps must be a whole number"),
+        ("[&a 1, *a]", "aliases"),
+        ("\x07", "not valid YAML"),
+    ],
+)
+def test_yaml_that_cannot_be_built(value, says, tmp_path):
+    message = refused(f"steps={value}")
+    assert says in message
+    assert "steps" in message
+    assert len(message) < 1000
+    in_file = refused(configs=(written(tmp_path, f"steps: {value}\n"),))
+    assert "mine.yaml" in in_file or "steps must be" in in_file
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.source", "prompt.examples_file", "model.path", "compilation_cache"])
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("${HOME}/runs", "got '${HOME}'"),
+        ("a/$USER", "got '$USER'"),
+        ("~nobody-of-this-name/a", "home directory"),
+        ("a" * 5000, "255"),
+        ("a/" * 3000, "4096 bytes"),
+        ("a\0b", "null character"),
+    ],
+)
+def test_paths_that_no_file_can_have(key, path, says):
+    message = refused(f"{key}={path}")
+    assert message.startswith(f"{key} must")
+    assert says in message
+    assert len(message) < 600
+
+
+def test_a_settings_file_that_no_file_can_be(tmp_path):
+    assert "255" in refused(configs=("a" * 5000,))
+    assert "written out" in refused(configs=("$HOME/mine.yaml",))
+    assert "must be a YAML file" in refused(configs=(str(tmp_path),))
+    assert "must be at most" in refused(configs=(written(tmp_path, "# " + "x" * 1_000_000),))
+
+
+def test_a_file_called_tilde_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path, "steps: 7\n")
+    assert load(["~/mine.yaml"]).steps == 7
+
+
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [

@@ -133,6 +133,12 @@ def npy(array: np.ndarray, **options: Any) -> bytes:
     return data.getvalue()
 
 
+def raw_npy(shape: str, data: bytes) -> bytes:
+    """A .npy file with a shape that numpy would not write."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
 FORGED: dict[str, Any] = {
     "a pickle for an array": lambda m: m | {"advantage.npy": npy(np.array([print], object))},
     "raw pickle bytes": lambda m: m | {"advantage.npy": pickle.dumps(print)},
@@ -162,8 +168,19 @@ FORGED: dict[str, Any] = {
     "sampling parameters that are a list": lambda m: (
         m | {"header.json": m["header.json"].replace(b'"sampling": {', b'"sampling": [], "x": {')}
     ),
+    "an array of 65 axes": lambda m: m | {"advantage.npy": raw_npy("(" + "1, " * 65 + ")", bytes(4))},
+    "an array of impossible size": lambda m: (
+        m | {"advantage.npy": raw_npy("(0, 999999999999999999, 99999999999)", b"")}
+    ),
     "wrong values": lambda m: m | {"advantage.npy": npy(np.ones(4, np.float32))},
 }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(ContractError, match="must be a file: got a folder, a pipe or a device"):
+        load_batch(tmp_path / "pipe.npz")
 
 
 @pytest.mark.parametrize("how", FORGED)

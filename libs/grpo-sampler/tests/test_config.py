@@ -151,6 +151,67 @@ def test_sizes_that_do_not_fit_are_named(change, named):
         ModelConfig.from_hf(QWEN25 | change)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": None},
+        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": "small"},
+        {"rms_norm_eps": 10**400},
+        {"max_position_embeddings": None},
+        {"num_key_value_heads": "2"},
+        {"num_key_value_heads": 0},
+        {"num_attention_heads": 0},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        {"rope_scaling": {"rope_type": ["llama3"]}},
+        {"rope_scaling": {**LLAMA32["rope_scaling"], "factor": float("inf")}},
+        {"rope_scaling": {**LLAMA32["rope_scaling"], "high_freq_factor": 1.0}},
+        {"rope_scaling": {**LLAMA32["rope_scaling"], "original_max_position_embeddings": "8192"}},
+        {"layer_types": 1},
+        {"layer_types": [["full_attention"]]},
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**4000},
+        {"hidden_size": True},
+        {"tie_word_embeddings": "false"},
+        {"use_sliding_window": True, "max_window_layers": None},
+        {"eos_token_id": [1, None]},
+        {"eos_token_id": {"a": 1}},
+        {"bos_token_id": -1},
+        {"model_type": ["qwen2"]},
+    ],
+    ids=lambda change: repr(change)[:60],
+)
+def test_a_field_of_another_type_or_an_absurd_size_is_named(change):
+    with pytest.raises(SamplerError) as caught:
+        ModelConfig.from_hf(QWEN25 | change)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 200_000, b'{"a": "\xff"}', b"[]", b"1" * 5000, b" " * 20_000_000],
+    ids=range(5),
+)
+def test_a_file_that_holds_no_configuration(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(SamplerError, match="must"):
+        ModelConfig.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("path", [5, None, "a" * 5000, "a\0b"], ids=["int", "None", "long", "null"])
+def test_what_is_no_path(path):
+    with pytest.raises(SamplerError):
+        ModelConfig.from_file(path)
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(SamplerError, match="must be a file"):
+        ModelConfig.from_file(tmp_path)
+
+
 def test_family_and_its_parts_must_agree():
     with pytest.raises(SamplerError, match="qkv_bias, qk_norm"):
         ModelConfig("qwen2", 8, 8, 8, 1, 1, 1, 8)

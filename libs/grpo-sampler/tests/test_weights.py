@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from grpo_sampler import ModelConfig, WeightsError, load_pretrained, save_pretrained
+from grpo_sampler import ModelConfig, SamplerError, WeightsError, load_pretrained, save_pretrained
 from grpo_sampler._layout import leaves
 
 QWEN2 = ModelConfig("qwen2", 37, 16, 24, 3, 4, 2, 4, qkv_bias=True, tied=True)
@@ -38,6 +38,91 @@ def write(folder, config, tensors):
 @pytest.fixture
 def checkpoint(tmp_path):
     return write(tmp_path / "model", QWEN2, tensors_of(QWEN2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "target"),
+    [
+        ("model.norm.weight", np.nan, None),
+        ("model.layers.1.mlp.down_proj.weight", np.inf, jnp.float32),
+        ("model.embed_tokens.weight", -np.inf, jnp.bfloat16),
+        ("model.layers.0.self_attn.q_proj.bias", np.nan, jnp.float16),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(tmp_path, name, value, target):
+    tensors = tensors_of(QWEN2)
+    tensors[name].reshape(-1)[-1] = value
+    with pytest.raises(WeightsError, match=f"must be finite: {name} holds 1 values"):
+        load_pretrained(write(tmp_path / "model", QWEN2, tensors), dtype=target)
+
+
+def test_a_weight_that_the_type_cannot_hold_is_named(tmp_path):
+    tensors = tensors_of(QWEN2)
+    tensors["model.norm.weight"][0] = 1e30
+    folder = write(tmp_path / "model", QWEN2, tensors)
+    load_pretrained(folder, dtype=jnp.bfloat16)
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight holds 1 values that are NaN or infinite, as float16"):
+        load_pretrained(folder, dtype=jnp.float16, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, ["a"], "", None, "../outside/x.safetensors", "/etc/x.safetensors", "a/x.safetensors", "..", "x.bin"],
+    ids=repr,
+)
+def test_an_index_that_leads_elsewhere_is_refused(checkpoint, value):
+    (checkpoint.parent / "outside").mkdir()
+    (checkpoint / "model.safetensors").rename(checkpoint.parent / "outside/x.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors_of(QWEN2), value)}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="weight_map must name safetensors files of its own folder"):
+        load_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "index", ["[" * 200_000, "5", '{"weight_map": []}', '{"weight_map": {}}', "{}"], ids=lambda text: text[:19]
+)
+def test_an_index_that_is_none_is_refused(checkpoint, index):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match="weight_map"):
+        load_pretrained(checkpoint)
+
+
+def test_a_folder_in_place_of_the_weights_is_refused(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").mkdir()
+    with pytest.raises(WeightsError, match="must be a file"):
+        load_pretrained(checkpoint)
+
+
+def test_of_a_tensor_in_two_files_the_index_decides(checkpoint):
+    tensors = tensors_of(QWEN2)
+    (checkpoint / "model.safetensors").unlink()
+    changed = {name: np.zeros_like(value) for name, value in tensors.items()}
+    save_file(tensors, checkpoint / "a.safetensors")
+    save_file(changed, checkpoint / "b.safetensors")
+    where = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    _, params = load_pretrained(checkpoint)
+    assert not params["final_norm"].any()
+    np.testing.assert_array_equal(params["embed"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", [5, None, "a" * 5000, "a b"], ids=["int", "None", "long", "space"])
+def test_what_is_no_model_is_refused(name):
+    with pytest.raises(WeightsError):
+        load_pretrained(name)
+
+
+def test_arguments_of_another_kind_are_refused(checkpoint, tmp_path):
+    with pytest.raises(WeightsError, match="dtype must be a floating type"):
+        load_pretrained(checkpoint, dtype="nonsense")
+    config, params = load_pretrained(checkpoint)
+    with pytest.raises(SamplerError, match="config must be a ModelConfig: got a dict"):
+        save_pretrained(tmp_path / "b", params, config)  # type: ignore[arg-type]
+    with pytest.raises(SamplerError, match="max_shard_bytes must be at least 1"):
+        save_pretrained(tmp_path / "b", config, params, max_shard_bytes=0)
 
 
 @pytest.mark.parametrize("config", [QWEN2, LLAMA, QWEN3], ids=["qwen2", "llama", "qwen3"])

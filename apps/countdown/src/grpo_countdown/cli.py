@@ -5,10 +5,11 @@ from functools import partial
 from grpo_countdown.task import TASK
 from grpo_trainer import cli
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS = {"warmstart": ("grpo_countdown.warmstart:main", "make the embedded policy by supervised training")}
 main = partial(cli.main, TASK, commands=COMMANDS)
+run = partial(cli.run_app, TASK, COMMANDS)
 
 if __name__ == "__main__":
-    cli.run_app(TASK, COMMANDS)
+    run()

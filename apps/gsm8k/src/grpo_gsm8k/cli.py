@@ -1,11 +1,12 @@
 """`grpo-gsm8k`: the trainer's commands for GSM8K, and those that make the embedded demo."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from grpo_gsm8k.task import TASK
 from grpo_trainer import cli
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "run"]
 
 COMMANDS: dict[str, cli.Command] = {
     "warmstart": (
@@ -22,5 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.main(TASK, arguments, commands=COMMANDS)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run the command that this process was started with; see `grpo_trainer.cli.run_app`."""
     cli.run_app(TASK, COMMANDS)
+
+
+if __name__ == "__main__":
+    run()

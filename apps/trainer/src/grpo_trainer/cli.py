@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_trainer.settings.layers import dump, load, preset_files
+from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
+from grpo_trainer.terminal import OutputError, drop_output, explain_faults, guard_output
 
 __all__ = ["Command", "main", "run_app"]
 
@@ -51,13 +52,15 @@ def run_app(task: Task, commands: Mapping[str, Command] | None = None) -> NoRetu
         task: of the app.
         commands: the app's own commands, by name.
     """
+    guard_output()
+    explain_faults(f"grpo-{task.name}")
     code = main(task, commands=commands)
     if code and "grpo_mesh" in sys.modules:
         import jax
 
         from grpo_mesh import abort
 
-        if jax.process_count() > 1 and code != EXIT_PREEMPTED:
+        if jax.distributed.is_initialized() and jax.process_count() > 1 and code != EXIT_PREEMPTED:
             abort(code, "see the message above")  # a plain exit would wait for processes that wait for this one
     sys.exit(code)
 
@@ -72,12 +75,17 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
 
     Returns:
         Exit code: 0 done, 1 failed, 2 a setting or input must be changed, 75 stopped on request and resumable,
-        130 interrupted, 141 standard output was closed.
+        130 interrupted, 141 the reader of standard output went away.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if missing := [name for name in _MEMBERS if not hasattr(task, name)]:
         raise TypeError(f"the task {type(task).__name__} lacks {', '.join(missing)}: see grpo_trainer.task.Task")
     own = _OWN | dict(commands or {})
+    try:
+        os.getcwd()
+    except OSError as error:
+        reason = f"error: the working directory cannot be used: {error.strerror}. Change to one that exists"
+        return _fail(task, reason, EXIT_USAGE)
     try:
         with _end_on_sigterm(task):
             code = _dispatch(task, given, own)
@@ -85,10 +93,11 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
             return code
     except KeyboardInterrupt:
         return _fail(task, "interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        if not _drop_closed_streams():
-            raise
-        return EXIT_CLOSED_PIPE
+    except OutputError as error:
+        drop_output()
+        if isinstance(error.__cause__, BrokenPipeError):
+            return EXIT_CLOSED_PIPE  # whoever reads has seen enough: nothing to say
+        return _fail(task, f"error: standard output cannot be written: {error}", EXIT_FAILED)
     except _grpo_error() as error:
         notes = [str(note) for note in getattr(error, "__notes__", ())]
         return _fail(task, "\n".join([f"error: {error}", *notes]), _exit_code(error))
@@ -136,19 +145,6 @@ def _end_on_sigterm(task: Task) -> Iterator[None]:
         os.close(read_end)
 
 
-def _drop_closed_streams() -> bool:
-    """Point standard output and error, where nobody reads them any more, to nowhere; whether one was closed."""
-    dropped = False
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor cannot be closed by others
-            events = select.poll()
-            events.register(stream.fileno(), select.POLLOUT)
-            if any(event & (select.POLLERR | select.POLLHUP) for _, event in events.poll(0)):
-                dropped = True
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return dropped
-
-
 def _run(task: Task, options: argparse.Namespace) -> int:
     sets = list(options.sets)
     if getattr(options, "slice", None):
@@ -164,6 +160,7 @@ def _run(task: Task, options: argparse.Namespace) -> int:
         print(line, flush=True)
     if options.command != "preflight":
         _join_the_job()
+        _start_devices()
     run = _function(_CONFIGURED[options.command][0])
     return int(run(settings, task, **_extra(options)) or 0)
 
@@ -187,6 +184,19 @@ def _join_the_job() -> None:
     job = initialize()
     if job.processes > 1:
         print(f"job          {job}", flush=True)
+
+
+def _start_devices() -> None:
+    import jax
+
+    from grpo_trainer.settings.errors import ConfigError
+
+    try:
+        jax.devices()
+    except RuntimeError as error:  # jax's own word for a platform that is not there
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f". JAX_PLATFORMS={asked} asks for it: unset it, or install jax for this machine" if asked else ""
+        raise ConfigError(f"jax cannot start its devices: {error}{hint}") from error
 
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
@@ -222,7 +232,7 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
         if name == "eval":
             command.add_argument(
                 "--checkpoint",
-                type=Path,
+                type=argument_path,
                 metavar="RUN",
                 help="a run's folder, whose newest checkpoint is measured, with the run's settings",
             )
@@ -274,7 +284,8 @@ def _exit_code(error: Exception) -> int:
 
 
 def _fail(task: Task, message: str, code: int) -> int:
-    _drop_closed_streams()
-    sys.stdout.flush()
-    print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"grpo-{task.name}: {message}", file=sys.stderr, flush=True)
     return code

@@ -101,7 +101,8 @@ def _introduce(run: Run) -> None:
     """Make sure that every process of the job means the same run, and say what it is."""
     facts = {"identity": run.identity, "shapes": run.plan.shapes, "version": run.versions}
     check_agreement({"config": run.settings.model_dump(mode="json"), **facts})
-    for line in (*run.description, *_shown(run)) if jax.process_index() == 0 else ():
+    warned = [f"warning: {text}" for text in run.cautions]
+    for line in (*run.description, *_shown(run), *warned) if jax.process_index() == 0 else ():
         print(line, flush=True)
 
 
@@ -217,6 +218,7 @@ def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tup
             health.check_rollout(rollout, policy)
             transcript = transcribe(rollout, asked.problems, run.tokenizer)
             scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
+            health.check_rewards(step + 1, scored, transcript)
         if not settings.rollout.refills:
             return scored, transcript, groups
         draws.append((scored, transcript))

@@ -376,7 +376,7 @@ def _(bench: Bench) -> None:
     read_problems(str(bench.data()), "train")
 
 
-@fault("Data", "no test split", DataError, "must hold test.jsonl: it holds train.jsonl")
+@fault("Data", "no test split", DataError, "must hold test.jsonl or test.parquet: it holds train.jsonl")
 def _(bench: Bench) -> None:
     bench.assemble(f"data.source={bench.data(*GOOD)}")
 

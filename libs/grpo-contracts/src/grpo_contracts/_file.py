@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from math import prod
@@ -112,7 +113,10 @@ def _members(path: Any) -> dict[str, bytes]:
 
     try:
         path = os.fsdecode(path)
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise broken("file", None, "readable", "a file", "a folder, a pipe or a device")
         with ZipFile(path) as archive:
             listed = archive.infolist()
             names = [info.filename for info in listed]
@@ -167,7 +171,10 @@ def _read_npy(name: str, data: bytes) -> np.ndarray:
     if len(data) - start != wanted:
         raise broken("file", name, "size", f"{wanted} bytes of data for shape {shape}", f"{len(data) - start}")
     flat = np.frombuffer(data, dtype, offset=start) if wanted else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if fortran == b"True" else "C")
+    try:
+        return flat.reshape(shape, order="F" if fortran == b"True" else "C")
+    except ValueError as error:  # 65 axes, or an empty array whose other axes are beyond all memory
+        raise broken("file", name, "npy", "of a shape that numpy can make", error) from error
 
 
 def _encode(stage: Stage, prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

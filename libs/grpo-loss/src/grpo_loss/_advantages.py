@@ -1,6 +1,7 @@
 """Advantages from the rewards of a group of samples of one prompt."""
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -9,8 +10,17 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError, check_choice, check_shape, known
-from grpo_loss._whiten import Moments, divide_by_deviation, moments, whiten
+from grpo_loss._errors import (
+    LossError,
+    as_array,
+    check_boolean,
+    check_choice,
+    check_integers,
+    check_number,
+    check_shape,
+    known,
+)
+from grpo_loss._whiten import Moments, check_moments, divide_by_deviation, moments, whiten
 
 Scale = Literal["sample", "population", "batch", "none"]
 SCALES = ("sample", "population", "batch", "none")
@@ -54,6 +64,8 @@ def group_advantage(
     check_choice("scale", scale, SCALES, {"std": "Say which: scale='sample' (n - 1) or scale='population' (n)."})
     if batch_moments is not None and scale != "batch":
         raise LossError(f"batch_moments has no effect with scale={scale!r}. Leave it out, or use scale='batch'.")
+    check_number("epsilon", epsilon, 0.0)
+    check_moments(batch_moments)
     return _group_advantage(*_prepare(reward_B, scored_B, group_B, group_size), epsilon, batch_moments, scale=scale)
 
 
@@ -112,14 +124,18 @@ def gdpo_advantage(
 
     Source: GDPO arXiv:2601.05242.
     """
-    array = jnp.asarray(reward_BN)
+    array = jnp.asarray(as_array("reward_BN", reward_BN))
     reward_BN = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     check_choice("scale", scale, ("sample", "population"))
     if reward_BN.ndim != 2:
         raise LossError(f"reward_BN must have two axes (sequences, reward functions): got shape {reward_BN.shape}.")
     scored_BN = jnp.ones(reward_BN.shape, bool) if scored_BN is None else jnp.asarray(scored_BN)
     check_shape("scored_BN", scored_BN.shape, reward_BN.shape)
-    check_shape("weight_N", np.shape(weight_N), reward_BN.shape[1:])
+    check_boolean("scored_BN", scored_BN)
+    weight_N = as_array("weight_N", weight_N)
+    check_shape("weight_N", weight_N.shape, reward_BN.shape[1:])
+    if (weights := known(weight_N)) is not None and not np.isfinite(weights.astype(np.float64)).all():
+        raise LossError(f"weight_N must be finite: got {weights.tolist()}.")
     columns = [
         group_advantage(
             reward_BN[:, column],
@@ -178,8 +194,11 @@ def overlong_penalty(length_B: Int[ArrayLike, "B"], *, max_tokens: int, buffer_t
 
     Source: DAPO arXiv:2503.14476 eq. 13.
     """
+    check_number("max_tokens", max_tokens, 1)
+    check_number("buffer_tokens", buffer_tokens, -math.inf)
     if not 0 < buffer_tokens <= max_tokens:
         raise LossError(f"overlong_penalty needs 0 < buffer_tokens <= max_tokens: got {buffer_tokens}, {max_tokens}.")
+    check_integers("length_B", length_B)
     room_B = max_tokens - buffer_tokens - jnp.asarray(length_B)
     return jnp.clip(room_B / buffer_tokens, -1.0, 0.0)
 
@@ -250,7 +269,7 @@ def _prepare(
     reward_B: ArrayLike, scored_B: ArrayLike | None, group_B: ArrayLike | None, group_size: int | None
 ) -> tuple[Array, Array, Array]:
     """Check the arguments of every group function, and fill in what was left out: rewards, scored, group ids."""
-    array = jnp.asarray(reward_B)
+    array = jnp.asarray(as_array("reward_B", reward_B))
     reward_B = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     if reward_B.ndim != 1:
         raise LossError(
@@ -261,10 +280,17 @@ def _prepare(
     if (group_B is None) == (group_size is None):
         raise LossError(f"Give one of group_B and group_size: got group_B={group_B}, group_size={group_size}.")
     if group_B is None:
-        if group_size is None or group_size < 1 or size % group_size:
+        if (
+            isinstance(group_size, bool)
+            or not isinstance(group_size, int | np.integer)
+            or group_size < 1
+            or size % group_size
+        ):
             raise LossError(f"group_size must divide the number of sequences, {size}: got {group_size}. Use group_B.")
         group_B = np.arange(size) // group_size
     scored_B = np.ones(size, bool) if scored_B is None else scored_B
+    check_integers("group_B", group_B)
+    check_boolean("scored_B", scored_B)
     check_shape("group_B", np.shape(group_B), (size,))
     check_shape("scored_B", np.shape(scored_B), (size,))
     rewards, scored = known(reward_B), known(scored_B)

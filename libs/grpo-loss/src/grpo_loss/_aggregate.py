@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError, check_boolean, check_called, check_shape
+from grpo_loss._errors import LossError, as_array, check_boolean, check_called, check_shape
 from grpo_loss._sequences import sequence_sum, spread
 
 
@@ -122,6 +122,8 @@ def aggregate(
 
     Source: see each aggregation.
     """
+    mask_RT, value_RT = jnp.asarray(as_array("mask_RT", mask_RT)), jnp.asarray(as_array("value_RT", value_RT))
+    segment_RT = None if segment_RT is None else jnp.asarray(as_array("segment_RT", segment_RT))
     check_shape("mask_RT", mask_RT.shape, value_RT.shape)
     weight_RT, denominator = token_weights(mask_RT, aggregation, segment_RT, value_RT.dtype)
     return jnp.sum(jnp.where(mask_RT, value_RT, 0) * weight_RT), denominator

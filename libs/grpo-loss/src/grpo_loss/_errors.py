@@ -1,9 +1,11 @@
 """The library's one error class and the checks that raise it."""
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -47,14 +49,63 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], ad
         raise LossError(f"{name} must have shape {tuple(expected)}: got {tuple(shape)}. {advice}".rstrip())
 
 
-def check_boolean(name: str, array: jax.Array | np.ndarray) -> None:
+def as_array(name: str, value: ArrayLike) -> jax.Array | np.ndarray:
+    """An array of numbers from an array of jax or numpy, a number, or nested lists of them.
+
+    Args:
+        name: the argument's name.
+        value: what came.
+
+    Returns:
+        The array itself if it is one, else a new one of numpy.
+
+    Raises:
+        LossError: it holds something else (text, None, complex numbers), or its rows differ in length.
+    """
+    try:
+        array = value if isinstance(value, jax.Array | np.ndarray) else np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise LossError(f"{name} must be an array of numbers: got a {type(value).__name__}: {error}.") from error
+    if not (
+        array.dtype == np.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    ):
+        raise LossError(f"{name} must hold real numbers: got {array.dtype}.")
+    return array
+
+
+def check_boolean(name: str, array: ArrayLike) -> None:
     """Raise unless a mask is boolean; a float mask would silently act as weights.
 
     Raises:
         LossError: it has another dtype.
     """
-    if array.dtype != np.bool_:
-        raise LossError(f"{name} must be boolean: got {array.dtype}. Compare first (`mask > 0`).")
+    dtype = as_array(name, array).dtype
+    if dtype != np.bool_:
+        raise LossError(f"{name} must be boolean: got {dtype}. Compare first (`mask > 0`).")
+
+
+def check_integers(name: str, array: ArrayLike) -> None:
+    """Raise unless an array holds integers.
+
+    Raises:
+        LossError: it has another dtype.
+    """
+    dtype = as_array(name, array).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise LossError(f"{name} must hold integers: got {dtype}.")
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
+    """Raise unless a plain number lies in [least, most]; a traced or an array's value is not looked at.
+
+    Raises:
+        LossError: it is no number, NaN, or out of range.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not least <= value <= most:
+        bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"of at least {least:g}"
+        raise LossError(f"{name} must be a number {bounds}: got {value!r}.")
 
 
 def check_called(name: str, value: object, makers: Sequence[Callable[..., object]], examples: str) -> None:

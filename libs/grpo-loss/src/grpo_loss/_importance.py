@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError, check_boolean, check_called, check_choice, check_shape
+from grpo_loss._errors import LossError, as_array, check_boolean, check_called, check_choice, check_number, check_shape
 from grpo_loss._sequences import sequence_sum, spread
 
 Level = Literal["token", "sequence"]
@@ -102,6 +102,10 @@ def importance_weight(
     """
     check_called("correction", correction, [truncate, drop_outside], "truncate(high=2.0) or drop_outside(high=2.0)")
     check_boolean("mask_RT", mask_RT)
+    logp_RT = jnp.asarray(as_array("logp_RT", logp_RT))
+    sampler_logp_RT = jnp.asarray(as_array("sampler_logp_RT", sampler_logp_RT))
+    mask_RT = jnp.asarray(mask_RT)
+    segment_RT = None if segment_RT is None else jnp.asarray(as_array("segment_RT", segment_RT))
     for name, array in {"sampler_logp_RT": sampler_logp_RT, "mask_RT": mask_RT, "segment_RT": segment_RT}.items():
         if array is not None:
             check_shape(name, array.shape, logp_RT.shape, "It is aligned with logp_RT.")
@@ -118,5 +122,7 @@ def _ratio(log_ratio_RT: Array, segment_RT: Array | None, level: Level) -> Array
 
 def _check_range(low: float, high: float, level: str) -> None:
     check_choice("level", level, LEVELS)
+    check_number("low", low, 0.0)
+    check_number("high", high, 0.0)
     if not (0 <= low <= 1 <= high and low < high):
         raise LossError(f"importance weights need 0 <= low <= 1 <= high and low < high: got low={low}, high={high}.")

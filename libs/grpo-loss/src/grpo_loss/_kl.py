@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_loss._errors import LossError, check_choice
+from grpo_loss._errors import LossError, as_array, check_choice, check_number, check_shape
 
 KlEstimator = Literal["k1", "k2", "k3", "k1-straight-through", "k3-straight-through"]
 KL_ESTIMATORS = ("k1", "k2", "k3", "k1-straight-through", "k3-straight-through")
@@ -41,8 +41,7 @@ class KL:
                 "is 0 in expectation. Use 'k1-straight-through' (value of k1, gradient of k2), 'k2' or 'k3', or put "
                 "k1 into the reward with `token_reward`."
             )
-        if isinstance(self.coefficient, int | float) and not self.coefficient >= 0:
-            raise LossError(f"The KL coefficient must not be negative: got {self.coefficient}.")
+        check_number("coefficient", self.coefficient, 0.0)
 
 
 def kl_estimate(
@@ -64,11 +63,16 @@ def kl_estimate(
         The estimate, in nats.
 
     Raises:
-        LossError: an unknown estimator.
+        LossError: an unknown estimator, or shapes that differ.
 
     Source: Schulman, "Approximating KL divergence" (2020); gradients: arXiv:2506.09477.
     """
     check_choice("estimator", estimator, KL_ESTIMATORS)
+    logp_RT, reference_logp_RT = (
+        jnp.asarray(as_array(name, array))
+        for name, array in (("logp_RT", logp_RT), ("reference_logp_RT", reference_logp_RT))
+    )
+    check_shape("reference_logp_RT", reference_logp_RT.shape, logp_RT.shape)
     difference_RT = logp_RT - jax.lax.stop_gradient(reference_logp_RT)
     half_square_RT = jnp.square(difference_RT) / 2
     if estimator == "k2":

@@ -11,12 +11,15 @@ row's own device: gather them as `[shards, ...]` parts with `prompt_RC - part * 
 needs no communication.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from grpo_loss._errors import LossError, as_array, check_integers, check_shape, known
 
 # numpy.ndarray on the host, jax.Array in a compiled function. No common base lets arithmetic type-check.
 Array: TypeAlias = Any
@@ -122,7 +125,17 @@ def pack_tokens(array_BT: Array, source_RT: Array) -> Array:
 
     Returns:
         Array of the shape of `source_RT`; numpy if both arguments are numpy.
+
+    Raises:
+        LossError: indices that are no integers, or (outside `jit`) that `array_BT` does not have.
     """
+    array_BT, source_RT = as_array("array_BT", array_BT), as_array("source_RT", source_RT)
+    check_integers("source_RT", source_RT)
+    if (source := known(source_RT)) is not None and source.size and source.max() >= array_BT.size:
+        raise LossError(
+            f"source_RT must index the {array_BT.size} values of array_BT: got {source.max()}. Take source_RT for an "
+            "array of one value per token, sequence_RT for one value per sequence."
+        )
     numpy_only = isinstance(array_BT, np.ndarray) and isinstance(source_RT, np.ndarray)
     xp = np if numpy_only else jax.numpy
     gathered = xp.take(xp.reshape(xp.asarray(array_BT), -1), xp.maximum(source_RT, 0))
@@ -139,8 +152,15 @@ def unpack_tokens(array_RT: Array, source_RT: Array, shape: tuple[int, int]) -> 
 
     Returns:
         Array `[B, T]`.
+
+    Raises:
+        LossError: shapes that differ, or indices outside the rollout.
     """
-    values, source = np.asarray(array_RT), np.asarray(source_RT)
+    values, source = np.asarray(as_array("array_RT", array_RT)), np.asarray(as_array("source_RT", source_RT))
+    check_integers("source_RT", source)
+    check_shape("array_RT", values.shape, source.shape)
+    if source.size and source.max() >= math.prod(shape):
+        raise LossError(f"source_RT must index an array of shape {shape}: got {source.max()}.")
     out_BT = np.zeros(shape, values.dtype)
     live = source >= 0
     out_BT.reshape(-1)[source[live]] = values[live]

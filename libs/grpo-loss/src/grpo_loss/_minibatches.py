@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from grpo_contracts import TrainBatch
 from grpo_loss._aggregate import Aggregation
-from grpo_loss._errors import LossError, check_shape
+from grpo_loss._errors import LossError, check_integers, check_shape
 from grpo_loss._layout import PackedBatch, unpack_tokens
 from grpo_loss._pack import pack
 from grpo_loss._plan import PackShape
@@ -51,8 +51,11 @@ def iterate_minibatches(
     Raises:
         LossError: several steps without old log-probabilities, fewer groups than minibatches, or as `pack`.
     """
-    if epochs < 1:
-        raise LossError(f"epochs must be at least 1: got {epochs}.")
+    for name, value in {"epochs": epochs, "minibatches": minibatches}.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise LossError(f"{name} must be an integer of at least 1: got {value!r}.")
+    if not isinstance(batch, TrainBatch):
+        raise LossError(f"batch must be a grpo_contracts.TrainBatch: got a {type(batch).__name__}.")
     unscored = replace(batch, old_logp_BT=None, reference_logp_BT=None)
     needs_old = epochs * minibatches > 1 and batch.old_logp_BT is None
     if needs_old and old is None:
@@ -91,6 +94,11 @@ def split_minibatches(
     Raises:
         LossError: fewer groups (or sequences) than minibatches.
     """
+    check_integers("group_B", group_B)
+    check_shape("group_B", np.shape(group_B), (np.size(group_B),))
+    for name, value in {"count": count, "seed": seed, "step": step, "epoch": epoch}.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+            raise LossError(f"{name} must be an integer of at least 0: got {value!r}.")
     _, unit_B = np.unique(np.asarray(group_B), return_inverse=True)
     if not whole_groups:
         unit_B = np.arange(len(unit_B))

@@ -4,6 +4,7 @@ An objective is a function from `TokenTerms` to a `Surrogate`. Each public funct
 parameters; `policy_loss` accepts any other function of that kind as well.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError
+from grpo_loss._errors import LossError, check_number
 from grpo_loss._sequences import sequence_mean
 
 _LARGEST_LOG_RATIO = 20.0
@@ -247,6 +248,8 @@ def _clipped(
 
 def _clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
     """The bounds of the ratio."""
+    check_number("clip_low", clip_low, -math.inf)
+    check_number("clip_high", clip_high, -math.inf)
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise LossError(
             "The ratio is clipped to [1 - clip_low, 1 + clip_high]: this needs 0 <= clip_low <= 1 and clip_high >= 0, "

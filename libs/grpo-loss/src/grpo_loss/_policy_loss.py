@@ -5,7 +5,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_loss._aggregate import Aggregation, token_mean, token_weights
-from grpo_loss._errors import LossError, check_boolean, check_called, check_shape
+from grpo_loss._errors import LossError, as_array, check_boolean, check_called, check_number, check_shape
 from grpo_loss._importance import Correction, importance_weight
 from grpo_loss._kl import KL, kl_estimate
 from grpo_loss._layout import MicroBatch
@@ -84,9 +84,22 @@ def policy_loss(
     check_called(
         "objective", objective, [ppo, gspo, gspo_token, cispo, sapo, reinforce], "ppo(), gspo(), cispo() or sapo()"
     )
+    logp_RT, advantage_RT, mask_RT = (
+        jnp.asarray(as_array(name, array))
+        for name, array in (("logp_RT", logp_RT), ("advantage_RT", advantage_RT), ("mask_RT", mask_RT))
+    )
+    segment_RT, old_logp_RT, reference_logp_RT, entropy_RT, sampler_logp_RT = (
+        None if array is None else jnp.asarray(as_array(name, array))
+        for name, array in (
+            ("segment_RT", segment_RT),
+            ("old_logp_RT", old_logp_RT),
+            ("reference_logp_RT", reference_logp_RT),
+            ("entropy_RT", entropy_RT),
+            ("sampler_logp_RT", sampler_logp_RT),
+        )
+    )
     has_entropy_term = not _is_zero(entropy_coefficient)
-    if isinstance(entropy_coefficient, int | float) and not entropy_coefficient >= 0:
-        raise LossError(f"entropy_coefficient must not be negative: got {entropy_coefficient}.")
+    check_number("entropy_coefficient", entropy_coefficient, 0.0)
     _check_given("kl", None if kl is None or _is_zero(kl.coefficient) else kl, "reference_logp_RT", reference_logp_RT)
     _check_given("entropy_coefficient", entropy_coefficient if has_entropy_term else None, "entropy_RT", entropy_RT)
     _check_given("correction", correction, "sampler_logp_RT", sampler_logp_RT)
@@ -205,6 +218,8 @@ def _check_given(name: str, value: object, needed: str, array: object) -> None:
 
 def _check_arrays(logp_RT: Array, advantage_RT: Array, mask_RT: Array, **arrays: Array | None) -> None:
     shape = logp_RT.shape
+    if len(shape) != 2:
+        raise LossError(f"logp_RT must have two axes, rows and positions: got shape {shape}.")
     for name, array in {"mask_RT": mask_RT, **arrays}.items():
         if array is not None:
             check_shape(name, array.shape, shape, "It is aligned with logp_RT.")

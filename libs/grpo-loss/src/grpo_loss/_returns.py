@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_loss._advantages import group_advantage
-from grpo_loss._errors import LossError, check_shape
+from grpo_loss._errors import LossError, as_array, check_boolean, check_number, check_shape
 from grpo_loss._kl import KlEstimator, kl_estimate
 from grpo_loss._whiten import Moments, whiten
 
@@ -40,7 +40,8 @@ def token_reward(
 
     Source: InstructGPT arXiv:2203.02155 eq. 2.
     """
-    mask_BT = jnp.asarray(mask_BT)
+    check_boolean("mask_BT", mask_BT)
+    mask_BT, reward_B = jnp.asarray(mask_BT), as_array("reward_B", reward_B)
     check_shape("reward_B", jnp.shape(reward_B), mask_BT.shape[:1])
     given = logp_BT is not None and reference_logp_BT is not None
     if (logp_BT is None) != (reference_logp_BT is None) or given != (kl_coefficient != 0):
@@ -49,11 +50,11 @@ def token_reward(
             f"logp_BT {'given' if logp_BT is not None else 'None'}, reference_logp_BT "
             f"{'given' if reference_logp_BT is not None else 'None'}, kl_coefficient={kl_coefficient}."
         )
-    if kl_coefficient < 0:
-        raise LossError(f"kl_coefficient must not be negative: got {kl_coefficient}.")
+    check_number("kl_coefficient", kl_coefficient, 0.0)
     reward_BT = jnp.where(_last(mask_BT), jnp.asarray(reward_B, jnp.result_type(reward_B, jnp.float32))[:, None], 0)
     if logp_BT is None or reference_logp_BT is None:
         return reward_BT
+    logp_BT, reference_logp_BT = as_array("logp_BT", logp_BT), as_array("reference_logp_BT", reference_logp_BT)
     check_shape("logp_BT", jnp.shape(logp_BT), mask_BT.shape)
     check_shape("reference_logp_BT", jnp.shape(reference_logp_BT), mask_BT.shape)
     logp_BT, reference_logp_BT = (jnp.where(mask_BT, x, 0) for x in (logp_BT, reference_logp_BT))
@@ -85,7 +86,12 @@ def gae(
 
     Source: arXiv:1506.02438 eq. 16.
     """
-    mask_BT = jnp.asarray(mask_BT)
+    check_boolean("mask_BT", mask_BT)
+    mask_BT, reward_BT, value_BT = (
+        jnp.asarray(mask_BT),
+        as_array("reward_BT", reward_BT),
+        as_array("value_BT", value_BT),
+    )
     check_shape("reward_BT", jnp.shape(reward_BT), mask_BT.shape)
     check_shape("value_BT", jnp.shape(value_BT), mask_BT.shape)
     _check_factor("discount", discount)
@@ -139,7 +145,8 @@ def reinforce_plus_plus_advantage(
 
     Source: arXiv:2501.03262.
     """
-    return_BT, _ = gae(reward_BT, jnp.zeros_like(jnp.asarray(reward_BT)), mask_BT, discount=discount, trace=1.0)
+    reward_BT = jnp.asarray(as_array("reward_BT", reward_BT))
+    return_BT, _ = gae(reward_BT, jnp.zeros_like(reward_BT), mask_BT, discount=discount, trace=1.0)
     return _finish(return_BT, mask_BT, whitened, epsilon, batch_moments)
 
 
@@ -169,7 +176,8 @@ def reinforce_plus_plus_baseline_advantage(
 
     Source: arXiv:2501.03262 sec. 3.2.
     """
-    mask_BT = jnp.asarray(mask_BT)
+    check_boolean("mask_BT", mask_BT)
+    mask_BT, reward_B = jnp.asarray(mask_BT), as_array("reward_B", reward_B)
     check_shape("reward_B", jnp.shape(reward_B), mask_BT.shape[:1])
     advantage_B = group_advantage(reward_B, scored_B=scored_B, group_B=group_B, group_size=group_size, scale="none")
     if scored_B is not None:
@@ -194,5 +202,4 @@ def _last(mask_BT: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def _check_factor(name: Literal["discount", "trace"], value: float) -> None:
-    if not 0 <= value <= 1:
-        raise LossError(f"{name} must lie in [0, 1]: got {value}.")
+    check_number(name, value, 0.0, 1.0)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_loss._errors import LossError, check_boolean, check_shape, known
+from grpo_loss._errors import LossError, as_array, check_boolean, check_integers, check_shape, known
 
 # Most tokens of a chunk: this many, or as many as have 256 MiB of logits, if that is more. Three buffers of a chunk's
 # logits are alive in the backward pass; each chunk reads and writes the whole gradient of the unembedding once.
@@ -67,6 +67,11 @@ def token_logp(
     Source: the chunked linear cross-entropy of Liger Kernel (arXiv:2410.10989), with the entropy's derivative
         ``-p (log p + H)``.
     """
+    hidden_RTD, unembed_VD, target_RT = (
+        jnp.asarray(as_array(name, array))
+        for name, array in (("hidden_RTD", hidden_RTD), ("unembed_VD", unembed_VD), ("target_RT", target_RT))
+    )
+    mask_RT = None if mask_RT is None else jnp.asarray(as_array("mask_RT", mask_RT))
     _check_arrays(hidden_RTD, unembed_VD, target_RT, mask_RT)
     rows, length, _ = hidden_RTD.shape
     if shards < 1 or rows % shards:
@@ -135,8 +140,10 @@ def _check_arrays(hidden_RTD: Array, unembed_VD: Array, target_RT: Array, mask_R
             + (" Transpose it (`unembed.T`)." if transposed else "")
         )
     check_shape("target_RT", target_RT.shape, tuple(shape))
-    if not jnp.issubdtype(target_RT.dtype, jnp.integer):
-        raise LossError(f"target_RT must hold token ids, integers: got {target_RT.dtype}.")
+    check_integers("target_RT", target_RT)
+    for name, array in (("hidden_RTD", hidden_RTD), ("unembed_VD", unembed_VD)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise LossError(f"{name} must be of a floating type: got {array.dtype}.")
     if mask_RT is not None:
         check_shape("mask_RT", mask_RT.shape, tuple(shape))
         check_boolean("mask_RT", mask_RT)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from grpo_loss._errors import LossError, check_shape
+from grpo_loss._errors import LossError, as_array, check_boolean, check_number, check_shape
 
 
 def top_entropy_mask(
@@ -25,14 +25,16 @@ def top_entropy_mask(
         At least ceil(fraction × tokens) tokens of the mask.
 
     Raises:
-        LossError: a fraction outside (0, 1], or shapes that differ.
+        LossError: a fraction outside (0, 1], shapes that differ, or a mask that is not boolean.
 
     Source: "Beyond the 80/20 rule", arXiv:2506.01939.
     """
-    if not 0 < fraction <= 1:
+    check_number("fraction", fraction, 0.0, 1.0)
+    if fraction == 0:
         raise LossError(f"fraction must lie in (0, 1]: got {fraction}.")
+    check_boolean("mask_BT", mask_BT)
     mask_BT = jnp.asarray(mask_BT)
-    entropy_BT = jnp.asarray(entropy_BT)
+    entropy_BT = jnp.asarray(as_array("entropy_BT", entropy_BT))
     check_shape("entropy_BT", entropy_BT.shape, mask_BT.shape)
     descending = -jnp.sort(-jnp.where(mask_BT, entropy_BT, -jnp.inf).reshape(-1))
     keep = jnp.ceil(fraction * mask_BT.sum()).astype(jnp.int32)
@@ -51,9 +53,12 @@ def drop_truncated(mask_BT: Bool[ArrayLike, "B T"], truncated_B: Bool[ArrayLike,
         A mask; dropped sequences count in no denominator.
 
     Raises:
-        LossError: shapes that differ.
+        LossError: shapes that differ, or masks that are not boolean.
 
     Source: DAPO arXiv:2503.14476 sec. 3.4 (overlong filtering).
     """
-    check_shape("truncated_B", jnp.shape(truncated_B), jnp.shape(mask_BT)[:1])
-    return jnp.asarray(mask_BT) & ~jnp.asarray(truncated_B)[:, None]
+    check_boolean("mask_BT", mask_BT)
+    check_boolean("truncated_B", truncated_B)
+    mask_BT, truncated_B = jnp.asarray(mask_BT), jnp.asarray(truncated_B)
+    check_shape("truncated_B", truncated_B.shape, mask_BT.shape[:1])
+    return mask_BT & ~truncated_B[:, None]

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
+
+from grpo_loss._errors import LossError, as_array, check_boolean, check_number, check_shape, known
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +59,11 @@ def moments(
 
     Returns:
         The moments. To whiten over processes without a mapped axis, add theirs with `+`.
+
+    Raises:
+        LossError: shapes that differ, a mask that is not boolean, or (outside `jit`) a kept number that is not finite.
     """
+    _check(value, mask)
 
     def over_all(part: Array) -> Array:
         return part if axis_name is None else jax.lax.psum(part, axis_name)
@@ -89,10 +96,36 @@ def whiten(
 
     Returns:
         The same shape; exactly 0 where all that the mask keeps are equal.
+
+    Raises:
+        LossError: as `moments`, or `batch_moments` that are none.
     """
+    _check(value, mask)
+    check_number("epsilon", epsilon, 0.0)
+    check_moments(batch_moments)
+    mask = jnp.asarray(mask)
     sums = moments(value, mask) if batch_moments is None else batch_moments
     differ = sums.highest > sums.lowest
     return jnp.where(mask & differ, divide_by_deviation(jnp.asarray(value) - sums.mean, sums.variance(), epsilon), 0)
+
+
+def check_moments(value: object) -> None:
+    """Raise a LossError unless the argument is `Moments` or None."""
+    if not isinstance(value, Moments | None):
+        raise LossError(f"batch_moments must be what `moments` returns: got a {type(value).__name__}.")
+
+
+def _check(value: ArrayLike, mask: ArrayLike) -> None:
+    array, kept = as_array("value", value), as_array("mask", mask)
+    check_boolean("mask", kept)
+    check_shape("mask", kept.shape, array.shape)
+    values, keeps = known(array), known(kept)
+    if values is None or keeps is None:
+        return
+    # Comparisons with NaN are false: the whole set would pass for numbers that are all equal, and become 0.
+    if (bad := keeps & ~np.isfinite(values.astype(np.float64))).any():
+        at = tuple(np.argwhere(bad)[0].tolist())
+        raise LossError(f"value must be finite where the mask keeps it: got {values[at]} at {list(at)}.")
 
 
 def divide_by_deviation(value: Array, variance: Array, epsilon: ArrayLike) -> Array:

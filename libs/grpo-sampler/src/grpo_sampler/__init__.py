@@ -2,13 +2,14 @@
 
 from grpo_sampler._backend import SamplerBackend
 from grpo_sampler._completions import FinishedSequence
-from grpo_sampler._config import Llama3Scaling, ModelConfig
+from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsError
 from grpo_sampler._kernels import splash_flops
 from grpo_sampler._lora import LoRA, init_adapters, join_adapters, merge_adapters, split_adapters
 from grpo_sampler._network import Transformer, abstract, merge, split
 from grpo_sampler._partition import PADDED_AXES, PARTITION_AXES, PARTITION_RULES
 from grpo_sampler._peft import load_adapters, save_adapters
+from grpo_sampler._read_config import Llama3Scaling
 from grpo_sampler._sampler import Sampler
 from grpo_sampler._sampling import log_probabilities
 from grpo_sampler._weights import load_pretrained, save_pretrained

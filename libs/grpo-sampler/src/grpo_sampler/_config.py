@@ -1,44 +1,28 @@
 """What a model is: the fields of a Hugging Face config.json that determine the computation."""
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
+from grpo_sampler._arguments import brief, check_int, check_number
 from grpo_sampler._errors import SamplerError, UnsupportedModelError
 from grpo_sampler._lora import LoRA
+from grpo_sampler._read_config import ARCHITECTURES, Llama3Scaling, read_config, read_json
 
 Family = Literal["qwen2", "qwen3", "llama"]
 
-_ARCHITECTURES: dict[str, str] = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
+# Far above every published model: beyond them a size is a mistake, which would otherwise be met as memory that grows.
+_MOST: dict[str, int] = {
+    "vocab_size": 2**22,
+    "width": 2**17,
+    "mlp_width": 2**20,
+    "layers": 1000,
+    "query_heads": 2**12,
+    "kv_heads": 2**12,
+    "head_size": 2**12,
+    "max_positions": 2**31 - 1,
 }
-# transformers' defaults for keys that an old config.json does not have.
-_MAX_POSITIONS: dict[str, int] = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Rotary frequencies, stretched for a longer context.
-
-    Args:
-        factor: how much the low frequencies are slowed down.
-        low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are stretched by `factor`.
-        high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` are left alone.
-        original_max_positions: context length of pre-training, in tokens.
-
-    Source: Llama 3.1, `rope_type: llama3` of transformers.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +50,7 @@ class ModelConfig:
         lora: low-rank adapters, or None. No config.json holds them: `dataclasses.replace(config, lora=LoRA(...))`.
 
     Raises:
-        SamplerError: sizes that are not compatible.
+        SamplerError: values of another type, out of range, or not compatible.
     """
 
     family: Family
@@ -89,13 +73,21 @@ class ModelConfig:
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in _ARCHITECTURES:
-            raise UnsupportedModelError(f"family must be one of {', '.join(_ARCHITECTURES)}: got {self.family!r}.")
-        for name in (
-            "vocab_size", "width", "mlp_width", "layers", "query_heads", "kv_heads", "head_size", "max_positions",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise SamplerError(f"{name} must be at least 1: got {getattr(self, name)}.")
+        if self.family not in list(ARCHITECTURES):
+            raise UnsupportedModelError(f"family must be one of {', '.join(ARCHITECTURES)}: got {brief(self.family)}.")
+        for name, most in _MOST.items():
+            check_int(name, getattr(self, name), 1, most)
+        for name in ("rope_theta", "norm_eps"):
+            check_number(name, getattr(self, name))
+        for name in ("tied", "qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplerError(f"{name} must be True or False: got {brief(getattr(self, name))}.")
+        if not isinstance(self.rope_scaling, Llama3Scaling | None):
+            raise SamplerError(f"rope_scaling must be a Llama3Scaling or None: got {brief(self.rope_scaling)}.")
+        if not isinstance(self.eos_ids, tuple):
+            raise SamplerError(f"eos_ids must be a tuple of token ids: got {brief(self.eos_ids)}.")
+        for token in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
+            check_int("bos_id and each of eos_ids", token, 0)
         if self.query_heads % self.kv_heads:
             raise SamplerError(
                 f"query_heads must be a multiple of kv_heads: got {self.query_heads} and {self.kv_heads}."
@@ -122,47 +114,9 @@ class ModelConfig:
 
         Raises:
             UnsupportedModelError: the model needs something that this library does not compute.
-            SamplerError: a field is missing or invalid.
+            SamplerError: a field is missing, of another type or out of range.
         """
-        family = config.get("model_type")
-        if family not in _ARCHITECTURES:
-            raise UnsupportedModelError(
-                f"model_type must be one of {', '.join(_ARCHITECTURES)}: got {family!r}. No other is supported."
-            )
-        _refuse_unsupported(config)
-        sizes = {}
-        for ours, theirs in (
-            ("vocab_size", "vocab_size"),
-            ("width", "hidden_size"),
-            ("mlp_width", "intermediate_size"),
-            ("layers", "num_hidden_layers"),
-            ("query_heads", "num_attention_heads"),
-        ):
-            value = config.get(theirs)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise SamplerError(f"config.json must give {theirs} as an integer: got {value!r}.")
-            sizes[ours] = value
-        # Qwen3's head size is independent of the width and defaults to 128; in other families it divides the width.
-        head_size = config.get("head_dim") or (
-            128 if family == "qwen3" else sizes["width"] // max(sizes["query_heads"], 1)
-        )
-        rope_theta, rope_scaling = _read_rope(config)
-        eos = config.get("eos_token_id")
-        return cls(
-            family=family,
-            **sizes,
-            kv_heads=config.get("num_key_value_heads") or sizes["query_heads"],
-            head_size=head_size,
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            max_positions=config.get("max_position_embeddings", _MAX_POSITIONS[family]),
-            bos_id=config.get("bos_token_id"),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        )
+        return cls(**read_config(config))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
@@ -176,20 +130,9 @@ class ModelConfig:
 
         Raises:
             UnsupportedModelError: see `from_hf`.
-            SamplerError: there is no such file, or it does not contain a JSON object.
+            SamplerError: there is no such file, it cannot be read, or it does not contain a JSON object.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise SamplerError(f"{file} must exist: a Hugging Face model folder contains a config.json.") from None
-        except json.JSONDecodeError as error:
-            raise SamplerError(f"{file} must be JSON: {error}.") from error
-        if not isinstance(config, dict):
-            raise SamplerError(f"{file} must contain a JSON object: got {type(config).__name__}.")
-        return cls.from_hf(config)
+        return cls.from_hf(read_json(path))
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of a config.json for transformers 4 and 5.
@@ -210,7 +153,7 @@ class ModelConfig:
                 "original_max_position_embeddings": self.rope_scaling.original_max_positions,
             }
         config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[self.family]],
+            "architectures": [ARCHITECTURES[self.family]],
             "model_type": self.family,
             "dtype": dtype,
             "torch_dtype": dtype,  # the name in transformers 4
@@ -240,54 +183,10 @@ class ModelConfig:
         return config
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Refuses whatever would change the numbers and is not implemented in the network."""
-    family = config["model_type"]
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act must be 'silu': got {activation!r}.")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            raise UnsupportedModelError(
-                f"{name} must be false for {family}: got {config[name]!r}. "
-                "It adds a bias to projections that have none in this network."
-            )
-    layer_types = config.get("layer_types") or []
-    odd = sorted({str(kind) for kind in layer_types} - {"full_attention"})
-    if odd:
-        raise UnsupportedModelError(f"layer_types must all be 'full_attention': got {', '.join(odd)} among them.")
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None and not layer_types:
-        first = config.get("max_window_layers", 28)
-        if first < config.get("num_hidden_layers", 0):
-            raise UnsupportedModelError(
-                f"use_sliding_window must be false: got a window of {config['sliding_window']} tokens "
-                f"from layer {first} on. Sliding-window attention is not supported."
-            )
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor must be 1: got {config['partial_rotary_factor']!r}.")
-    if config.get("quantization_config"):
-        raise UnsupportedModelError("quantization_config must be absent: quantized weights are not supported.")
-
-
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling, from a config.json of transformers 4 or 5."""
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0 or not math.isfinite(theta):
-        raise SamplerError(f"rope_theta must be a positive number: got {theta!r}.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor must be 1: got {rope['partial_rotary_factor']!r}.")
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise UnsupportedModelError(f"rope_type must be 'default' or 'llama3': got {kind!r}.")
-    names = ("factor", "low_freq_factor", "high_freq_factor")
-    missing = [name for name in names if not isinstance(rope.get(name), int | float)]
-    if missing:
-        raise SamplerError(f"rope_type 'llama3' must come with {', '.join(names)}: {', '.join(missing)} missing.")
-    original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    if not isinstance(original, int):
-        raise SamplerError(f"original_max_position_embeddings must be an integer: got {original!r}.")
-    factor, low, high = (float(rope[name]) for name in names)
-    return float(theta), Llama3Scaling(factor, low, high, original)
+def check_config(config: Any) -> None:
+    """Raises a SamplerError unless the argument is a model's configuration."""
+    if not isinstance(config, ModelConfig):
+        raise SamplerError(
+            f"config must be a ModelConfig: got {brief(config)}. "
+            "Take the one that `load_pretrained` returns, or use ModelConfig.from_hf or ModelConfig.from_file."
+        )

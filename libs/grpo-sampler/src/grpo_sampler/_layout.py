@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_sampler._config import ModelConfig
+from grpo_sampler._config import ModelConfig, check_config
 from grpo_sampler._errors import WeightsError
 from grpo_sampler._lora import adapter_shapes
 
@@ -145,8 +145,10 @@ def check_params(params: Any, config: ModelConfig) -> None:
         config: the model.
 
     Raises:
+        SamplerError: `config` is not a ModelConfig.
         WeightsError: no such dictionary; a parameter that is missing, unexpected, misshaped or not floating.
     """
+    check_config(config)
     if not isinstance(params, Mapping):
         raise WeightsError(
             f"params must be a nested dictionary of arrays: got a {type(params).__name__}. "

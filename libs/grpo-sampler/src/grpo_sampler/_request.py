@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from grpo_contracts import Prompts, SamplingParams, validate
+from grpo_sampler._arguments import check_int
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._sampling import sampling_arrays
 
@@ -63,12 +64,8 @@ def make_request(
     tokens_PT = np.asarray(prompts.tokens_PT, np.int32)
     if not len(length_P):
         raise SamplerError("prompts must hold at least one prompt: got none.")
-    if group_size < 1:
-        raise SamplerError(f"group_size must be at least 1: got {group_size}.")
-    if not 0 <= seed < 2**64:
-        raise SamplerError(f"seed must lie in [0, 2**64): got {seed}.")
-    if not 0 <= step < 2**32:
-        raise SamplerError(f"step must lie in [0, 2**32): got {step}.")
+    group_size = check_int("group_size", group_size, 1)
+    seed, step = check_int("seed", seed, 0, 2**64 - 1), check_int("step", step, 0, 2**32 - 1)
     _check_prompts(tokens_PT, length_P, limits)
     if prompts.vocab_size > limits.vocabulary:
         raise SamplerError(

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams
+from grpo_sampler._arguments import brief, check_int
 from grpo_sampler._completions import Completions, FinishedSequence
-from grpo_sampler._config import ModelConfig
+from grpo_sampler._config import ModelConfig, check_config
 from grpo_sampler._engine import Engine, Plan
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import resolve_attention
@@ -71,20 +72,16 @@ class Sampler:
         attention: str = "auto",
         mesh: Mesh | None = None,
     ) -> None:
-        if not isinstance(config, ModelConfig):
-            raise SamplerError(
-                f"config must be a ModelConfig: got a {type(config).__name__}. "
-                "Take the one that `load_pretrained` returns, or use ModelConfig.from_hf or ModelConfig.from_file."
-            )
+        check_config(config)
         for name, value in (
             ("max_prompt_length", max_prompt_length),
             ("max_new_tokens", max_new_tokens),
             ("slots", slots),
             ("sizes", sizes),
         ):
-            if value < 1:
-                raise SamplerError(f"{name} must be at least 1: got {value}.")
-        if not 0 <= min_new_tokens <= max_new_tokens:
+            check_int(name, value, 1)
+        check_int("pad_id", pad_id, 0, config.vocab_size - 1)
+        if check_int("min_new_tokens", min_new_tokens, 0) > max_new_tokens:
             raise SamplerError(
                 f"min_new_tokens must lie in [0, max_new_tokens={max_new_tokens}]: got {min_new_tokens}. "
                 "Lower min_new_tokens or raise max_new_tokens."
@@ -94,11 +91,13 @@ class Sampler:
                 f"max_prompt_length + max_new_tokens must be at most the model's max_positions="
                 f"{config.max_positions}: got {max_prompt_length} + {max_new_tokens}."
             )
-        buckets = tuple(sorted(prompt_buckets or (max_prompt_length,)))
-        if buckets[0] < 1 or buckets[-1] < max_prompt_length:
-            raise SamplerError(
-                f"prompt_buckets must be positive and reach max_prompt_length={max_prompt_length}: got {buckets}."
-            )
+        if not isinstance(prompt_buckets, Sequence | None) or isinstance(prompt_buckets, str):
+            raise SamplerError(f"prompt_buckets must be a list of lengths: got {brief(prompt_buckets)}.")
+        buckets = tuple(
+            sorted(check_int("prompt_buckets", bucket, 1) for bucket in prompt_buckets or (max_prompt_length,))
+        )
+        if buckets[-1] < max_prompt_length:
+            raise SamplerError(f"prompt_buckets must reach max_prompt_length={max_prompt_length}: got {buckets}.")
         self.config = config
         self.sampling = SamplingParams() if sampling is None else sampling
         self.max_prompt_length, self.max_new_tokens, self.min_new_tokens = (

@@ -1,6 +1,7 @@
 """Checkpoints in the Hugging Face layout, read and written without torch, one tensor at a time."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from grpo_sampler._arguments import brief, check_int
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import WeightsError
 from grpo_sampler._layout import Index, Leaf, check_params, leaves, listed, value_of
@@ -54,19 +56,20 @@ def load_pretrained(
 
     Raises:
         UnsupportedModelError: an architecture that is not supported.
-        WeightsError: no such model; a tensor that is missing, unexpected or misshaped; a damaged file; weights of
-            several types and no `dtype`.
+        SamplerError: a config.json that is missing or invalid.
+        WeightsError: no such model; a tensor that is missing, unexpected, misshaped or not finite; a damaged file;
+            weights of several types and no `dtype`.
     """
     folder = _folder(path_or_hub_id, revision)
+    if dtype is not None:
+        dtype = _floating(dtype)
     config = ModelConfig.from_file(folder)
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise WeightsError(f"dtype must be a floating type: got {jnp.dtype(dtype).name}.")
     table = leaves(config)
     params: Params = {}
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
         _check(files, table, config, folder)
-        target = _stored_dtype(files, table, folder) if dtype is None else jnp.dtype(dtype)
+        target = _stored_dtype(files, table, folder) if dtype is None else dtype
         for leaf in table:
             branch = params
             for key in leaf.path[:-1]:
@@ -90,15 +93,18 @@ def save_pretrained(
         max_shard_bytes: size above which the weights are split into several files with an index.
 
     Raises:
+        SamplerError: `config` is not a ModelConfig, or `max_shard_bytes` is not positive.
         WeightsError: parameters that do not match the configuration, or are of several types.
+        OSError: the folder cannot be written.
     """
-    table = leaves(config)
     check_params(params, config)
+    check_int("max_shard_bytes", max_shard_bytes, 1, 2**63 - 1)
     if config.lora is not None:
         raise WeightsError(
             "params must be without adapters: got config.lora. Save `merge_adapters(params, config)` with "
             "`dataclasses.replace(config, lora=None)`, or the adapters alone with `save_adapters`."
         )
+    table = leaves(config)
     values = {leaf: value_of(params, leaf.path) for leaf in table}
     dtypes = {np.dtype(value.dtype).name for value in values.values()}
     if len(dtypes) > 1:
@@ -142,10 +148,25 @@ def save_pretrained(
     _write_json(target / "config.json", config.to_hf(dtypes.pop()))
 
 
+def _floating(dtype: Any) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise WeightsError(f"dtype must be a floating type such as jnp.bfloat16: got {brief(dtype)}.") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise WeightsError(f"dtype must be a floating type: got {found.name}.")
+    return found
+
+
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise WeightsError(f"path_or_hub_id must be a folder or a Hub id: got {brief(path_or_hub_id)}.")
     path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise WeightsError(f"{brief(os.fspath(path))} cannot be read: {error.strerror}.") from error
     name = os.fspath(path_or_hub_id)
     if not _HUB_ID.fullmatch(name):
         raise WeightsError(
@@ -174,10 +195,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         names = [_SINGLE]
     elif (folder / _INDEX).exists():
         try:
-            promised = dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            promised = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightsError(f"{folder / _INDEX} must contain a weight_map: {error!r}.") from error
-        names = sorted(set(promised.values()))
+        names = _file_names(promised, folder)
     else:
         raise WeightsError(
             f"{folder} must contain {_SINGLE} or {_INDEX}: got neither. Only safetensors are read; "
@@ -186,18 +207,34 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for name in names:
         try:
+            if not (folder / name).exists():
+                raise WeightsError(f"{folder / name} must exist, because the index names it: it does not.")
+            if not (folder / name).is_file():
+                raise WeightsError(f"{folder / name} must be a file: it is a folder or a device.")
             file = stack.enter_context(safe_open(folder / name, framework="numpy"))
-        except FileNotFoundError:
-            raise WeightsError(f"{folder / name} must exist, because the index names it: it does not.") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{folder / name} must be a complete safetensors file: {error}. Download it again."
             ) from error
-        files |= dict.fromkeys(file.keys(), file)
+        # Of a tensor in two files the index says which one counts.
+        files |= {key: file for key in file.keys() if promised.get(key, name) == name}  # noqa: SIM118 - not a mapping
     lost = sorted(set(promised) - set(files))
     if lost:
         raise WeightsError(f"{folder / _INDEX} must name only tensors of its files: no file holds {listed(lost)}.")
     return files
+
+
+def _file_names(weight_map: Any, folder: Path) -> list[str]:
+    """The files of an index. They must lie beside it: a checkpoint has no business elsewhere."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{folder / _INDEX}: weight_map must map tensors to files: got {brief(weight_map)}.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise WeightsError(
+                f"{folder / _INDEX}: weight_map must name safetensors files of its own folder: got {brief(name)} for "
+                f"{brief(tensor)}."
+            )
+    return sorted(set(weight_map.values()))
 
 
 def _check(files: Mapping[str, Any], table: list[Leaf], config: ModelConfig, folder: Path) -> None:
@@ -251,17 +288,35 @@ def _place(leaf: Leaf, files: Mapping[str, Any], dtype: jnp.dtype, sharding: jax
             leaf.read(lambda at, name=name: files[name].get_slice(name)[at], inner) for name in chosen
         )
         if leaf.layers is None:
-            return np.asarray(next(parts), dtype=dtype, order="C")
+            with np.errstate(over="ignore"):  # what the type cannot hold is named by _finite
+                return _finite(np.asarray(next(parts), dtype=dtype, order="C"), names[0])
         first = next(parts)
         out = np.empty((len(chosen), *first.shape), dtype)
-        out[0] = first
-        for i, part in enumerate(parts, start=1):
-            out[i] = part
+        for i, part in enumerate(itertools.chain([first], parts)):
+            with np.errstate(over="ignore"):
+                out[i] = part
+            _finite(out[i], chosen[i])
         return out
 
     if sharding is None:
         return jax.device_put(block(None))
     return jax.make_array_from_callback(leaf.shape, sharding, block, dtype=dtype)
+
+
+def _finite(values: np.ndarray, name: str) -> np.ndarray:
+    """Returns the values, unless one is NaN or infinite: training diverged, or the type is too narrow."""
+    if values.dtype.itemsize == 2:
+        # Numbers whose exponent is all ones: many times as fast as ml_dtypes' own test.
+        exponent = np.uint16(0x7F80 if values.dtype == jnp.bfloat16 else 0x7C00)
+        bad = (values.view(np.uint16) & exponent) == exponent
+    else:
+        bad = ~np.isfinite(values)
+    if bad.any():
+        raise WeightsError(
+            f"weights must be finite: {name} holds {int(bad.sum()):,} values that are NaN or infinite, as "
+            f"{values.dtype.name}. Download it again, or use an earlier checkpoint of its training."
+        )
+    return values
 
 
 def _pick(sharding: ShardingChoice, leaf: Leaf) -> jax.sharding.Sharding | None:

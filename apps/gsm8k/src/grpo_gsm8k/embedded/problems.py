@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from grpo_gsm8k.embedded.templates import ITEMS, NAMES, TEMPLATES, Template
+from grpo_trainer.settings.paths import argument_path, writing_to
 from grpo_trainer.task import Split, Task
 
 TEST_SHARE = 8  # one number combination in eight belongs to the test split
@@ -113,12 +114,14 @@ def write_splits(folder: Path, *, train: int = 20_000, test: int = 1_000, seed: 
 def main(_: Task, arguments: Sequence[str]) -> int:
     """``make-data``: write ``train.jsonl`` and ``test.jsonl``."""
     parser = argparse.ArgumentParser(prog="grpo-gsm8k make-data", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=argument_path)
     parser.add_argument("--train", type=int, default=8_192, help="training problems (default: %(default)s)")
     parser.add_argument("--test", type=int, default=1_024, help="test problems (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    for path in write_splits(given.folder, train=given.train, test=given.test, seed=given.seed):
+    with writing_to(given.folder):
+        paths = write_splits(given.folder, train=given.train, test=given.test, seed=given.seed)
+    for path in paths:
         print(path)
     return 0
 

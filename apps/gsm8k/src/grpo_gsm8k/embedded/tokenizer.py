@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from grpo_gsm8k.embedded.problems import generate
 from grpo_trainer.assemble.teach import make_tokenizer
+from grpo_trainer.settings.paths import argument_path, writing_to
 from grpo_trainer.task import Task
 
 __all__ = ["main", "texts"]
@@ -21,7 +21,9 @@ def texts() -> list[str]:
 def main(_: Task, arguments: Sequence[str]) -> int:
     """``make-tokenizer``: write the tokenizer of the embedded problems."""
     parser = argparse.ArgumentParser(prog="grpo-gsm8k make-tokenizer", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=argument_path)
     given = parser.parse_args(arguments)
-    print(f"{given.folder}: {make_tokenizer(given.folder, texts())} tokens")
+    with writing_to(given.folder):
+        count = make_tokenizer(given.folder, texts())
+    print(f"{given.folder}: {count} tokens")
     return 0

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from grpo_sampler import LoRA, ModelConfig, init_adapters, load_adapters
+from grpo_trainer.data.hub import HubError, download, is_hub_id
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
 
@@ -25,7 +24,7 @@ _FREE = ("bos_id", "eos_ids", "max_positions")
 
 
 def policy_folder(setting: str, path: str, shipped: Mapping[str, Path]) -> Path:
-    """Find a policy; a Hub id is downloaded, and this is the only place that reaches the network.
+    """Find a policy; a Hub id is downloaded.
 
     Args:
         setting: key that the path was given under, for errors.
@@ -42,16 +41,16 @@ def policy_folder(setting: str, path: str, shipped: Mapping[str, Path]) -> Path:
         return shipped[path]
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
+    if not is_hub_id(path):
         names = "".join(f"`{name}`, " for name in shipped)
         raise ConfigError(
             f"{setting} must be {names}a folder, or a Hub id such as Qwen/Qwen2.5-0.5B: got {path!r}. "
             f"There is no folder {Path(path).expanduser().absolute()}"
         )
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"{setting}={path!r} is not a local folder, and the Hub download failed: {error}") from error
+        return download(path, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+    except HubError as error:
+        raise ConfigError(f"{setting}={path!r} is not a local folder, and {error}") from error
 
 
 def model_config(path: str, shipped: Mapping[str, Path]) -> ModelConfig:

@@ -16,6 +16,7 @@ from grpo_loss import TrainState
 from grpo_mesh import digest, make_mesh
 from grpo_sampler import ModelConfig, load_pretrained
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.cautions import cautions
 from grpo_trainer.assemble.policy import check_same_model, first_adapters, policy_folder
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
@@ -80,6 +81,7 @@ class Run:
         prompt: one whole prompt as the model sees it, special tokens and all.
         identity: what a checkpoint must agree with.
         description: lines to print at the start.
+        cautions: what a practitioner would warn of.
     """
 
     plan: Blueprint
@@ -95,6 +97,7 @@ class Run:
     prompt: str
     identity: dict[str, Any]
     description: tuple[str, ...]
+    cautions: tuple[str, ...]
 
     @property
     def settings(self) -> Settings:
@@ -163,6 +166,14 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         identity=identity,
         prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
         description=_description(plan, problems, asked),
+        cautions=tuple(
+            cautions(
+                settings,
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                kept=len(problems.questions.problems),
+                dropped=problems.questions.dropped,
+            )
+        ),
     )
 
 
@@ -228,7 +239,7 @@ def _adapters(plan: Blueprint) -> Any:
 
 
 def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:
-    settings, dropped = plan.settings, problems.questions.dropped
+    settings, dropped = plan.settings, (problems.questions.dropped, asked.dropped)
     trained = {problem.question for problem in problems.questions.problems}
     shared = sum(problem.question in trained for problem in asked.problems)
     moved, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
@@ -240,7 +251,7 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
         f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
         f"{len(asked.problems):,} held out"
-        + (f", {dropped:,} over-long ones dropped" if dropped else "")
+        + (f"; over-long ones dropped: {dropped[0]:,} to train on, {dropped[1]:,} held out" if any(dropped) else "")
         + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),
         f"devices  {plan.device}, mesh {axes}",
         f"steps    {settings.steps}, each {settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",

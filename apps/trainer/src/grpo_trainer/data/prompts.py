@@ -145,7 +145,16 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
                 asked, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
             ),
         )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    # What a template computes may fail in any way that Python's operators do.
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         turns = "system, user" if style.system else "user"
         raise PromptError(
             f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {error}. Without a system "

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Overlong = Literal["refuse", "drop"]
 
+_LAST_PROBLEM = 2**48  # so many are put to the policy in no run
+_LONGEST_TOKEN = 256  # characters; that no prompt has on average for each of its tokens
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -30,10 +33,12 @@ class Asked:
     Args:
         prompts: their token ids, padded to one length for the whole run.
         problems: what they say, in the same order.
+        dropped: how many over-long ones of their split were left out.
     """
 
     prompts: Prompts
     problems: tuple[Problem, ...]
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,23 @@ class Questions:
     dropped: int
     digest: str
 
-    def ask(self, index_P: Sequence[int] | np.ndarray) -> Asked:
-        """Pick problems by their index in the data set."""
-        index_P = np.asarray(index_P, np.int32)
+    def ask(self, prompt_id_P: Sequence[int] | np.ndarray) -> Asked:
+        """Pick problems.
+
+        Args:
+            prompt_id_P: their indices in the data set, plus its size for every epoch before: samples are a function of
+                the prompt id, and a problem that comes again in the same step must not get the same ones.
+        """
+        prompt_id_P = np.asarray(prompt_id_P)
+        index_P = prompt_id_P % len(self.problems)
         prompts = Prompts(
             tokens_PT=self.tokens_NT[index_P],
             length_P=self.length_N[index_P],
-            prompt_id_P=index_P,
+            prompt_id_P=(prompt_id_P % 2**31).astype(np.int32),
             vocab_size=self.vocab_size,
             pad_id=self.pad_id,
         )
-        return Asked(prompts, tuple(self.problems[index] for index in index_P))
+        return Asked(prompts, tuple(self.problems[index] for index in index_P), self.dropped)
 
 
 def tokenize(
@@ -97,13 +108,23 @@ def tokenize(
         DataError: if a prompt is too long, or none is left, or ids do not fit the model's vocabulary.
         PromptError: if a prompt cannot be made.
     """
-    ids = encode_prompts(problems, tokenizer, PromptStyle() if style is None else style)
+    if not problems:
+        raise DataError("there must be at least one problem besides those of prompt.examples: there is none")
+    huge = next((problem for problem in problems if len(problem.question) > _LONGEST_TOKEN * max_length), None)
+    if huge is not None and overlong == "refuse":
+        raise DataError(
+            f"{huge.place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): the question of "
+            f"this one has {len(huge.question):,} characters"
+        )
+    # Nobody waits for megabytes to become tokens that cannot fit.
+    read = [problem for problem in problems if len(problem.question) <= _LONGEST_TOKEN * max_length]
+    ids = encode_prompts(read, tokenizer, PromptStyle() if style is None else style)
     fitting = [n for n, row in enumerate(ids) if len(row) <= max_length]
-    if overlong == "refuse" and len(fitting) < len(problems):
+    if overlong == "refuse" and len(fitting) < len(read):
         first = next(n for n, row in enumerate(ids) if len(row) > max_length)
         raise DataError(
-            f"{problems[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
-            f"this one has {len(ids[first])}, {len(problems) - len(fitting)} of {len(problems)} are too long, "
+            f"{read[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
+            f"this one has {len(ids[first])}, {len(read) - len(fitting)} of {len(read)} are too long, "
             f"the longest has {max(map(len, ids))}"
         )
     if not fitting:
@@ -120,7 +141,7 @@ def tokenize(
             f"prompts must hold ids below the model's vocabulary of {size}: got {tokens_NT.max()}. "
             "Is this the model's own tokenizer?"
         )
-    kept = tuple(problems[n] for n in fitting)
+    kept = tuple(read[n] for n in fitting)
     length_N = np.array([len(ids[n]) for n in fitting], np.int32)
     return Questions(kept, tokens_NT, length_N, size, pad_id, len(problems) - len(fitting), digest(kept))
 
@@ -150,8 +171,11 @@ class ProblemStream(Iterator[Asked]):
             )
         self.questions = questions
         share = count // shards
-        steps = grain.MapDataset.range(len(questions.problems)).seed(seed).shuffle().repeat().batch(count)
-        mine = steps.map(lambda index_P: index_P[shard * share : (shard + 1) * share])
+        size = len(questions.problems)
+        # Not endless: grain cannot count batches of one of a data set as long as an integer can say.
+        order = grain.MapDataset.range(size).seed(seed).shuffle().repeat(_LAST_PROBLEM // size)
+        ids = order.map_with_index(lambda position, index: index + position // size * size)
+        mine = ids.batch(count).map(lambda id_P: id_P[shard * share : (shard + 1) * share])
         # The work is a few array look-ups: threads that read ahead would only take time from the rollout.
         self._steps = iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise TokenizerError(f"{path} must hold a tokenizer, one of {', '.join(_TOKENIZER_FILES)}: it holds none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
         raise TokenizerError(
-            f"the tokenizer of {path} cannot be loaded: {error}. Are its files there, and whole?"
+            f"the tokenizer of {path} cannot be loaded: {type(error).__name__}: {reason}. Are its files there, whole, "
+            f"and of a version that tokenizers {metadata.version('tokenizers')} reads?"
         ) from error
     if tokenizer.eos_token_id is None:
         raise TokenizerError(f"the tokenizer of {path} must have an eos_token, which ends a completion: it has none")

@@ -18,6 +18,7 @@ from grpo_trainer.evaluate.estimates import Difference
 from grpo_trainer.report.results import summary_accuracies
 from grpo_trainer.run.files import locate_run, read_summary, writing
 from grpo_trainer.settings.layers import load_saved
+from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
@@ -58,8 +59,9 @@ def main(task: Task, arguments: Sequence[str]) -> int:
         Exit code 0.
     """
     parser = argparse.ArgumentParser(prog=f"grpo-{task.name} export", description=_HELP, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="folder of a run, or of one checkpoint such as RUN/checkpoints/step_40")
-    parser.add_argument("folder", type=Path, help="where to write; must be empty or missing")
+    run_help = "folder of a run, or of one checkpoint such as RUN/checkpoints/step_40"
+    parser.add_argument("run", type=argument_path, help=run_help)
+    parser.add_argument("folder", type=argument_path, help="where to write; must be empty or missing")
     parser.add_argument("--step", type=int, help="checkpoint of this step; default: the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's model.dtype")
     given = parser.parse_args(arguments)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo_contracts import TrainBatch
 from grpo_trainer.run.capsule import CapsuleError, read_capsule
+from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
 from grpo_trainer.task import Task
 
@@ -39,7 +39,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
         Exit code: 0 where something was not finite again, 1 where everything is finite here.
     """
     parser = argparse.ArgumentParser(prog=f"grpo-{task.name} replay", description=_HELP)
-    parser.add_argument("file", type=Path, help="capsule-*.zip of a run folder, beside the run's checkpoints")
+    parser.add_argument("file", type=argument_path, help="capsule-*.zip of a run folder, beside the run's checkpoints")
     path = parser.parse_args(arguments).file
     capsule, batch = read_capsule(path)
     settings = capsule.settings.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slices": ()})

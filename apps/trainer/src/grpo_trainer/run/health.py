@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
-from grpo_contracts import GrpoError, PolicyVersion, Rollout, TrainBatch
+from grpo_contracts import GrpoError, PolicyVersion, Rollout, Scored, TrainBatch
 from grpo_mesh import digest
+from grpo_trainer.report.printable import printable
+from grpo_trainer.rewards.scoring import Transcript
 from grpo_trainer.rewards.workers import FAILURES
 from grpo_trainer.run.capsule import Capsule, write_capsule
 from grpo_trainer.run.folder import RunFolder
@@ -28,6 +31,9 @@ _USUAL_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
 # A condition that comes and goes for days is reported this often: warnings are kept, and saved with every checkpoint.
 _MOST = 3
+
+_MOSTLY = 0.5  # share of completions that are cut, above which the limit decides what is learned
+_EXCERPT = 300  # characters of a completion in a warning
 
 
 class Diverged(GrpoError, RuntimeError):
@@ -94,6 +100,24 @@ class Health:
                 )
         self._folder.reward_failures(step, failures)
 
+    def check_rewards(self, step: int, scored: Scored, transcript: Transcript) -> None:
+        """Warn where every reward of the first step is 0, with what the policy wrote.
+
+        Args:
+            step: 1 for the first.
+            scored: the step's completions with their rewards.
+            transcript: their texts.
+        """
+        if step == 1 and scored.scored_B.any() and not np.any(scored.reward_BN):
+            said = printable(transcript.completions[0][:_EXCERPT], newlines=False)
+            self._warn(
+                step,
+                "unrewarded",
+                True,
+                f"every reward of the first step is 0: nothing can be learned from it. The policy wrote, for example: "
+                f"{said!r}. Does the prompt ask for the form that the rewards read (prompt.instruction)?",
+            )
+
     def watch(self, step: int, learned: Mapping[str, float]) -> dict[str, float]:
         """Look at a step's metrics; warn once of each thing that begins to be wrong, the first few times it does.
 
@@ -120,9 +144,10 @@ class Health:
         self._warn(
             step,
             "truncated",
-            learned["completions/clipped_ratio"] == 1,
-            f"every completion reached rollout.max_new_tokens={self._settings.rollout.max_new_tokens} and was cut: "
-            "allow more tokens, or check that the policy knows its end token",
+            learned["completions/clipped_ratio"] > _MOSTLY,
+            f"{learned['completions/clipped_ratio']:.0%} of the completions reached rollout.max_new_tokens="
+            f"{self._settings.rollout.max_new_tokens} and were cut: allow more tokens, or check that the policy knows "
+            "its end token",
         )
         self._warn(
             step,

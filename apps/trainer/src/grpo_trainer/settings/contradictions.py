@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from typing import TYPE_CHECKING
+
+from grpo_trainer.settings.paths import path_faults
 
 if TYPE_CHECKING:
     from grpo_trainer.settings.schema import Settings
@@ -21,6 +24,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
         Sentences that name the keys, what came, and what to do.
     """
     rollout, loss, optimizer = settings.rollout, settings.loss, settings.optimizer
+    yield from path_faults(settings)
     if loss.kl_coefficient > 0 and loss.reference == "none":
         yield (
             f"loss.kl_coefficient is {loss.kl_coefficient:g} but loss.reference is `none`, so there is nothing to "
@@ -62,6 +66,8 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield f"prompt.template must hold {{prompt}}, where the question goes: got {prompt.template!r}"
     if prompt.template and prompt.arguments:
         yield "prompt.arguments are those of the chat template, which prompt.template replaces: set one of the two"
+    if not _is_date(prompt.date):
+        yield f"prompt.date must be a day of the calendar as YYYY-MM-DD: got {prompt.date!r}"
     if prompt.examples and prompt.examples_file:
         yield "prompt.examples and prompt.examples_file must not both be set: take examples from one place"
     if rollout.prompts % loss.minibatches:
@@ -97,6 +103,14 @@ def contradictions(settings: Settings) -> Iterator[str]:
             f"cpu_devices={settings.cpu_devices} forces CPU devices but slices=[{', '.join(settings.slices)}] names "
             "TPU slices: set cpu_devices=0, or slices=[]"
         )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _of_the_objective(settings: Settings) -> Iterator[str]:

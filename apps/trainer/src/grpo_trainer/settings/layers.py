@@ -16,12 +16,19 @@ from pydantic.fields import FieldInfo
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from grpo_trainer.settings.paths import path_fault
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
 
 __all__ = ["DEFAULTS", "changed_keys", "dump", "flat", "load", "load_saved", "preset_files"]
 
 DEFAULTS = "laptop"  # the preset that holds a task's defaults
+
+_LONGEST_FILE = 1_000_000  # bytes of YAML
+_LONGEST_NUMBER = 100  # characters
+_DEEPEST = 20  # levels of brackets or indentation
+_SHOWN = 200  # characters of a value in a message
+_NEAR, _BEGINNING = 0.75, 4  # similarity, or letters of its beginning, that make a valid key the one that was meant
 
 
 def load(task: Task, configs: Sequence[str] = (), sets: Sequence[str] = ()) -> Settings:
@@ -91,12 +98,16 @@ def preset_files(task: Task) -> dict[str, Path]:
 
 def _read(name: str, presets: Mapping[str, Path]) -> tuple[str, str]:
     source = f"preset {name}" if name in presets else name
-    path = presets.get(name, Path(name))
-    if not path.is_file():
-        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
-        guess = f" Did you mean {near[0]}?" if near else ""
-        _refuse(f"--config must be a YAML file or a preset ({', '.join(presets)}): got {name!r}.{guess}")
+    if name not in presets and (fault := path_fault(name)):
+        _refuse(f"--config {fault}")
+    path = presets[name] if name in presets else Path(name).expanduser()
     try:
+        if not path.is_file():
+            near = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            _refuse(f"--config must be a YAML file or a preset ({', '.join(presets)}): got {name!r}.{guess}")
+        if path.stat().st_size > _LONGEST_FILE:
+            _refuse(f"--config {name} must be at most {_LONGEST_FILE:,} bytes: it has {path.stat().st_size:,}")
         return source, path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         _refuse(f"--config {name} cannot be read: {error}")
@@ -114,7 +125,8 @@ def _with_prompt(merged: dict[str, Any], task: Task) -> dict[str, Any]:
     prompt = merged.get("prompt", {})
     if prompt.get("instruction") is not None:
         return merged
-    shipped = merged.get("model", {}).get("path", Settings().model.path) in task.policies
+    path = merged.get("model", {}).get("path", Settings().model.path)
+    shipped = isinstance(path, str) and path in task.policies
     return merged | {"prompt": prompt | {"instruction": "" if shipped else task.instruction}}
 
 
@@ -140,7 +152,7 @@ def _assigned(assignment: str) -> dict[str, Any]:
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key:
-        _refuse(f"--set must look like key=value, such as rollout.group_size=8: got {assignment!r}")
+        _refuse(f"--set must look like key=value, such as rollout.group_size=8: got {_cut(repr(assignment))}")
     field = _field(key)
     if field is None and _section(key) is None:
         _refuse(_unknown(key, "--set"))
@@ -183,14 +195,37 @@ def _valid_keys(prefix: str = "") -> list[str]:
 
 
 def _unknown(key: str, source: str) -> str:
-    valid = _valid_keys()
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)[0]
-    leaf = key.rpartition(".")[2]
-    # `group_size` alone, or `sampler.group_size`: the last part is right and only its section is missing or wrong.
-    near = next((known for known in valid if known.rpartition(".")[2] == leaf), near)
+    near = _nearest(key)
+    if near is None:
+        name = key.partition(".")[0]
+        section = _section(name)
+        where = f"{name} has {', '.join(section.model_fields)}" if section else "--print-config shows all keys"
+        return f"{source}: unknown key {_cut(key)!r}: {where}."
     field = _field(near)
     expected = f", which takes {_expected(field)}: {field.description}" if field else ""
     return f"{source}: unknown key {key!r}. The nearest valid key is {near!r}{expected}."
+
+
+def _nearest(key: str) -> str | None:
+    """The valid key that was probably meant, or None: a guess that is far off misleads."""
+    valid = _valid_keys()
+    section, _, leaf = key.rpartition(".")
+    # `group_size` alone, or `sampler.group_size`: the last part is right and only its section is missing or wrong.
+    if same := next((known for known in valid if known.rpartition(".")[2] == leaf), None):
+        return same
+    # Section and last part are compared apart: a long section that is right must not lend its likeness to the rest.
+    leaves = [known.rpartition(".")[2] for known in valid if not section or known.rpartition(".")[0] == section]
+    leaves = leaves or [known.rpartition(".")[2] for known in valid]
+    near = difflib.get_close_matches(leaf[:_SHOWN], leaves, n=1, cutoff=_NEAR)
+    near = near or [known for known in leaves if len(leaf) >= _BEGINNING and known.startswith(leaf)]
+    found = [known for known in valid if near and known.rpartition(".")[2] == near[0]]
+    return next((known for known in found if known.rpartition(".")[0] == section), found[0] if found else None)
+
+
+def _cut(value: Any) -> str:
+    """A value as text, short enough for a message."""
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _checked_keys(given: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -220,7 +255,7 @@ def _faults_in_section(key: str, given: Any, source: str) -> Iterator[str]:
     section = _section(key) or Settings
     if not isinstance(given, dict):
         leaves = ", ".join(section.model_fields)
-        yield f"{source}: {key!r} is a section and must hold keys ({leaves}): got {given!r}."
+        yield f"{source}: {key!r} is a section and must hold keys ({leaves}): got {_cut(repr(given))}."
         return
     for leaf, value in given.items():
         if leaf not in section.model_fields:
@@ -285,7 +320,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
         if options and isinstance(got, str):
             near = difflib.get_close_matches(got, options, n=1, cutoff=0.6)
             hint = f" Did you mean {near[0]}?" if near else ""
-        what = "nothing" if got is None else f"{got!r} ({type(got).__name__})"
+        what = "nothing" if got is None else f"{_cut(repr(got))} ({type(got).__name__})"
         yield f"{key} must be {_expected(field)} ({field.description}): got {what}{item}.{hint}"
 
 
@@ -327,22 +362,37 @@ def _expected(field: FieldInfo) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-3 is a number, `no` and `on` and 1:30 are text; keys once; no aliases."""
+    """YAML 1.2's scalars: 1e-3 is a number, `no` and `on` and 1:30 are text; keys once; no aliases, no tags."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own attribute
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise ComposerError(None, None, "aliases (*name) are not read here", event.start_mark)
-        return super().compose_node(parent, index)
+        # A tag makes PyYAML build what the text may not be: !!int abc, !!timestamp abc.
+        if getattr(event, "tag", None) is not None:
+            raise ComposerError(None, None, "tags (!!name) are not read here", event.start_mark)
+        if self.depth == _DEEPEST:
+            raise ComposerError(None, None, f"more than {_DEEPEST} levels deep", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if node.tag in _NUMBERS and len(value) > _LONGEST_NUMBER:
+            raise ConstructorError(None, None, f"a number has at most {_LONGEST_NUMBER} characters", node.start_mark)
+        return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, Any] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise ConstructorError(None, None, f"key {key!r} must be text", key_node.start_mark)
+                raise ConstructorError(None, None, f"key {_cut(repr(key))} must be text", key_node.start_mark)
             if key in seen:
                 message = f"key {key!r} is given twice (first on line {seen[key].line + 1})"
                 raise ConstructorError(None, None, message, key_node.start_mark)
@@ -356,6 +406,7 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", "~nN\0"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -379,7 +430,7 @@ def _parse(text: str, source: str, *, document: bool = True) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None and document else ""
-        _refuse(f"{source}{where}: not valid YAML: {getattr(error, 'problem', None) or error}")
+        _refuse(f"{source}{where}: not valid YAML: {_cut(getattr(error, 'problem', None) or error)}")
     if not document:
         return value
     if value is None:

@@ -22,6 +22,7 @@ from grpo_trainer.data.stream import tokenize
 from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.settings.layers import load
+from grpo_trainer.settings.paths import argument_path, writing_to
 from grpo_trainer.task import Task
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def warmstart(
         description="Make the tokenizer and the policy and write them in Hugging Face layout.",
     )
     parser.add_argument(
-        "--out", type=Path, default=folder, help="folder to write (default: the embedded policy itself)"
+        "--out", type=argument_path, default=folder, help="folder to write (default: the embedded policy itself)"
     )
     taught = teacher()
     # Where both have a field, such as `seed`, one option sets both.
@@ -139,18 +140,21 @@ def warmstart(
     taught = teacher(**{field.name: given[field.name] for field in fields(cast(Any, teacher))})
 
     started = time.monotonic()
-    vocab_size = make_tokenizer(folder, texts())
+    with writing_to(folder):
+        vocab_size = make_tokenizer(folder, texts())
     tokenizer = load_tokenizer(folder)
     config = recipe.model(vocab_size, cast("int", tokenizer.eos_token_id))
     params = train_policy(config, lessons(tokenizer, taught), recipe)
-    save_pretrained(folder, config, params)
+    with writing_to(folder):
+        save_pretrained(folder, config, params)
     generation = {
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": True,
         "temperature": 1.0,
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    with writing_to(folder):
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{folder}: {size:,} parameters, {time.monotonic() - started:.0f} s")
     print(f"held-out problems: {measure(config, params, tokenizer, task)}")

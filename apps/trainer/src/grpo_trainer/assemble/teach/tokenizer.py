@@ -50,7 +50,8 @@ def make_tokenizer(folder: Path, texts: Iterable[str], *, multiple_of: int = 64)
         raise TokenizerError("texts must hold at least one text to learn words from: got none")
     tokenizer = _train([*read, f"{_TURN}user\n{_END}\n{_TURN}assistant\n"], multiple_of)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not tokenizer.save: it raises a bare Exception where the file cannot be written.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "bos_token": None,
