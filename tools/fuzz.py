@@ -329,7 +329,7 @@ def fuzz(name: str, cases: int, seed: int, *, first: int = 0) -> tuple[Counter[s
             except GrpoError:
                 counts["refused"] += 1
             except Exception:  # noqa: BLE001 - whatever escapes is what is looked for
-                faults.append(f"{name}, seed {seed}, case {number}: {traceback.format_exc(limit=-4)}")
+                faults.append(f"{name}, seed {seed}, case {number}: {traceback.format_exc(limit=-4)[-3000:]}")
             finally:
                 signal.alarm(0)
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -107,7 +107,8 @@ def test_sequences_without_an_advantage_are_not_computed_but_counted(data, objec
     assert less.count < everything.count
     (expected, known), (state, metrics) = (update(fresh(), packed) for packed in (everything, less))
     assert tree_difference(state.params, expected.params) < 1e-6
-    assert tree_difference(state.opt_state[0].mu, expected.opt_state[0].mu) < 1e-5
+    moments: list[Any] = [state.opt_state, expected.opt_state]
+    assert tree_difference(moments[0][0].mu, moments[1][0].mu) < 1e-5
     for name in ("loss", "policy_loss", "grad_norm", "denominator"):
         np.testing.assert_allclose(metrics[name], known[name], rtol=1e-5, err_msg=name)
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def test_a_sampler_draws_from_the_merged_network(unroll):
 def test_shared_prompts_and_packed_rows_have_adapters_too():
     config, params = with_lora(), base_params()
     joined = join_adapters(params, moved(config))
-    packed = {
+    packed: dict[str, Any] = {
         "prompt_tokens_PT": TOKENS[:1, :4],
         "prompt_length_P": jnp.asarray([4]),
         "tokens_RT": TOKENS[:1, 4:],

@@ -55,6 +55,8 @@ def save_batch(batch: Stage, path: str | os.PathLike[str]) -> None:
     from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
     validate(batch)
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fsdecode(path):
+        raise broken("argument", "path", "path", "the path of a file", describe(path))
     host = fetch(batch)
     arrays: dict[str, np.ndarray] = {}
     body = _encode(host, "", arrays)

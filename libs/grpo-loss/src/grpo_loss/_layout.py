@@ -12,6 +12,7 @@ needs no communication.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -76,13 +77,8 @@ class Forward(Protocol):
         ...
 
 
-@runtime_checkable
-class FrozenForward(Protocol):
-    """A network of which a part is trained; the rest is given to updates and scoring passes as `frozen`."""
-
-    def __call__(self, params: Params, micro: MicroBatch, /, *frozen: Params) -> tuple[jax.Array, jax.Array]:
-        """As of `Forward`."""
-        ...
+# A network of which a part is trained: `(params, micro, *frozen)`, the rest being what updates are given as frozen.
+FrozenForward: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass

@@ -50,8 +50,9 @@ class LossTerms:
 
         Differentiate the local numerator first: the gradient of a batch is the `psum` of the gradients.
         """
-        added = jax.lax.psum((self.numerator, self.denominator, self.metrics, self.parts), axis_name)
-        return LossTerms(*added[:3], jax.lax.pmax(self.maxima, axis_name), added[3])
+        added = self.numerator, self.denominator, self.metrics, self.parts
+        numerator, denominator, metrics, parts = jax.lax.psum(added, axis_name)
+        return LossTerms(numerator, denominator, metrics, jax.lax.pmax(self.maxima, axis_name), parts)
 
     def loss(self) -> Scalar:
         """`numerator / denominator`; 0 for a batch without a token that counts, whose numerator is 0."""

@@ -18,6 +18,8 @@ BATCH_AXES = ("dp", "fsdp")
 AXES = (*BATCH_AXES, "tp")
 Device = Any  # to a type checker jax.Device is a variable, not a type
 
+_LONGEST_SIZE = 9  # digits
+
 
 def parse_mesh(spec: str | Mapping[str, int], device_count: int, slice_count: int = 1) -> dict[str, int]:
     """Resolves a mesh specification to the size of every axis.
@@ -134,7 +136,7 @@ def _parse_sizes(spec: str) -> dict[str, int]:
             raise MeshError(f"mesh {spec!r}: unknown axis {name!r}; the axes are {', '.join(AXES)}.")
         if name in sizes:
             raise MeshError(f"mesh {spec!r}: axis {name} is given twice.")
-        if not text.removeprefix("-").isdecimal() or (int(text) < 1 and int(text) != -1):
+        if not text.removeprefix("-").isdecimal() or len(text) > _LONGEST_SIZE or (int(text) < 1 and int(text) != -1):
             raise MeshError(f"mesh {spec!r}: {name} must be a positive whole number or -1: got {text!r}.")
         sizes[name] = int(text)
     return sizes

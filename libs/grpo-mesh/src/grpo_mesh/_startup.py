@@ -31,7 +31,7 @@ def force_cpu_devices(count: int, *, setting: str = "force_cpu_devices") -> None
     Raises:
         HostsError: the count is not positive, XLA_FLAGS asks for another number, or jax has started its devices.
     """
-    if count < 1:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise HostsError(f"{setting} must be at least 1: got {count}.")
     flags = os.environ.get("XLA_FLAGS", "")
     given = re.search(rf"{FORCED_DEVICES}=(\d+)", flags)
@@ -60,10 +60,12 @@ def use_compilation_cache(folder: str | os.PathLike[str], *, setting: str = "the
     Raises:
         HostsError: the folder cannot be made.
     """
-    path = Path(folder).expanduser().absolute()
+    if not isinstance(folder, str | os.PathLike):
+        raise HostsError(f"{setting} must be a folder: got a {type(folder).__name__}.")
     try:
+        path = Path(folder).expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # also no such user, and null characters
         raise HostsError(f"{setting} must be a writable folder: {error}.") from error
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Small programs are most of a small run's compilation: keep them all, not only those that took a second.

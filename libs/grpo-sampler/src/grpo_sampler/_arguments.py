@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_sampler._errors import SamplerError
@@ -43,6 +44,25 @@ def check_number(name: str, value: Any) -> float:
     if not plain or not 0 < value < 1e300 or not math.isfinite(value):
         raise SamplerError(f"{name} must be a positive number: got {brief(value)}.")
     return float(value)
+
+
+def check_floating(name: str, dtype: Any) -> jnp.dtype:
+    """Returns an argument as a floating type.
+
+    Args:
+        name: of the argument.
+        dtype: what came.
+
+    Raises:
+        SamplerError: it is no type, or not a floating one.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise SamplerError(f"{name} must be a floating type such as jnp.bfloat16: got {brief(dtype)}.") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise SamplerError(f"{name} must be a floating type: got {found.name}.")
+    return found
 
 
 def brief(value: Any) -> str:

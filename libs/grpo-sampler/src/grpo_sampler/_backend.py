@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout
+from grpo_sampler._arguments import brief
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._layout import check_params
 from grpo_sampler._sampler import Sampler
@@ -37,9 +38,11 @@ class SamplerBackend:
             params: as for `Sampler.generate`; may be donated afterwards.
             policy: their version.
         Raises:
-            WeightsError: parameters of another model.
+            SamplerError: parameters of another model, or no policy version.
         """
         check_params(params, self._sampler.config)
+        if not isinstance(policy, PolicyVersion):
+            raise SamplerError(f"policy must be a grpo_contracts.PolicyVersion: got {brief(policy)}.")
         self._held = None  # first, so that there is never a second copy
         dtype = self._sampler.compute_dtype
         self._held = jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params), policy

@@ -9,7 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_sampler._config import ModelConfig
+from grpo_sampler._arguments import brief, check_floating
+from grpo_sampler._config import ModelConfig, check_config
+from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import Attention, resolve_attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, mlp, qkv, rms_norm
 from grpo_sampler._lora import adapter_shapes, initial_adapter, is_adapter
@@ -62,7 +64,7 @@ class Transformer(nnx.Module):
         mesh: devices that the model will run on; needed only by splash attention on several devices.
 
     Raises:
-        SamplerError: an attention kernel that cannot run this configuration.
+        SamplerError: arguments of another kind, or an attention kernel that cannot run this configuration.
     """
 
     def __init__(
@@ -76,9 +78,12 @@ class Transformer(nnx.Module):
         remat: bool = False,
         mesh: Mesh | None = None,
     ) -> None:
-        dtype = jnp.dtype(param_dtype)
+        check_config(config)
+        if not isinstance(rngs, nnx.Rngs):
+            raise SamplerError(f"rngs must be flax.nnx.Rngs, such as nnx.Rngs(0): got {brief(rngs)}.")
+        dtype = check_floating("param_dtype", param_dtype)
         self.config = config
-        self.compute_dtype = dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+        self.compute_dtype = dtype if compute_dtype is None else check_floating("compute_dtype", compute_dtype)
         self.attention: Attention = resolve_attention(attention, config, self.compute_dtype, mesh)
         self.remat = remat
         self.mesh = mesh
@@ -102,13 +107,26 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm.
 
         Args:
-            tokens_BT: token ids.
+            tokens_BT: token ids. An id outside the vocabulary is not noticed on the device: it reads some row of the
+                embedding.
             positions_BT: absolute positions; None to count from 0 in every row.
             segment_BT: 0 is padding; tokens see earlier tokens of their own segment. None for one segment per row.
 
         Returns:
             hidden_BTD in the compute type, undefined at padding.
+
+        Raises:
+            SamplerError: tokens that are no integers with two axes, or positions or segments of another shape.
         """
+        tokens_BT = jnp.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise SamplerError(
+                f"tokens_BT must be integers with two axes, rows and positions: got {tokens_BT.dtype} of shape "
+                f"{tokens_BT.shape}."
+            )
+        for name, array_BT in (("positions_BT", positions_BT), ("segment_BT", segment_BT)):
+            if array_BT is not None and jnp.shape(array_BT) != tokens_BT.shape:
+                raise SamplerError(f"{name} must have shape {tokens_BT.shape}: got {jnp.shape(array_BT)}.")
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         if segment_BT is None:
@@ -205,7 +223,12 @@ def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
 
     Returns:
         (graphdef, params): graphdef is hashable, params a plain nested dictionary of arrays.
+
+    Raises:
+        SamplerError: not a Transformer.
     """
+    if not isinstance(model, Transformer):
+        raise SamplerError(f"model must be a Transformer: got {brief(model)}.")
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -219,8 +242,16 @@ def merge(graphdef: nnx.GraphDef[Transformer], params: Params) -> Transformer:
 
     Returns:
         The network.
+
+    Raises:
+        SamplerError: not what `split` returned, or parameters of another model.
     """
-    return nnx.merge(graphdef, params)
+    if not isinstance(graphdef, nnx.GraphDef):
+        raise SamplerError(f"graphdef must be the first part of what `split` returns: got {brief(graphdef)}.")
+    try:
+        return nnx.merge(graphdef, params)
+    except (ValueError, KeyError) as error:
+        raise SamplerError(f"params must be the second part of what `split` returns: {error}.") from error
 
 
 def abstract(config: ModelConfig, **options: Any) -> tuple[nnx.GraphDef[Transformer], Params]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams
-from grpo_sampler._arguments import brief, check_int
+from grpo_sampler._arguments import brief, check_floating, check_int
 from grpo_sampler._completions import Completions, FinishedSequence
 from grpo_sampler._config import ModelConfig, check_config
 from grpo_sampler._engine import Engine, Plan
@@ -98,6 +98,8 @@ class Sampler:
         )
         if buckets[-1] < max_prompt_length:
             raise SamplerError(f"prompt_buckets must reach max_prompt_length={max_prompt_length}: got {buckets}.")
+        if not isinstance(mesh, Mesh | None):
+            raise SamplerError(f"mesh must be a jax.sharding.Mesh or None: got {brief(mesh)}.")
         self.config = config
         self.sampling = SamplingParams() if sampling is None else sampling
         self.max_prompt_length, self.max_new_tokens, self.min_new_tokens = (
@@ -108,7 +110,7 @@ class Sampler:
         self.slots, self.sizes, self.pad_id, self.mesh = slots, sizes, pad_id, mesh
         self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
         self._columns = -(-max_new_tokens // 8) * 8
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = None if compute_dtype is None else check_floating("compute_dtype", compute_dtype)
         self._attention = attention
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._unroll = platform == "cpu" if unroll is None else unroll
@@ -143,6 +145,10 @@ class Sampler:
         if isinstance(sampling, SamplingParams):
             raise SamplerError("sampling must be a sequence of SamplingParams: got one. Write sampling=[sampling].")
         check_params(params, self.config)
+        if not isinstance(group_sizes, Sequence) or isinstance(group_sizes, str):
+            raise SamplerError(f"group_sizes must be a list: got {brief(group_sizes)}. Write group_sizes=[8].")
+        for group_size in group_sizes:
+            check_int("group_sizes", group_size, 1)
         futures = []
         filters = sorted({is_filtered(one, self.min_new_tokens) for one in sampling or (self.sampling,)})
         for bucket in self._buckets:
@@ -213,6 +219,8 @@ class Sampler:
             ContractError: `prompts` break the contract.
         """
         check_params(params, self.config)
+        if not isinstance(policy, PolicyVersion | None):
+            raise SamplerError(f"policy must be a grpo_contracts.PolicyVersion or None: got {brief(policy)}.")
         request = self._request(prompts, max_new_tokens, group_size=group_size, sampling=sampling, seed=seed, step=step)
         completions = Completions(request, self.max_new_tokens)
         for chunk in self._chunks(params, request):

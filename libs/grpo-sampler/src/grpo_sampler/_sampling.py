@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_contracts import SamplingParams
@@ -132,8 +133,17 @@ def log_probabilities(
         temperature 0 the most likely token has probability 1, the first one if several are equal.
 
     Raises:
-        SamplerError: a stop id outside the vocabulary, or too many stop ids.
+        SamplerError: logits that are no floats, of another shape or (outside `jit`) NaN; a stop id outside the
+            vocabulary, or too many stop ids.
     """
+    logits_BV = jnp.asarray(logits_BV)
+    if logits_BV.ndim != 2 or not jnp.issubdtype(logits_BV.dtype, jnp.floating):
+        raise SamplerError(
+            f"logits_BV must be floats with two axes, rows and vocabulary: got {logits_BV.dtype} of shape "
+            f"{logits_BV.shape}."
+        )
+    if not isinstance(logits_BV, Tracer) and jnp.isnan(logits_BV).any():
+        raise SamplerError("logits_BV must not hold NaN: such a row has no distribution. Are the parameters finite?")
     vocabulary = logits_BV.shape[-1]
     arrays = sampling_arrays(sampling, vocabulary)
     allowed_BV = _forbid(logits_BV, arrays, forbid_stop_B)

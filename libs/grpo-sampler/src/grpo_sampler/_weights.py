@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_sampler._arguments import brief, check_int
+from grpo_sampler._arguments import brief, check_floating, check_int
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import WeightsError
 from grpo_sampler._layout import Index, Leaf, check_params, leaves, listed, value_of
@@ -56,13 +56,13 @@ def load_pretrained(
 
     Raises:
         UnsupportedModelError: an architecture that is not supported.
-        SamplerError: a config.json that is missing or invalid.
+        SamplerError: a config.json that is missing or invalid, or a `dtype` that is not floating.
         WeightsError: no such model; a tensor that is missing, unexpected, misshaped or not finite; a damaged file;
             weights of several types and no `dtype`.
     """
     folder = _folder(path_or_hub_id, revision)
     if dtype is not None:
-        dtype = _floating(dtype)
+        dtype = check_floating("dtype", dtype)
     config = ModelConfig.from_file(folder)
     table = leaves(config)
     params: Params = {}
@@ -146,16 +146,6 @@ def save_pretrained(
             target / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
         )
     _write_json(target / "config.json", config.to_hf(dtypes.pop()))
-
-
-def _floating(dtype: Any) -> jnp.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError as error:
-        raise WeightsError(f"dtype must be a floating type such as jnp.bfloat16: got {brief(dtype)}.") from error
-    if not jnp.issubdtype(found, jnp.floating):
-        raise WeightsError(f"dtype must be a floating type: got {found.name}.")
-    return found
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+from yaml.scanner import ScannerError
 
 from grpo_trainer.settings.paths import path_fault
 from grpo_trainer.settings.schema import Settings
@@ -24,9 +25,10 @@ __all__ = ["DEFAULTS", "changed_keys", "dump", "flat", "load", "load_saved", "pr
 
 DEFAULTS = "laptop"  # the preset that holds a task's defaults
 
-_LONGEST_FILE = 1_000_000  # bytes of YAML
+_LONGEST_FILE = 100_000  # bytes of YAML, or of one value on the command line
 _LONGEST_NUMBER = 100  # characters
 _DEEPEST = 20  # levels of brackets or indentation
+_MOST_PROBLEMS = 20  # in one message
 _SHOWN = 200  # characters of a value in a message
 _NEAR, _BEGINNING = 0.75, 4  # similarity, or letters of its beginning, that make a valid key the one that was meant
 
@@ -161,6 +163,8 @@ def _assigned(assignment: str) -> dict[str, Any]:
     annotation = None if field is None else field.annotation
     is_text = annotation is str or (annotation == str | None and text != "null")
     if not is_text or text[:1] in ("'", '"'):
+        if len(text) > _LONGEST_FILE:
+            _refuse(f"--set {key} must have at most {_LONGEST_FILE:,} characters: got {len(text):,}")
         value = _parse(text, f"--set {key}", document=False)
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -301,9 +305,10 @@ def _refuse(message: str) -> NoReturn:
 
 def _explained(error: ValidationError) -> Iterator[str]:
     problems = error.errors()
-    for problem in problems:
+    lists = {problem["loc"][:-1] for problem in problems} - {()}
+    for problem in problems[:_MOST_PROBLEMS]:
         # A bad item also fails its list: the item says more.
-        if any(other["loc"][:-1] == problem["loc"] != () for other in problems):
+        if problem["loc"] in lists:
             continue
         names = [str(part) for part in problem["loc"]]
         # The rest of the way leads into a list or a mapping.
@@ -380,6 +385,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        # Here and not only in compose_node: what the scanner does with brackets grows with the square of their depth.
+        if self.flow_level == _DEEPEST:
+            raise ScannerError(None, None, f"more than {_DEEPEST} levels deep", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
