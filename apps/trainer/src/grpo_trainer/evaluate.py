@@ -77,7 +77,7 @@ def evaluate(run: Run, params: Any) -> Evaluation:
         policy=PolicyVersion(0, digest(params)),
         sampling=run.plan.greedy,
     )
-    judgements = transcribe(rollout, asked.problems, run.tokenizer).judgements(run.task)
+    judgements = transcribe(rollout, asked.problems, run.tokenizer, run.settings.rollout.stop).judgements(run.task)
     total = len(judgements)
     return Evaluation(
         Accuracy(sum(judgement.strict for judgement in judgements), total),

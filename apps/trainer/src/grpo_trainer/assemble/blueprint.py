@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_contracts import SamplingParams
@@ -85,7 +86,13 @@ class Blueprint:
 
 
 def blueprint(
-    settings: Settings, model: ModelConfig, mesh: Mesh, *, stop_ids: tuple[int, ...] = (), pad_id: int = 0
+    settings: Settings,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    stop_ids: tuple[int, ...] = (),
+    stop_table_AV: np.ndarray | None = None,
+    pad_id: int = 0,
 ) -> Blueprint:
     """Lay a run out on a mesh.
 
@@ -94,6 +101,7 @@ def blueprint(
         model: dimensions of the policy.
         mesh: of devices at hand, or of `grpo_mesh.slice_devices`.
         stop_ids: token ids that end a completion; programs read them as values, so preflight needs none.
+        stop_table_AV: of `rollout.stop`, as for `Sampler`; preflight needs none, as it is small.
         pad_id: fills padding.
 
     Returns:
@@ -143,6 +151,7 @@ def blueprint(
             pad_id=pad_id,
             compute_dtype=compute_dtype,
             mesh=mesh,
+            stop_table_AV=stop_table_AV,
         ),
         greedy=SamplingParams(temperature=0.0, stop_ids=stop_ids),
         pack_shape=PackShape.for_rollout(
