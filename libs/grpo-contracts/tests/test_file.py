@@ -284,5 +284,5 @@ def test_the_schema_lists_fields_rules_and_header() -> None:
     assert rollout["fields"]["logp_BT"]["dims"] == [["B", "T"]]
     assert printed["stages"]["TrainBatch"]["fields"]["advantage"]["dims"] == [["B"], ["B", "T"]]
     assert {"field": "logp_BT", "rule": "nonpositive", "expected": "<= 0"} in rollout["rules"]
-    assert printed["finish_reasons"] == {"STOP": 0, "LENGTH": 1}
+    assert printed["finish_reasons"] == {"STOP": 0, "LENGTH": 1, "STOP_STRING": 2}
     assert set(printed["header"]["$defs"]["Rollout"]["required"]) == set(Rollout.specs())

@@ -91,6 +91,7 @@ CORRUPTIONS: list[tuple[str, Any, str, str, tuple[int, ...] | None]] = [
     (ROLLOUT + "policy_logp_BT", lambda x: x * np.float32(0.7), "policy_logp_BT", "plain_sampling", (0, 2)),
     (ROLLOUT + "finish_B", lambda x: put(x, 2, 5), "finish_B", "known", (2,)),
     (ROLLOUT + "finish_B", lambda x: 1 - x, "finish_B", "last_token", (0,)),
+    (ROLLOUT + "finish_B", lambda x: x + 2 * (1 - x), "finish_B", "last_token", (0,)),  # a stop id, said to be a string
     (ROLLOUT + "prompt_id_B", lambda x: put(x, 1, 41), "prompt_id_B", "same_prompt", (1,)),
     (ROLLOUT + "sample_B", lambda x: put(x, 1, 2), "sample_B", "range", (1,)),
     (ROLLOUT + "sample_B", lambda x: put(x, 3, 0), "sample_B", "unique", (2,)),

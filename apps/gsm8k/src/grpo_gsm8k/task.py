@@ -33,18 +33,22 @@ class Gsm8k:
     weights: Mapping[str, float] = {"answer": 1.0, "format": 0.1}
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
-        """Read a split of GSM8K, of a data set in its format, or of the generated problems (``embedded``)."""
-        if source != "embedded":
+        """Read a split of GSM8K, of a data set in its format, or of the generated problems.
+
+        ``embedded`` are all kinds of them, ``embedded-easy`` those of one step, solved without words.
+        """
+        if source not in ("embedded", "embedded-easy"):
             from grpo_trainer.data.sources import read_problems
 
             problems = read_problems(source, split, limit=limit)
             _check_answers(problems)
             return problems
-        from grpo_gsm8k.embedded.problems import generate
+        from grpo_gsm8k.embedded.problems import calculations, generate, generate_easy
 
+        easy, count = source == "embedded-easy", limit or _EMBEDDED_SIZE[split]
         return [
-            Problem(problem.question, problem.answer, f"embedded {split}:{number}")
-            for number, problem in enumerate(generate(split, limit or _EMBEDDED_SIZE[split]), 1)
+            Problem(problem.question, calculations(problem) if easy else problem.answer, f"{source} {split}:{number}")
+            for number, problem in enumerate((generate_easy if easy else generate)(split, count), 1)
         ]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:

@@ -216,7 +216,7 @@ def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tup
             rollout = sample(run, params, asked, policy)
         with clock.phase("reward"):
             health.check_rollout(rollout, policy)
-            transcript = transcribe(rollout, asked.problems, run.tokenizer)
+            transcript = transcribe(rollout, asked.problems, run.tokenizer, settings.rollout.stop)
             scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
             health.check_rewards(step + 1, scored, transcript)
         if not settings.rollout.refills:

@@ -22,6 +22,8 @@ class FinishReason(IntEnum):
     """A stop id was sampled. It is the completion's last token and counts in the loss."""
     LENGTH = 1
     """The limit on new tokens was reached."""
+    STOP_STRING = 2
+    """The last token completed a stop string. It counts in the loss."""
 
 
 @dataclass(frozen=True)

@@ -154,12 +154,13 @@ def _(r: Any) -> Any:
     Rollout,
     "finish_B",
     "last_token",
-    "STOP where the completion's last token is one of sampling.stop_ids, LENGTH elsewhere",
+    "STOP where the completion's last token is one of sampling.stop_ids, LENGTH or STOP_STRING elsewhere",
     "The stop token is part of the completion: do not cut it off.",
 )
 def _(r: Any) -> Any:
     last = r.tokens_BT[np.arange(len(r.tokens_BT)), r.total_length_B - 1]
-    wanted = np.where(np.isin(last, r.sampling.stop_ids), FinishReason.STOP, FinishReason.LENGTH)
+    other = np.where(r.finish_B == FinishReason.STOP_STRING, FinishReason.STOP_STRING, FinishReason.LENGTH)
+    wanted = np.where(np.isin(last, r.sampling.stop_ids), FinishReason.STOP, other)
     return r.finish_B == wanted, wanted
 
 

@@ -40,7 +40,7 @@ class Completions:
         shape = len(request.limit_B), max_new_tokens
         self._token_BT = np.zeros(shape, np.int32)
         self._logp_BT, self._policy_logp_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self._length_B = np.zeros(shape[0], np.int32)
+        self._length_B, self._finish_B = np.zeros(shape[0], np.int32), np.zeros(shape[0], np.int8)
 
     def add(self, chunk: Chunk) -> None:
         """Adds what a chunk emitted."""
@@ -50,11 +50,11 @@ class Completions:
         self._logp_BT[b, t] = chunk.emitted.logp_IS[i, row]
         self._policy_logp_BT[b, t] = chunk.emitted.policy_logp_IS[i, row]
         self._length_B[chunk.finished.request_F] = chunk.finished.length_F
+        self._finish_B[chunk.finished.request_F] = chunk.finished.finish_F
 
     def finished(self, b: int) -> FinishedSequence:
         """Sequence b, which must have ended."""
         request, n = self._request, self._length_B[b]
-        stopped = self._token_BT[b, n - 1] in request.sampling.stop_ids
         return FinishedSequence(
             group=b // request.group_size,
             sample=b % request.group_size,
@@ -62,7 +62,7 @@ class Completions:
             tokens_T=self._token_BT[b, :n].copy(),
             logp_T=self._logp_BT[b, :n].copy(),
             policy_logp_T=self._policy_logp_BT[b, :n].copy(),
-            finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
+            finish=FinishReason(int(self._finish_B[b])),
         )
 
     def rollout(self, policy: PolicyVersion, *, length: int, vocab_size: int, pad_id: int) -> Rollout:
@@ -90,7 +90,6 @@ class Completions:
         tokens_BT = placed(self._token_BT, pad_id)
         given_BT = prompt_BT[:, : request.tokens_PT.shape[1]]
         tokens_BT[:, : given_BT.shape[1]][given_BT] = np.repeat(request.tokens_PT, G, 0)[given_BT]
-        stopped_B = np.isin(tokens_BT[np.arange(P * G), total_B - 1], request.sampling.stop_ids)
         return Rollout(
             tokens_BT=tokens_BT,
             prompt_length_B=prompt_length_B,
@@ -98,7 +97,7 @@ class Completions:
             loss_mask_BT=completion_BT,
             logp_BT=placed(self._logp_BT),
             policy_logp_BT=placed(self._policy_logp_BT),
-            finish_B=np.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH).astype(np.int8),
+            finish_B=self._finish_B.copy(),
             prompt_id_B=np.repeat(request.prompt_id_P, G),
             sample_B=np.tile(np.arange(G, dtype=np.int32), P),
             group_B=np.repeat(np.arange(P, dtype=np.int32), G),

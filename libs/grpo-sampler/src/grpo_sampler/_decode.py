@@ -4,7 +4,7 @@ Prefill stores the keys and values of a prompt's first n - 1 tokens in its unit 
 first input of every row of its group.
 
 Additional suffixes: U units, g rows per unit, C columns of the ring, I steps of a chunk, N shards or words, e pairs of
-a head.
+a head, A states of the stop strings' automaton.
 """
 
 from typing import Any, NamedTuple
@@ -141,6 +141,7 @@ def decode(
     table_n: Int[Array, "n"],
     call_n: Int[Array, "n"],
     until_2: Int[Array, "2"],
+    next_AV: Int[Array, "A V"] | None = None,
     *,
     config: ModelConfig,
     sizes: tuple[int, int, int],
@@ -157,6 +158,7 @@ def decode(
         table_n: the rows' state, from `write_table`; donated.
         call_n: from `write_call`.
         until_2: steps, at most `capacity`; and the number of live rows of every shard at which to return early.
+        next_AV: the stop strings' automaton, as for `Sampler`; None for none.
         config: the model.
         sizes: rows, units and rows per unit; static.
         capacity: steps that the record has room for; static.
@@ -167,7 +169,7 @@ def decode(
     Returns:
         The cache, the table, and the bits of the `Emitted` as int32 [3, I, S].
     """
-    rows, call = read_table(table_n, *sizes), read_call(call_n)
+    rows, call = read_table(table_n, *sizes, matching=next_AV is not None), read_call(call_n)
     columns, prompt = (jax.tree.leaves(tree)[0].shape[-1] for tree in (cache.own_keys, cache.shared_keys))
     steps, floor = until_2
     # Draw all random bits of the chunk at once: in the loop, the generator would cost as much as two layers.
@@ -199,6 +201,10 @@ def decode(
         )
         emitted_S = rows.emitted_S + 1
         stopped_S = (drawn.token_B[:, None] == call.sampling.stop_ids).any(-1)
+        if next_AV is not None:
+            next_S = next_AV[rows.match_S, drawn.token_B].astype(jnp.int32)
+            stopped_S |= next_S < 0
+            rows = rows._replace(match_S=jnp.maximum(next_S, 0))
         rows = rows._replace(
             token_S=drawn.token_B,
             emitted_S=jnp.where(rows.live_S, emitted_S, rows.emitted_S),

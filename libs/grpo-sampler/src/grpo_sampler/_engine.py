@@ -51,8 +51,11 @@ class Chunk(NamedTuple):
 class Engine:
     """The compiled programs for one plan and one set of parameter shapes and shardings."""
 
-    def __init__(self, plan: Plan, placement: Placement, programs: Programs, params: Any) -> None:
+    def __init__(
+        self, plan: Plan, placement: Placement, programs: Programs, params: Any, stop_table_AV: np.ndarray | None
+    ) -> None:
         self.plan, self.placement, self._programs = plan, placement, programs
+        self._stop_table_AV = stop_table_AV
         self._params = jax.tree.map(lambda leaf: _abstract(leaf, placement.given(leaf)), params)
         shapes = jax.eval_shape(self._weights_function, self._params)
         self._weights = jax.tree.map(_abstract, shapes, self._weight_shardings())
@@ -118,6 +121,7 @@ class Engine:
             request.length_P,
             request.prompt_id_P,
             request.limit_B,
+            self._stop_table_AV,
         )
         if self.placement.mesh is not None:
             params = jax.device_put(params, _shardings(self._params))  # nothing moves if they are already there
@@ -127,6 +131,7 @@ class Engine:
         call = self._send(
             write_call(request.sampling, vocabulary, seed=request.seed, step=request.step, min_new=request.min_new)
         )
+        stops = () if self._stop_table_AV is None else (self._send(self._stop_table_AV),)
         table, column_N = None, np.zeros(self.placement.shards, np.int32)
         level = first
         while slots.waiting or slots.live.any():
@@ -139,7 +144,7 @@ class Engine:
             if table is None:
                 table = self._send(write_table(slots.rows(column_N)).reshape(-1), split=True)
             cache, table, record = self._decode_program(slots.shape, filtered).result()(
-                weights, cache, table, call, self._until(slots, shapes, level)
+                weights, cache, table, call, self._until(slots, shapes, level), *stops
             )
             if slots.live.sum() < slots.live.size:  # sequences have ended: smaller shapes will be needed
                 self.start_shrinking(shapes, filtered=filtered, level=level)
@@ -283,6 +288,7 @@ class Engine:
         def lower() -> Any:
             cache, placement = self._cache(shape), self.placement
             axes = self._cache_axes(cache)
+            stops = () if self._stop_table_AV is None else (_abstract(self._stop_table_AV, placement.replicated),)
             function = placement.split(
                 partial(
                     decode,
@@ -293,14 +299,14 @@ class Engine:
                     shard_axes=placement.row_axes if placement.shards > 1 else (),
                     tensor=placement.tensor > 1,
                 ),
-                (jax.tree.map(lambda _: None, self._weights), axes, 0, None, None),
+                (jax.tree.map(lambda _: None, self._weights), axes, 0, None, None, *[None for _ in stops]),
                 (axes, 0, 2),
             )
             table = self._ints((placement.shards * table_size(*shape),), split=True)
             # With several processes, each has to read the whole record.
             record = placement.replicated if jax.process_count() > 1 else placement.rows(2)
             jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(_shardings(cache), table.sharding, record))
-            return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,)))
+            return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,)), *stops)
 
         return self._programs.start(("decode", self._key, shape, filtered), lower, options)
 

@@ -51,6 +51,8 @@ class Sampler:
             for True on a CPU.
         attention: kernel for prompts, as for `Transformer`; with a `tp` axis `xla` replaces `cudnn`.
         mesh: devices to use; rows are split over all axes but `tp`. None for the device that the parameters are on.
+        stop_table_AV: stop strings, as an automaton over tokens that starts in state 0: the next state for each state
+            and token, -1 where the token completes a stop string, which ends the completion. None for no stop strings.
     Raises:
         SamplerError: sizes or sampling parameters that are invalid.
     """
@@ -71,6 +73,7 @@ class Sampler:
         unroll: bool | None = None,
         attention: str = "auto",
         mesh: Mesh | None = None,
+        stop_table_AV: np.ndarray | None = None,
     ) -> None:
         check_config(config)
         for name, value in (
@@ -100,6 +103,7 @@ class Sampler:
             raise SamplerError(f"prompt_buckets must reach max_prompt_length={max_prompt_length}: got {buckets}.")
         if not isinstance(mesh, Mesh | None):
             raise SamplerError(f"mesh must be a jax.sharding.Mesh or None: got {brief(mesh)}.")
+        self._stop_table_AV = None if stop_table_AV is None else _checked(stop_table_AV, config, min_new_tokens)
         self.config = config
         self.sampling = SamplingParams() if sampling is None else sampling
         self.max_prompt_length, self.max_new_tokens, self.min_new_tokens = (
@@ -294,7 +298,7 @@ class Sampler:
             if attention == "cudnn" and placement.tensor > 1:
                 attention = "xla"  # cuDNN's kernel cannot be split over heads
             plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
-            self._engines[key] = Engine(plan, placement, self._programs, params)
+            self._engines[key] = Engine(plan, placement, self._programs, params, self._stop_table_AV)
         return self._engines[key]
 
     def _shard_slots(self, engine: Engine) -> int:
@@ -303,3 +307,24 @@ class Sampler:
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
         rows, few = self._shard_slots(engine), few_rows(self.config, unroll=self._unroll)
         return shapes_for(rows, group_size, self.sizes, streaming=streaming, few=few)
+
+
+def _checked(stop_table_AV: np.ndarray, config: ModelConfig, min_new_tokens: int) -> np.ndarray:
+    table_AV = np.asarray(stop_table_AV)
+    if table_AV.ndim != 2 or table_AV.shape[1] != config.vocab_size or table_AV.dtype.kind != "i" or not len(table_AV):
+        raise SamplerError(
+            f"stop_table_AV must hold integers of shape (states, {config.vocab_size}), a column for each token of the "
+            f"model: got {table_AV.dtype} of shape {table_AV.shape}."
+        )
+    states = len(table_AV)
+    if table_AV.min() < -1 or table_AV.max() >= states or states > np.iinfo(np.int16).max:
+        raise SamplerError(
+            f"stop_table_AV must hold states in [-1, {states}), at most {np.iinfo(np.int16).max} of them: "
+            f"got {table_AV.min()} to {table_AV.max()}."
+        )
+    if min_new_tokens:
+        raise SamplerError(
+            f"min_new_tokens must be 0 with stop strings, which no token alone could be kept from completing: "
+            f"got {min_new_tokens}."
+        )
+    return table_AV.astype(np.int16)

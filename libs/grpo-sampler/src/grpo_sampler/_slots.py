@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from grpo_contracts import FinishReason
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._table import Rows
 
@@ -76,6 +77,7 @@ class Finished(NamedTuple):
 
     request_F: np.ndarray
     length_F: np.ndarray
+    finish_F: np.ndarray
 
 
 class Fill(NamedTuple):
@@ -98,10 +100,12 @@ class Slots:
         length_P: np.ndarray,
         prompt_id_P: np.ndarray,
         limit_B: np.ndarray,
+        stop_table_AV: np.ndarray | None = None,
     ) -> None:
         self.shape, self.shards, self.group_size = shape, shards, group_size
         self._prompts, self._length_P, self._prompt_id_P, self._limit_B = prompts, length_P, prompt_id_P, limit_B
         count = len(length_P) * group_size
+        self._stop_table_AV = stop_table_AV
         self.waiting = deque(range(count))
         self._fair = -(-count // shards)  # rows that a shard starts with, so that no device is idle
         N, S, U, _ = (shards, *shape)
@@ -109,6 +113,7 @@ class Slots:
         self.token = np.zeros((N, S), np.int32)
         self.emitted = np.zeros((N, S), np.int32)
         self.place = np.zeros((N, S), np.int32)
+        self.match = np.zeros((N, S), np.int32)
         self.unit_prompt = np.full((N, U), -1, np.int32)
 
     @property
@@ -154,7 +159,7 @@ class Slots:
             free.remove(row)
             taken[unit, seat - unit * g] = True
             request[row], place[row] = b, seat
-            self.emitted[shard, row] = 0
+            self.emitted[shard, row] = self.match[shard, row] = 0
             self.token[shard, row] = self._prompts[prompt, self._length_P[prompt] - 1]
             self.waiting.popleft()
             room -= 1
@@ -177,7 +182,7 @@ class Slots:
             start_S=self._length_P[prompt] - 1,
             emitted_S=self.emitted,
             limit_S=self._limit_B[np.where(live, self.request, 0)],
-            live_S=live,
+            live_S=live * (1 + self.match),
             prompt_id_S=self._prompt_id_P[prompt],
             sample_S=np.where(live, self.request % self.group_size, 0),
             place_S=self.place,
@@ -201,10 +206,23 @@ class Slots:
         token, emitted, request = self.token.reshape(-1), self.emitted.reshape(-1), self.request.reshape(-1)
         token[moved] = token_iS[count_S[moved] - 1, moved]
         emitted[moved] += count_S[moved].astype(np.int32)
-        ended = moved[np.isin(token[moved], stop_ids) | (emitted[moved] >= self._limit_B[request[moved]])]
-        finished = Finished(request[ended].copy(), emitted[ended].copy())
-        request[ended] = -1
+        stopped, matched = np.isin(token[moved], stop_ids), self._match(token_iS)[moved]
+        ended = stopped | matched | (emitted[moved] >= self._limit_B[request[moved]])
+        finish = np.select(
+            [stopped, matched], [FinishReason.STOP, FinishReason.STOP_STRING], FinishReason.LENGTH
+        ).astype(np.int8)
+        rows = moved[ended]
+        finished = Finished(request[rows].copy(), emitted[rows].copy(), finish[ended])
+        request[rows] = -1
         return before_S, had_S, finished
+
+    def _match(self, token_iS: np.ndarray) -> np.ndarray:
+        """Advances the stop strings' automaton as the device did; which rows have completed a stop string."""
+        match, table_AV = self.match.reshape(-1), self._stop_table_AV
+        for token_S in () if table_AV is None else token_iS:
+            rows = np.flatnonzero(token_S >= 0)
+            match[rows] = table_AV[match[rows], token_S[rows]]
+        return match < 0
 
     def shrink(self, shape: Shape) -> np.ndarray:
         """Moves to a smaller shape.
@@ -216,10 +234,10 @@ class Slots:
         """
         N = self.shards
         unit_src, row_src = np.zeros((N, shape.units), np.int32), np.zeros((N, shape.rows), np.int32)
-        old = {name: getattr(self, name) for name in ("request", "token", "emitted", "place", "unit_prompt")}
+        old = {name: getattr(self, name) for name in ("request", "token", "emitted", "match", "place", "unit_prompt")}
         share, self.shape = self.shape.share, shape
         self.request = np.full((N, shape.rows), -1, np.int32)
-        self.token, self.emitted, self.place = (np.zeros((N, shape.rows), np.int32) for _ in range(3))
+        self.token, self.emitted, self.match, self.place = (np.zeros((N, shape.rows), np.int32) for _ in range(4))
         self.unit_prompt = np.full((N, shape.units), -1, np.int32)
         for shard in range(N):
             rows = np.flatnonzero(old["request"][shard] >= 0)
@@ -228,7 +246,7 @@ class Slots:
             units_of = old["place"][shard, rows] // share
             units = units_of if shape.share == 1 else np.unique(units_of)
             row_src[shard, : len(rows)], unit_src[shard, : len(units)] = rows, units
-            for name in ("request", "token", "emitted"):
+            for name in ("request", "token", "emitted", "match"):
                 getattr(self, name)[shard, : len(rows)] = old[name][shard, rows]
             self.unit_prompt[shard, : len(units)] = old["unit_prompt"][shard, units]
             self.place[shard, : len(rows)] = (

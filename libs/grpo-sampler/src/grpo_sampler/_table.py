@@ -22,13 +22,14 @@ class Rows(NamedTuple):
     start_S: Any  # absolute position of its first input, the prompt's last token
     emitted_S: Any  # tokens of the completion so far
     limit_S: Any  # maximum tokens of the completion
-    live_S: Any
+    live_S: Any  # in the table 0, or 1 + the state of the stop strings' automaton
     prompt_id_S: Any
     sample_S: Any
     place_S: Any  # unit * g + seat
     row_Ug: Any  # the row in each seat
     shared_length_U: Any  # prompt tokens in each unit
     column: Any  # next column of the ring
+    match_S: Any = None  # that state, inside a program with stop strings
 
 
 class Call(NamedTuple):
@@ -46,16 +47,17 @@ def table_size(rows: int, units: int, share: int) -> int:
 
 
 def write_table(rows: Rows) -> np.ndarray:
-    """A table for each shard, [N, n]; every field has a leading axis N."""
-    return np.concatenate([np.asarray(field, np.int32).reshape(len(field), -1) for field in rows], axis=1)
+    """A table for each shard, [N, n]; every field but `match_S` has a leading axis N."""
+    return np.concatenate([np.asarray(field, np.int32).reshape(len(field), -1) for field in rows[:-1]], axis=1)
 
 
-def read_table(table_n: Int[Array, "n"], rows: int, units: int, share: int) -> Rows:
+def read_table(table_n: Int[Array, "n"], rows: int, units: int, share: int, *, matching: bool = False) -> Rows:
     """One shard's table, inside a program."""
     ends = np.cumsum([rows] * 8 + [units * share, units])
     fields = jnp.split(table_n, ends)
+    match_S = jnp.maximum(fields[4] - 1, 0) if matching else None
     fields[4] = fields[4].astype(bool)
-    return Rows._make([*fields[:8], fields[8].reshape(units, share), fields[9], fields[10][0]])
+    return Rows._make([*fields[:8], fields[8].reshape(units, share), fields[9], fields[10][0], match_S])
 
 
 def renew_table(table_n: Int[Array, "n"], rows: Rows) -> Int[Array, "n"]:
@@ -63,7 +65,9 @@ def renew_table(table_n: Int[Array, "n"], rows: Rows) -> Int[Array, "n"]:
     count = rows.token_S.shape[0]
     table_n = table_n.at[:count].set(rows.token_S)
     table_n = table_n.at[2 * count : 3 * count].set(rows.emitted_S)
-    table_n = table_n.at[4 * count : 5 * count].set(rows.live_S.astype(jnp.int32))
+    live_S = rows.live_S.astype(jnp.int32)
+    live_S = live_S if rows.match_S is None else live_S * (1 + rows.match_S)
+    table_n = table_n.at[4 * count : 5 * count].set(live_S)
     return table_n.at[-1].set(rows.column)
 
 

@@ -55,6 +55,17 @@ def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
     return list(islice(stream(split, seed=seed), count))
 
 
+def generate_easy(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
+    """The same, of one step only."""
+    return list(islice((problem for problem in stream(split, seed=seed) if len(problem.template.steps) == 1), count))
+
+
+def calculations(problem: WordProblem) -> str:
+    """A problem's solution without words, such as ``9 - 3 = 6`` and ``#### 6`` on two lines."""
+    steps = re.findall(r"<<(\w+)([-+*/])(\w+)=(\w+)>>", problem.answer)
+    return "\n".join([*(f"{a} {operator} {b} = {c}" for a, operator, b, c in steps), f"#### {steps[-1][-1]}"])
+
+
 def stream(split: Split, *, seed: int = 0) -> Iterator[WordProblem]:
     """Make distinct problems without end: see :func:`generate`."""
     rng = random.Random(f"grpo-gsm8k/{split}/{seed}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_contracts import SamplingParams
@@ -121,7 +122,13 @@ class Blueprint:
 
 
 def blueprint(
-    settings: Settings, model: ModelConfig, mesh: Mesh, *, stop_ids: tuple[int, ...] = (), pad_id: int = 0
+    settings: Settings,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    stop_ids: tuple[int, ...] = (),
+    stop_table_AV: np.ndarray | None = None,
+    pad_id: int = 0,
 ) -> Blueprint:
     """Lay a run out on a mesh.
 
@@ -130,6 +137,7 @@ def blueprint(
         model: dimensions of the policy.
         mesh: of devices at hand, or of `grpo_mesh.slice_devices`.
         stop_ids: token ids that end a completion; programs read them as values, so preflight needs none.
+        stop_table_AV: of `rollout.stop`, as for `Sampler`; preflight needs none, as it is small.
         pad_id: fills padding.
 
     Returns:
@@ -177,6 +185,7 @@ def blueprint(
         pad_id=pad_id,
         compute_dtype=compute_dtype,
         mesh=mesh,
+        stop_table_AV=stop_table_AV,
     )
     sampler = make_sampler(max_new_tokens=rollout.max_new_tokens, slots=rollout.slots or sequences)
     limit, slots = settings.eval.max_new_tokens or sampler.max_new_tokens, settings.eval.slots or sampler.slots

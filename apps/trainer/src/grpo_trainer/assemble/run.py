@@ -20,6 +20,7 @@ from grpo_trainer.assemble.cautions import cautions
 from grpo_trainer.assemble.policy import check_same_model, first_adapters, policy_folder
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
+from grpo_trainer.data.stop_strings import stop_table
 from grpo_trainer.data.stream import Asked, ProblemStream, Reader
 from grpo_trainer.data.tokenizer import end_ids, load_tokenizer, padding_id
 from grpo_trainer.rewards.scoring import Rewards
@@ -209,7 +210,15 @@ def _policy(
             f"{model.vocab_size}: they do not belong together"
         )
     stop_ids = end_ids(tokenizer, folder, model.eos_ids)
-    plan = blueprint(settings, model, mesh, stop_ids=stop_ids, pad_id=padding_id(tokenizer))
+    stop = settings.rollout.stop
+    plan = blueprint(
+        settings,
+        model,
+        mesh,
+        stop_ids=stop_ids,
+        stop_table_AV=stop_table(tokenizer, stop, model.vocab_size) if stop else None,
+        pad_id=padding_id(tokenizer),
+    )
     return folder, tokenizer, plan
 
 

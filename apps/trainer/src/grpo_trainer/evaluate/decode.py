@@ -127,7 +127,7 @@ def _known(run: Run | Evaluator, file: Path | None, key: str) -> list[Record]:
         count = int(np.min(multihost_utils.process_allgather(np.asarray([count], np.int32))))
 
     def judged(answer: Answer, problem: int) -> Answer:
-        judgement = run.task.judge(answer.completion, problems[problem], finished=answer.finish == "stop")
+        judgement = run.task.judge(answer.completion, problems[problem], finished=answer.finish != "length")
         return replace(answer, judgement=judgement)
 
     return [
@@ -164,7 +164,7 @@ def _decode(
         policy=policy,
         sampling=sampling,
     )
-    transcript = transcribe(rollout, asked.problems, run.tokenizer)
+    transcript = transcribe(rollout, asked.problems, run.tokenizer, run.plan.settings.rollout.stop)
     rows = zip(transcript.completions, transcript.judgements(run.task), rollout.finish_B, transcript.lengths)
     answers = [
         Answer(text, judgement, FinishReason(int(finish)).name.lower(), length)

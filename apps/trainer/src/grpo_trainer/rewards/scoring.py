@@ -10,6 +10,7 @@ import numpy as np
 
 from grpo_contracts import FinishReason, RewardFunction, Rollout, Scored
 from grpo_loss import overlong_penalty
+from grpo_trainer.data.stop_strings import cut_at_stop
 from grpo_trainer.rewards.functions import RewardError
 from grpo_trainer.rewards.worker import call_function
 from grpo_trainer.rewards.workers import Failure, RewardWorker
@@ -32,7 +33,7 @@ class Transcript:
 
     Args:
         problems: of each row.
-        completions: the text of each row, without its stop token.
+        completions: the text of each row, without its stop token or stop string.
         finished: whether each row ended by itself, rather than at the limit.
         lengths: of each row, in tokens.
         step: of the policy that wrote them.
@@ -63,19 +64,21 @@ class Transcript:
         return [task.judge(completion, problem, finished=finished) for completion, problem, finished in rows]
 
 
-def transcribe(rollout: Rollout, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Transcript:
+def transcribe(
+    rollout: Rollout, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
+) -> Transcript:
     """Turn a rollout into text.
 
     Args:
         rollout: what was sampled.
         problems: one a group.
         tokenizer: the policy's.
+        stop: stop strings, before which the text of a row that one ended is cut.
 
     Returns:
         The transcript.
     """
-    finished_B = rollout.finish_B == FinishReason.STOP
-    ends = rollout.total_length_B - finished_B
+    ends = rollout.total_length_B - (rollout.finish_B == FinishReason.STOP)
     spans = zip(rollout.tokens_BT, rollout.prompt_length_B, ends)
     texts = tokenizer.batch_decode(
         [row[start:end].tolist() for row, start, end in spans],
@@ -84,8 +87,11 @@ def transcribe(rollout: Rollout, problems: Sequence[Problem], tokenizer: PreTrai
     )
     return Transcript(
         problems=tuple(problems[group] for group in rollout.group_B),
-        completions=tuple(texts),
-        finished=tuple(map(bool, finished_B)),
+        completions=tuple(
+            cut_at_stop(text, stop) if reason == FinishReason.STOP_STRING else text
+            for text, reason in zip(texts, rollout.finish_B)
+        ),
+        finished=tuple(map(bool, rollout.finish_B != FinishReason.LENGTH)),
         lengths=tuple(map(int, rollout.completion_length_B)),
         step=rollout.policy.step,
     )

@@ -132,12 +132,22 @@ class RolloutSettings(_Section):
     min_p: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="drop tokens below this share of the likeliest; 0: none"
     )
+    stop: Names = Field(
+        default=(),
+        description="texts that end a completion, besides its end tokens; rewards see the text before them",
+    )
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
     refills: Count = Field(
         default=0,
         description="times a step may draw further prompts to replace groups whose rewards are all equal (DAPO's "
         "dynamic sampling); 0: never",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(self.stop):
+            raise ValueError("rollout.stop must hold texts that are not empty: an empty one would end every completion")
+        return self
 
 
 class LossSettings(_Section):
