@@ -1,5 +1,8 @@
 """What cannot be meant is refused in the library's own words."""
 
+# Arguments of wrong types are what these tests are about.
+# pyright: reportArgumentType=false
+
 import pytest
 
 from grpo_mesh import HostsError, MeshError, force_cpu_devices, parse_mesh, use_compilation_cache

@@ -1,5 +1,8 @@
 """What a function cannot mean is refused in the library's own words."""
 
+# Arguments of wrong types are what these tests are about.
+# pyright: reportArgumentType=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

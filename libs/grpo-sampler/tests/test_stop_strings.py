@@ -69,7 +69,8 @@ def table_of(strings: tuple[str, ...]) -> np.ndarray:
 @functools.cache  # programs compile once for all tests
 def sampler_of(*, stops: bool = False, **options: Any) -> Sampler:
     table_AV = table_of(STRINGS) if stops else None
-    return Sampler(CONFIG, SamplingParams(stop_ids=(END,)), **LIMITS | {"stop_table_AV": table_AV} | options)
+    arguments: dict[str, Any] = LIMITS | {"stop_table_AV": table_AV} | options
+    return Sampler(CONFIG, SamplingParams(stop_ids=(END,)), **arguments)
 
 
 def generate(sampler: Sampler, params: Any) -> Any:

@@ -92,7 +92,7 @@ class Blueprint:
 
     def network(self, params: Any, *frozen: Any) -> Any:
         """The network's parameters, of those that are trained and those that are frozen."""
-        return join_adapters(*frozen, params) if frozen else params
+        return join_adapters(frozen[0], params) if frozen else params
 
     @property
     def pack_shapes(self) -> list[PackShape]:

@@ -47,7 +47,7 @@ def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> FrozenFor
     """
 
     def forward(params: Any, micro: Any, *base: Any) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-        model = merge(graphdef, join_adapters(*base, params) if base else params)
+        model = merge(graphdef, join_adapters(base[0], params) if base else params)
         hidden_RTD = model.with_prompts(
             micro.prompt_tokens_PT,
             micro.prompt_length_P,

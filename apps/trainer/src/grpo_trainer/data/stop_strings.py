@@ -95,7 +95,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
         )
     size = len(tokenizer)
     added = tokenizer.added_tokens_decoder
-    pieces: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(size)))
+    pieces: Any = tokenizer.convert_ids_to_tokens(list(range(size)))
     return [
         str(added[token]).encode() if token in added else b"" if piece is None else read(piece)
         for token, piece in enumerate(pieces)
