@@ -33,23 +33,18 @@ class Gsm8k:
     weights: Mapping[str, float] = {"answer": 1.0, "format": 0.1}
 
     def problems(self, source: str, split: Split, limit: int) -> Sequence[Problem]:
-        """Read a split of GSM8K, of a data set in its format, or of the generated problems.
-
-        ``embedded`` are all kinds of them, ``embedded-easy`` those of one step, solved without words.
-        """
+        """Read a split of GSM8K, of a data set in its format, or of generated problems (``embedded[-easy]``)."""
         if source not in ("embedded", "embedded-easy"):
             from grpo_trainer.data.sources import read_problems
 
             problems = read_problems(source, split, limit=limit)
             _check_answers(problems)
             return problems
-        from grpo_gsm8k.embedded.problems import calculations, generate, generate_easy
+        from grpo_gsm8k.embedded.problems import generate, generate_easy
 
-        easy, count = source == "embedded-easy", limit or _EMBEDDED_SIZE[split]
-        return [
-            Problem(problem.question, calculations(problem) if easy else problem.answer, f"{source} {split}:{number}")
-            for number, problem in enumerate((generate_easy if easy else generate)(split, count), 1)
-        ]
+        make = generate if source == "embedded" else generate_easy
+        made = make(split, limit or _EMBEDDED_SIZE[split])
+        return [Problem(each.question, each.answer, f"{source} {split}:{n}") for n, each in enumerate(made, 1)]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
         """Strict: right after ``####``, or in the last box if the answer is no number. Lenient: however it is put."""

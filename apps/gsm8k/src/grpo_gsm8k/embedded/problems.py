@@ -8,7 +8,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -56,14 +56,14 @@ def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
 
 
 def generate_easy(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
-    """The same, of one step only."""
-    return list(islice((problem for problem in stream(split, seed=seed) if len(problem.template.steps) == 1), count))
+    """The same, of one step only, solved without words: ``9 - 3 = 6`` and ``#### 6`` on two lines."""
+    easy = (problem for problem in stream(split, seed=seed) if len(problem.template.steps) == 1)
+    return [replace(problem, answer=_calculation(problem.answer)) for problem in islice(easy, count)]
 
 
-def calculations(problem: WordProblem) -> str:
-    """A problem's solution without words, such as ``9 - 3 = 6`` and ``#### 6`` on two lines."""
-    steps = re.findall(r"<<(\w+)([-+*/])(\w+)=(\w+)>>", problem.answer)
-    return "\n".join([*(f"{a} {operator} {b} = {c}" for a, operator, b, c in steps), f"#### {steps[-1][-1]}"])
+def _calculation(answer: str) -> str:
+    [(a, operator, b, c)] = re.findall(r"<<(\w+)([-+*/])(\w+)=(\w+)>>", answer)
+    return f"{a} {operator} {b} = {c}\n#### {c}"
 
 
 def stream(split: Split, *, seed: int = 0) -> Iterator[WordProblem]:
