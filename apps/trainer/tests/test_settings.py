@@ -176,6 +176,12 @@ def test_paths_that_no_file_can_have(key, path, says):
     assert len(message) < 600
 
 
+@pytest.mark.parametrize("name", ["run[1]", "lr=1e-6,bs=[8]", "back\\slash"])
+def test_a_run_folder_whose_checkpoints_could_not_be_read_back(name):
+    assert "Checkpoints written there cannot be read back" in refused(f"run.dir=runs/{name}")
+    assert load([], ["run.dir=/elsewhere/run{x} ü*?"]).run.dir == "/elsewhere/run{x} ü*?"
+
+
 def test_a_settings_file_that_no_file_can_be(tmp_path):
     assert "255" in refused(configs=("a" * 5000,))
     assert "written out" in refused(configs=("$HOME/mine.yaml",))
@@ -347,7 +353,9 @@ def test_every_key_says_what_it_is():
     prompts=st.integers(1, 10**6),
     temperature=st.floats(min_value=1e-6, max_value=10),
     low=st.floats(min_value=1e-6, max_value=0.99),
-    folder=st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20),
+    folder=st.text(
+        st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="[]\\$~"), min_size=1, max_size=20
+    ),
 )
 def test_what_is_dumped_reads_back(prompts, temperature, low, folder, tmp_path_factory):
     config = Settings(

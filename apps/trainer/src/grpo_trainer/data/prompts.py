@@ -135,7 +135,15 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
             "'Question: {prompt}\\nAnswer:'"
         )
     pinned = datetime.strptime(style.date, "%Y-%m-%d")
-    template = _with_date(tokenizer.get_chat_template(), pinned)
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise PromptError(
+            f"the tokenizer has several chat templates and no default: set prompt.template: {error}"
+        ) from error
+    if not isinstance(template, str):
+        raise PromptError(f"the tokenizer's chat template must be text: got a {type(template).__name__}")
+    template = _with_date(template, pinned)
     arguments = {"date_string": pinned.strftime("%d %b %Y"), **style.arguments}
     asked = [style.messages(problem.question) for problem in problems]
     try:
@@ -145,9 +153,10 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
                 asked, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
             ),
         )
-    # What a template computes may fail in any way that Python's operators do.
+    # What a template computes may fail in any way that Python's operators do, and jinja2 compiles it to Python first.
     except (
         TemplateError,
+        SyntaxError,
         ValueError,
         TypeError,
         LookupError,
@@ -157,8 +166,8 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
     ) as error:
         turns = "system, user" if style.system else "user"
         raise PromptError(
-            f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {error}. Without a system "
-            "turn (prompt.system) or with other prompt.arguments it may not; prompt.template replaces it"
+            f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {str(error)[:300]}. Without "
+            "a system turn (prompt.system) or with other prompt.arguments it may not; prompt.template replaces it"
         ) from error
 
 

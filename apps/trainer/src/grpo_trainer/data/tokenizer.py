@@ -45,7 +45,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise TokenizerError(f"{path} must hold a tokenizer, one of {', '.join(_TOKENIZER_FILES)}: it holds none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer("a", add_special_tokens=False)  # some fields are only read now
     except Exception as error:
+        # Damaged or newer files make tokenizers raise Exception itself, and transformers any kind.
         reason = " ".join(str(error).split())[:500]
         raise TokenizerError(
             f"the tokenizer of {path} cannot be loaded: {type(error).__name__}: {reason}. Are its files there, whole, "

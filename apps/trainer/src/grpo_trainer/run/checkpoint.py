@@ -25,6 +25,8 @@ from grpo_contracts import GrpoError
 from grpo_mesh import digest
 from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.changes import differences
+from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.settings.paths import folder_fault
 from grpo_trainer.settings.schema import Settings
 
 FORMAT = 2
@@ -91,6 +93,8 @@ class Checkpoints:
         any_version: bool = False,
         any_data: bool = False,
     ) -> None:
+        if fault := folder_fault(str(folder.absolute())):
+            raise ConfigError(f"the folder of checkpoints {fault}")
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grpo_trainer.settings.schema import Settings
 
-__all__ = ["argument_path", "path_fault", "path_faults", "writing_to"]
+__all__ = ["argument_path", "folder_fault", "path_fault", "path_faults", "writing_to"]
 
 # Settings that hold a path; some may hold a name or a Hub id instead.
 _PATHS = (
@@ -26,6 +26,7 @@ _PATHS = (
     "compilation_cache",
 )
 _LONGEST, _LONGEST_NAME = 4096, 255  # bytes, on Linux and macOS
+_UNREADABLE = re.compile(r"[\[\]\\]" if os.sep == "/" else r"[\[\]]")  # what orbax's storage reads as a pattern
 _VARIABLE = re.compile(r"\$\{\w*\}?|\$[A-Za-z_]\w*")
 
 
@@ -59,6 +60,20 @@ def path_fault(path: str) -> str | None:
     return None
 
 
+def folder_fault(path: str) -> str | None:
+    """Say why checkpoints under this path could not be read back.
+
+    Args:
+        path: of a folder.
+
+    Returns:
+        A clause, or None if they can.
+    """
+    if odd := _UNREADABLE.search(path):
+        return f"must have no {odd[0]!r} in its path: got {path[:200]!r}. Checkpoints written there cannot be read back"
+    return None
+
+
 def path_faults(settings: Settings) -> Iterator[str]:
     """Say which settings cannot be paths.
 
@@ -73,6 +88,8 @@ def path_faults(settings: Settings) -> Iterator[str]:
         value = getattr(getattr(settings, section) if section else settings, leaf)
         if fault := path_fault(value):
             yield f"{key} {fault}"
+    if fault := folder_fault(settings.run.dir):
+        yield f"run.dir {fault}"
 
 
 def argument_path(text: str) -> Path:
