@@ -14,11 +14,13 @@ from grpo_gsm8k.task import TASK
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import DEFAULTS, dump, load_saved, preset_files
 
-LARGE = sorted({*preset_files(TASK)} - {DEFAULTS})
+SMOLLM2 = "smollm2-135m"
+LARGE = sorted({*preset_files(TASK)} - {DEFAULTS, SMOLLM2})
 
 
 def test_the_presets() -> None:
     assert LARGE == ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
+    assert SMOLLM2 in preset_files(TASK)
 
 
 @pytest.mark.parametrize("name", preset_files(TASK))
@@ -48,7 +50,12 @@ def test_laptop_is_the_default_and_needs_nothing_else() -> None:
 
 def test_only_policies_that_were_not_taught_gsm8k_are_told_what_to_write() -> None:
     assert load().prompt.instruction == ""
-    assert "####" in (load(["qwen2.5-0.5b"]).prompt.instruction or "")
+    for name in LARGE:
+        assert load([name]).prompt.instruction == TASK.instruction
+    # Words alone do not make a model of this size write `#### n`: solved problems show it the form instead.
+    small = load([SMOLLM2])
+    assert (small.prompt.instruction, small.prompt.examples) == ("", 2)
+    assert all("####" in problem.answer for problem in TASK.problems(small.data.source, "train", 2))
 
 
 def test_the_tasks_own_rewards_are_named_where_another_is_asked_for() -> None:

@@ -43,7 +43,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         # transformers would make one without a vocabulary, from config.json alone.
         raise TokenizerError(f"{path} must hold a tokenizer, one of {', '.join(_TOKENIZER_FILES)}: it holds none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        # Whatever the tokenizer's own config says, completions are decoded as they are.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), clean_up_tokenization_spaces=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TokenizerError(
             f"the tokenizer of {path} cannot be loaded: {error}. Are its files there, and whole?"
