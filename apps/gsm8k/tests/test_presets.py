@@ -14,11 +14,14 @@ from grpo_gsm8k.task import TASK
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.layers import DEFAULTS, dump, load_saved, preset_files
 
-LARGE = sorted({*preset_files(TASK)} - {DEFAULTS})
+SMOLLM2 = "smollm2-135m"
+LARGE = sorted({*preset_files(TASK)} - {DEFAULTS, SMOLLM2})
 
 
 def test_the_presets() -> None:
-    assert LARGE == ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
+    full = ["qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"]
+    assert sorted([*full, *(f"{name}-lora" for name in full[1:])]) == LARGE
+    assert SMOLLM2 in preset_files(TASK)
 
 
 @pytest.mark.parametrize("name", preset_files(TASK))
@@ -33,9 +36,10 @@ def test_every_large_preset_names_its_slice_and_the_true_data(name: str) -> None
     settings = load([name])
     assert settings.slices
     assert settings.data.source == "openai/gsm8k"
-    assert settings.model.path.lower() == f"qwen/{name}-instruct"
-    # An update of 1e-6 rounds away in bfloat16 parameters.
-    assert settings.model.dtype == "float32"
+    assert settings.model.path.lower() == f"qwen/{name.removesuffix('-lora')}-instruct"
+    # An update of 1e-6 rounds away in bfloat16 parameters; adapters are float32 beside a base of any type.
+    assert settings.model.dtype == ("bfloat16" if settings.model.lora.rank else "float32")
+    assert bool(settings.model.lora.rank) == name.endswith("-lora")
     assert settings.model.compute_dtype == "bfloat16"
 
 
@@ -48,7 +52,12 @@ def test_laptop_is_the_default_and_needs_nothing_else() -> None:
 
 def test_only_policies_that_were_not_taught_gsm8k_are_told_what_to_write() -> None:
     assert load().prompt.instruction == ""
-    assert "####" in (load(["qwen2.5-0.5b"]).prompt.instruction or "")
+    for name in LARGE:
+        assert load([name]).prompt.instruction == TASK.instruction
+    # Words alone do not make a model of this size write `#### n`: solved problems show it the form instead.
+    small = load([SMOLLM2])
+    assert (small.prompt.instruction, small.prompt.examples) == ("", 2)
+    assert all("####" in problem.answer for problem in TASK.problems(small.data.source, "train", 2))
 
 
 def test_the_tasks_own_rewards_are_named_where_another_is_asked_for() -> None:

@@ -88,3 +88,15 @@ def test_written_as_gsm8k_writes_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     first = (tmp_path / "test.jsonl").read_bytes()
     write_splits(tmp_path, train=30, test=10)
     assert (tmp_path / "test.jsonl").read_bytes() == first
+
+
+def test_easy_problems_are_one_calculation() -> None:
+    easy = TASK.problems("embedded-easy", "test", 300)
+    assert len({problem.question for problem in easy}) == 300
+    for problem in easy:
+        calculation, final = problem.answer.split("\n")
+        left, operator, right, equals, value = calculation.split(" ")
+        a, b = int(left), int(right)
+        assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator] == int(value)
+        assert (equals, final) == ("=", f"#### {value}")
+    assert not {p.question for p in easy} & {p.question for p in TASK.problems("embedded-easy", "train", 3_000)}

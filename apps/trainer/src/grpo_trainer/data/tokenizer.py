@@ -44,7 +44,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         # transformers would make one without a vocabulary, from config.json alone.
         raise TokenizerError(f"{path} must hold a tokenizer, one of {', '.join(_TOKENIZER_FILES)}: it holds none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        # Whatever the tokenizer's own config says, completions are decoded as they are.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), clean_up_tokenization_spaces=False)
         tokenizer("a", add_special_tokens=False)  # some fields are only read now
     except Exception as error:
         # Damaged or newer files make tokenizers raise Exception itself, and transformers any kind.
