@@ -219,9 +219,10 @@ class Slots:
     def _match(self, token_iS: np.ndarray) -> np.ndarray:
         """Advances the stop strings' automaton as the device did; which rows have completed a stop string."""
         match, table_AV = self.match.reshape(-1), self._stop_table_AV
-        for token_S in () if table_AV is None else token_iS:
-            rows = np.flatnonzero(token_S >= 0)
-            match[rows] = table_AV[match[rows], token_S[rows]]
+        if table_AV is not None:
+            for token_S in token_iS:
+                rows = np.flatnonzero(token_S >= 0)
+                match[rows] = table_AV[match[rows], token_S[rows]]
         return match < 0
 
     def shrink(self, shape: Shape) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
         )
     size = len(tokenizer)
     added = tokenizer.added_tokens_decoder
-    pieces: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(size)))
+    pieces = cast("list[str | None]", tokenizer.convert_ids_to_tokens(list(range(size))))
     return [
         str(added[token]).encode() if token in added else b"" if piece is None else read(piece)
         for token, piece in enumerate(pieces)
