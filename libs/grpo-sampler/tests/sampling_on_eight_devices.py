@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer_layout import SPECS
 
-from grpo_contracts import PolicyVersion, Prompts, SamplingParams
+from grpo_contracts import FinishReason, PolicyVersion, Prompts, SamplingParams
 from grpo_sampler import ModelConfig, Sampler, Transformer, split
 from grpo_sampler._kernels import self_attention, splash_attention
 
@@ -37,13 +37,27 @@ CONFIG = ModelConfig(
 SAMPLING = SamplingParams(temperature=0.9, stop_ids=(5, 9))
 
 
-def rollout(params, mesh, *, sampling, unroll, slots):
+# Any of eight tokens, then any of eight others.
+STOPS = np.zeros((2, 32), int)
+STOPS[:, 10:18] = 1
+STOPS[1, 20:28] = -1
+
+
+def rollout(params, mesh, *, sampling, unroll, slots, stops):
     lengths = np.array([3, 8, 5, 1, 7], np.int32)
     tokens = np.random.default_rng(0).integers(1, 32, (5, 8)).astype(np.int32)
     tokens[np.arange(8) >= lengths[:, None]] = 0
     prompts = Prompts(tokens, lengths, np.arange(5, dtype=np.int32), 32, 0)
     sampler = Sampler(
-        CONFIG, sampling, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
+        CONFIG,
+        sampling,
+        max_prompt_length=8,
+        max_new_tokens=12,
+        slots=slots,
+        sizes=2,
+        mesh=mesh,
+        unroll=unroll,
+        stop_table_AV=stops,
     )
     return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyVersion(2, "0a"))
 
@@ -74,13 +88,15 @@ def splash_beside_xla(mesh: Mesh) -> float:
     return float(jnp.abs(difference * segment[..., None, None]).max())
 
 
-def main(shape: list[int], filtered: bool, unroll: bool) -> None:
+def main(shape: list[int], kind: str, unroll: bool) -> None:
     params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 8}
-    sampling = SamplingParams(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if filtered else SAMPLING
-    one = rollout(params, None, sampling=sampling, unroll=unroll, slots=24)
+    sampling = SamplingParams(temperature=0.9, top_k=12, top_p=0.9, stop_ids=(5, 9)) if kind == "filtered" else SAMPLING
+    stops = STOPS if kind == "stopping" else None
+    one = rollout(params, None, sampling=sampling, unroll=unroll, slots=24, stops=stops)
+    assert (one.finish_B == FinishReason.STOP_STRING).any() == (kind == "stopping")
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
-    many = rollout(sharded(params, mesh), mesh, sampling=sampling, unroll=unroll, slots=16)
+    many = rollout(sharded(params, mesh), mesh, sampling=sampling, unroll=unroll, slots=16, stops=stops)
     report = {
         "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
         "finish": bool((one.finish_B == many.finish_B).all()),
@@ -92,4 +108,4 @@ def main(shape: list[int], filtered: bool, unroll: bool) -> None:
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2] == "filtered", sys.argv[3] == "unrolled")
+    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2], sys.argv[3] == "unrolled")
