@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer_layout import SPECS
 
-from grpo_contracts import PolicyVersion, Prompts, SamplingParams
+from grpo_contracts import FinishReason, PolicyVersion, Prompts, SamplingParams
 from grpo_sampler import LoRA, ModelConfig, Sampler, Transformer, init_adapters, join_adapters, split
 from grpo_sampler._kernels import self_attention, splash_attention
 
@@ -38,13 +38,27 @@ CONFIG = ModelConfig(
 SAMPLING = SamplingParams(temperature=0.9, stop_ids=(5, 9))
 
 
-def rollout(params, mesh, *, config, sampling, unroll, slots):
+# Any of eight tokens, then any of eight others.
+STOPS = np.zeros((2, 32), int)
+STOPS[:, 10:18] = 1
+STOPS[1, 20:28] = -1
+
+
+def rollout(params, mesh, *, config, sampling, unroll, slots, stops):
     lengths = np.array([3, 8, 5, 1, 7], np.int32)
     tokens = np.random.default_rng(0).integers(1, 32, (5, 8)).astype(np.int32)
     tokens[np.arange(8) >= lengths[:, None]] = 0
     prompts = Prompts(tokens, lengths, np.arange(5, dtype=np.int32), 32, 0)
     sampler = Sampler(
-        config, sampling, max_prompt_length=8, max_new_tokens=12, slots=slots, sizes=2, mesh=mesh, unroll=unroll
+        config,
+        sampling,
+        max_prompt_length=8,
+        max_new_tokens=12,
+        slots=slots,
+        sizes=2,
+        mesh=mesh,
+        unroll=unroll,
+        stop_table_AV=stops,
     )
     return sampler.generate(params, prompts, group_size=4, seed=1, step=2, policy=PolicyVersion(2, "0a"))
 
@@ -85,9 +99,11 @@ def main(shape: list[int], kind: str, unroll: bool) -> None:
         config = replace(CONFIG, lora=LoRA(4, 8.0))
         adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(config, seed=0))
         params = join_adapters(params, adapters)
-    one = rollout(params, None, config=config, sampling=sampling, unroll=unroll, slots=24)
+    same = {"config": config, "sampling": sampling, "unroll": unroll, "stops": STOPS if kind == "stopping" else None}
+    one = rollout(params, None, slots=24, **same)
+    assert (one.finish_B == FinishReason.STOP_STRING).any() == (kind == "stopping")
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
-    many = rollout(sharded(params, mesh), mesh, config=config, sampling=sampling, unroll=unroll, slots=16)
+    many = rollout(sharded(params, mesh), mesh, slots=16, **same)
     report = {
         "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
         "finish": bool((one.finish_B == many.finish_B).all()),

@@ -22,6 +22,8 @@ SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
         ("4,1,2", "plain", "unrolled"),
         ("2,2,2", "adapters", "unrolled"),
         ("1,4,2", "adapters", "scanned"),
+        ("2,2,2", "stopping", "scanned"),
+        ("8,1,1", "stopping", "unrolled"),
     ],
 )
 def test_results_equal_one_device(mesh, sampling, layers):

@@ -118,7 +118,7 @@ def test_streamed_sequences_say_why_they_ended(params):
 
 
 def test_a_string_completed_by_the_last_token_allowed_is_a_stop(params):
-    table_AV = np.full((1, 24), -1)  # every token completes a string
+    table_AV: Any = np.full((1, 24), -1)  # every token completes a string
     table_AV[:, END] = 0
     one = Sampler(CONFIG, SamplingParams(stop_ids=(END,)), **LIMITS | {"max_new_tokens": 1, "stop_table_AV": table_AV})
     rollout = generate(one, params)
