@@ -161,7 +161,7 @@ def _measured_step(
     devices, asked = run.plan.mesh.local_devices, next(run.problems)
     sampled = measure_peak(lambda: sample(run, state.params, asked, PolicyVersion(step, "")), devices)
     rollout = sampled.result
-    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
+    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer, run.settings.rollout.stop))
 
     def update() -> tuple[TrainState, dict[str, float]]:
         return learn(run, state, make_batch(run, state.params, scored), step)
