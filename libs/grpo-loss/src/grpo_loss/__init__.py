@@ -18,7 +18,7 @@ from grpo_loss._aggregate import (
 from grpo_loss._errors import LossError
 from grpo_loss._importance import Correction, drop_outside, importance_weight, truncate
 from grpo_loss._kl import KL, kl_estimate
-from grpo_loss._layout import Forward, FrozenForward, MicroBatch, PackedBatch, pack_tokens, unpack_tokens
+from grpo_loss._layout import Forward, MicroBatch, PackedBatch, pack_tokens, unpack_tokens
 from grpo_loss._minibatches import iterate_minibatches, split_minibatches
 from grpo_loss._objectives import (
     Objective,
@@ -51,7 +51,6 @@ __all__ = [
     "Aggregation",
     "Correction",
     "Forward",
-    "FrozenForward",
     "Loss",
     "LossError",
     "LossTerms",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -10,7 +11,6 @@ from grpo_loss import (
     KL,
     Aggregation,
     Correction,
-    FrozenForward,
     Loss,
     Objective,
     cispo,
@@ -34,7 +34,7 @@ from grpo_trainer.settings.schema import LossSettings, Settings
 __all__ = ["idle_aggregation", "make_forward", "make_policy_loss"]
 
 
-def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> FrozenForward:
+def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> Callable[..., tuple[Array, Array]]:
     """The training forward: each prompt once, its packed completions after it, never a [batch, time, vocabulary] array.
 
     Args:
