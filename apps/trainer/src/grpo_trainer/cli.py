@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from grpo_trainer.settings.layers import dump, load, preset_files
 from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
+from grpo_trainer.settings.terminal import OutputError, drop_output, explain_faults, guard_output
 from grpo_trainer.task import Task
-from grpo_trainer.terminal import OutputError, drop_output, explain_faults, guard_output
 
 __all__ = ["Command", "main", "run_app"]
 

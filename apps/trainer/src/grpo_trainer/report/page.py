@@ -12,8 +12,7 @@ from grpo_trainer.report.charts import intervals, number
 from grpo_trainer.report.curves import plans
 from grpo_trainer.report.printable import printable
 from grpo_trainer.report.results import Results
-from grpo_trainer.run.files import read_lines, read_summary, replace, writing
-from grpo_trainer.run.history import missing_records
+from grpo_trainer.run.files import missing_records, read_lines, read_summary, replace, writing
 from grpo_trainer.run.progress import duration
 from grpo_trainer.settings.layers import flat, load_saved
 from grpo_trainer.settings.schema import Settings

@@ -19,8 +19,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.run.files import cut_back, lock, read_summary, replace, writing
-from grpo_trainer.run.history import missing_records, steps_done_again
+from grpo_trainer.run.files import (
+    cut_back,
+    lock,
+    missing_records,
+    read_summary,
+    replace,
+    steps_done_again,
+    writing,
+)
 from grpo_trainer.settings.changes import continued, differences
 from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.layers import dump, load_saved
