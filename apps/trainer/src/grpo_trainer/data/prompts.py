@@ -166,8 +166,9 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
     ) as error:
         turns = "system, user" if style.system else "user"
         raise PromptError(
-            f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {str(error)[:300]}. Without "
-            "a system turn (prompt.system) or with other prompt.arguments it may not; prompt.template replaces it"
+            f"the chat template fails on a conversation of {turns}: {type(error).__name__}: {str(error)[:300]}. "
+            "Without a system turn (prompt.system) or with other prompt.arguments it may not; prompt.template "
+            "replaces it"
         ) from error
 
 
