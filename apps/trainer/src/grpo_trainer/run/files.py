@@ -34,7 +34,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             records.append({**record, "step": int(record["step"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RunFolderError(f"{file} line {number} is not a record of this run: {error}") from error
     return records
 
@@ -56,7 +56,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return {**json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{file} is damaged: {error}. Delete it, and the same command goes on") from error
 
 
