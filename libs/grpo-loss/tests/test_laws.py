@@ -105,7 +105,7 @@ ARRAY_RT = jnp.zeros((2, 3))
     [
         ({"kl": KL("k3", 0.1)}, "kl needs reference_logp_RT"),
         ({"entropy_coefficient": 0.1}, "entropy_coefficient needs entropy_RT"),
-        ({"entropy_coefficient": -0.1, "entropy_RT": ARRAY_RT}, "negative"),
+        ({"entropy_coefficient": -0.1, "entropy_RT": ARRAY_RT}, "entropy_coefficient must be .* at least 0"),
         ({"correction": drop_outside()}, "correction needs sampler_logp_RT"),
         ({"mask_RT": jnp.ones((3, 2), bool)}, "mask_RT must have shape"),
         ({"mask_RT": jnp.full((2, 3), 0.5)}, "mask_RT must be boolean: got float"),
@@ -136,7 +136,7 @@ def test_policy_loss_refuses(arguments, message):
         (lambda: fixed(0), "positive number of tokens"),
         (lambda: KL("k4", 0.1), "k3"),  # pyright: ignore[reportArgumentType]
         (lambda: KL("k1", 0.1), "does not see the reference"),
-        (lambda: KL("k3", -0.1), "negative"),
+        (lambda: KL("k3", -0.1), "coefficient must be .* at least 0"),
         (lambda: truncate(low=1.5), "low <= 1 <= high"),
         (lambda: drop_outside(level="word"), "Did you mean"),  # pyright: ignore[reportArgumentType]
     ],

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand, one after the other."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_example_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(code, str(README), "exec"), {})
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(code, str(README), "exec"), names)
     assert "STOP" in (out := capsys.readouterr().out) or "LENGTH" in out

@@ -152,7 +152,7 @@ def test_sequences_follow_the_exact_joint_distribution(model, params, record_pro
     observed = np.append(counts[frequent], counts[~frequent].sum())
     wanted = np.append(expected[frequent], expected[~frequent].sum())
     p = stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
-    record_property("p_value", p)
+    record_property("p_value", float(p))
     print(f"chi-square, two tokens jointly ({frequent.sum()} cells): p = {p:.3f}")
     assert p > 1e-3
 

@@ -376,6 +376,32 @@ def _(bench: Bench) -> None:
     read_problems(str(bench.data()), "train")
 
 
+@fault("Settings", "YAML that builds nothing", ConfigError, "--set steps", "tags (!!name) are not read here")
+def _(bench: Bench) -> None:
+    bench.settings("steps=!!int abc")
+
+
+@fault("Settings", "a path with a variable", ConfigError, "data.source must be written out", "'${HOME}'")
+def _(bench: Bench) -> None:
+    bench.settings("data.source=${HOME}/data")
+
+
+@fault("Settings", "a run folder with brackets", ConfigError, "run.dir must have no '['", "cannot be read back")
+def _(bench: Bench) -> None:
+    bench.settings("run.dir=runs/lr[1]")
+
+
+@fault("Data", "a damaged Parquet file", DataError, "train.parquet must be a Parquet file that is whole")
+def _(bench: Bench) -> None:
+    (bench.folder / "train.parquet").write_bytes(b"PAR1garbage")
+    bench.assemble(f"data.source={bench.folder / 'train.parquet'}")
+
+
+@fault("Data", "half of a surrogate pair", DataError, "train.jsonl:1: 'question' must be Unicode text")
+def _(bench: Bench) -> None:
+    bench.assemble(f"data.source={bench.data({'question': 'What ' + chr(0xD800), 'answer': '=1'})}")
+
+
 @fault("Data", "no test split", DataError, "must hold test.jsonl or test.parquet: it holds train.jsonl")
 def _(bench: Bench) -> None:
     bench.assemble(f"data.source={bench.data(*GOOD)}")
@@ -456,6 +482,17 @@ def _(bench: Bench) -> None:
 def _(bench: Bench) -> None:
     other = {"model.norm.weight": np.ones(31, np.float32)}
     bench.assemble(f"model.path={bench.tensors(lambda named: named.update(other))}")
+
+
+@fault("Model", "a weight that is NaN", WeightsError, "weights must be finite: model.norm.weight holds 32 values")
+def _(bench: Bench) -> None:
+    other = {"model.norm.weight": np.full(32, np.nan, np.float32)}
+    bench.assemble(f"model.path={bench.tensors(lambda named: named.update(other))}")
+
+
+@fault("Model", "an absurd size", SamplerError, "layers must be at most 1000: got 1000000000")
+def _(bench: Bench) -> None:
+    bench.assemble(f"model.path={bench.policy(num_hidden_layers=10**9)}")
 
 
 @fault("Model", "a tensor of integers", WeightsError, "model.norm.weight must be one of", "got I32")

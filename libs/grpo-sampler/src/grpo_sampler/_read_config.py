@@ -119,25 +119,24 @@ def read_json(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     Raises:
         SamplerError: there is no such file, it cannot be read, or it does not contain a JSON object.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise SamplerError(f"path must be a file or a folder: got {brief(path)}.")
+    file = Path(path)
     try:
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
+        file = file / "config.json" if file.is_dir() else file
         if not file.exists():
             raise SamplerError(f"{file} must exist: a Hugging Face model folder contains a config.json.")
         if not file.is_file():
             raise SamplerError(f"{file} must be a file: it is a folder or a device.")
-        if file.stat().st_size > _LONGEST_FILE:
-            raise SamplerError(f"{file} must have at most {_LONGEST_FILE:,} bytes: got {file.stat().st_size:,}.")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > _LONGEST_FILE:
+            raise SamplerError(f"{file} must have at most {_LONGEST_FILE:,} bytes: got {size:,}.")
+        text = file.read_bytes()
     except OSError as error:
-        raise SamplerError(f"{path} cannot be read: {error}.") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, SamplerError):
-            raise
-        if not isinstance(path, str | os.PathLike):
-            raise SamplerError(f"path must be a file or a folder: got {brief(path)}.") from error
-        raise SamplerError(f"{path} must be JSON: {error}.") from error
+        raise SamplerError(f"{brief(str(file))} cannot be read: {error.strerror}.") from error
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SamplerError(f"{file} must be JSON: {error}.") from error
     if not isinstance(config, dict):
         raise SamplerError(f"{file} must contain a JSON object: got {type(config).__name__}.")
     return config
