@@ -116,7 +116,7 @@ def test_what_is_no_model_is_refused(name):
 
 
 def test_arguments_of_another_kind_are_refused(checkpoint, tmp_path):
-    with pytest.raises(WeightsError, match="dtype must be a floating type"):
+    with pytest.raises(SamplerError, match="dtype must be a floating type"):
         load_pretrained(checkpoint, dtype="nonsense")
     config, params = load_pretrained(checkpoint)
     with pytest.raises(SamplerError, match="config must be a ModelConfig: got a dict"):
