@@ -74,7 +74,7 @@ def run(*sets: str) -> Run:
     rows_sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     plan = SimpleNamespace(pack_shapes=[shape], score=score, rows_sharding=rows_sharding)
     reference = REFERENCE if given.loss.reference != "none" else None
-    return cast(Run, SimpleNamespace(settings=given, plan=plan, reference=reference))
+    return cast(Run, SimpleNamespace(settings=given, plan=plan, reference=reference, frozen=()))
 
 
 def advantage(scored: Scored, *sets: str) -> np.ndarray:
