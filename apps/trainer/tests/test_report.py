@@ -12,8 +12,8 @@ from grpo_trainer.evaluate.records import Answer, Evaluation, Record, compare
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
-from grpo_trainer.report.printable import printable
 from grpo_trainer.report.runs import main, write_comparison
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.folder import RunFolder
 from grpo_trainer.settings.errors import RunFolderError
 from grpo_trainer.task import Judgement

@@ -11,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_trainer.report.terminal import OutputError, drop_output, explain_faults, guard_output
 from grpo_trainer.settings.layers import dump, load, preset_files
 from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
-from grpo_trainer.settings.terminal import OutputError, drop_output, explain_faults, guard_output
 from grpo_trainer.task import Task
 
 __all__ = ["Command", "main", "run_app"]

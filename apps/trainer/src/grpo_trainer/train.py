@@ -20,7 +20,7 @@ from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.export import check_export, export_run
 from grpo_trainer.report.page import write_report
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.rewards.refill import choose_groups, count_with_signal
 from grpo_trainer.rewards.scoring import Transcript, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints

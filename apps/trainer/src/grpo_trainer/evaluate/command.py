@@ -16,7 +16,7 @@ from grpo_mesh import digest
 from grpo_trainer.assemble import Evaluator, assemble_evaluator
 from grpo_trainer.evaluate.decode import evaluate, evaluation_key
 from grpo_trainer.evaluate.records import Evaluation, Record, compare
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints
 from grpo_trainer.run.files import locate_run
 from grpo_trainer.run.progress import duration

@@ -12,8 +12,8 @@ from typing import Any
 
 from grpo_trainer.report.curves import plans
 from grpo_trainer.report.page import environment, write_report
-from grpo_trainer.report.printable import printable
 from grpo_trainer.report.results import Results
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.files import read_lines, read_summary
 from grpo_trainer.settings.changes import differences
 from grpo_trainer.settings.errors import RunFolderError
