@@ -170,7 +170,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         cautions=tuple(
             cautions(
                 settings,
-                parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                parameters=sum(leaf.size for leaf in jax.tree.leaves((params, frozen))),
                 kept=len(problems.questions.problems),
                 dropped=problems.questions.dropped,
             )
