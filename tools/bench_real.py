@@ -3,8 +3,8 @@
     hatch run models:fetch smollm2-135m-instruct
     hatch run bench:real --torch "$(hatch run oracles:which python)"
 
-4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count tokens
-up to each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
+4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count to
+each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
 sides get the same file: ours in rows of 400 tokens with shared prompts and no remat; PyTorch in padded micro-batches of
 8 sequences whose prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW
 step.
