@@ -40,9 +40,11 @@ class Gsm8k:
             problems = read_problems(source, split, limit=limit)
             _check_answers(problems)
             return problems
-        from grpo_gsm8k.embedded.problems import generate, generate_easy
+        from grpo_gsm8k.embedded.problems import MOST, MOST_EASY, generate, generate_easy
+        from grpo_trainer.data.sources import check_limit
 
-        make = generate if source == "embedded" else generate_easy
+        make, most = (generate, MOST) if source == "embedded" else (generate_easy, MOST_EASY)
+        check_limit(source, split, limit, most[split])
         made = make(split, limit or _EMBEDDED_SIZE[split])
         return [Problem(each.question, each.answer, f"{source} {split}:{n}") for n, each in enumerate(made, 1)]
 

@@ -165,11 +165,13 @@ def locate_run(path: Path) -> tuple[Path, int | None] | None:
 def lock(path: Path) -> int:
     """Hold the file `path/lock` until the descriptor is closed or the process dies; return the descriptor."""
     file = path / "lock"
-    with writing(path):  # not through a link, and without waiting for the reader of a pipe
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise RunFolderError(f"{file} must be a plain file, which the run locks: remove it, or name another run.dir")
+    with writing(path):
+        # What is not a file of the run's own is neither followed nor emptied.
+        if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+            raise RunFolderError(
+                f"{file} must be a plain file, which the run locks: remove it, or name another run.dir"
+            )
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if sys.platform == "win32":
             import msvcrt
