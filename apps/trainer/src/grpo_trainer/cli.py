@@ -201,7 +201,9 @@ def _start_devices() -> None:
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a configured command takes besides its settings."""
-    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies"), "preflight": ("search",)}[options.command]
+    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies", "split"), "preflight": ("search",)}[
+        options.command
+    ]
     return {name: getattr(options, name) for name in names}
 
 
@@ -235,6 +237,12 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
                 type=argument_path,
                 metavar="RUN",
                 help="a run's folder, whose newest checkpoint is measured, with the run's settings",
+            )
+            command.add_argument(
+                "--split",
+                choices=("test", "train"),
+                default="test",
+                help="the problems: held-out ones (the default), or those to train on, for data.filter.pass_rate",
             )
             command.add_argument(
                 "policies",

@@ -412,6 +412,25 @@ def _(bench: Bench) -> None:
     bench.assemble("data.source=/nowhere/at/all")
 
 
+@fault("Data", "a filter by no column", DataError, "data.filter.column", "got 'levle'", "Did you mean 'level'?")
+def _(bench: Bench) -> None:
+    leveled = bench.data(*[row | {"level": n} for n, row in enumerate(GOOD)])
+    bench.assemble(f"data.source={leveled}", "data.filter={column: levle, min: 1}")
+
+
+@fault("Data", "a filter that keeps nothing", DataError, "data.filter must keep at least one", "'level' from 99 to inf")
+def _(bench: Bench) -> None:
+    leveled = bench.data(*[row | {"level": n} for n, row in enumerate(GOOD)])
+    bench.assemble(f"data.source={leveled}", "data.filter={column: level, min: 99}")
+
+
+@fault(
+    "Data", "pass rates that were never measured", DataError, "data.filter.pass_rate.records", "there is no /nowhere"
+)
+def _(bench: Bench) -> None:
+    bench.assemble("data.filter.pass_rate={records: /nowhere, max: 0.9}")
+
+
 @fault(
     "Data",
     "a question longer than data.max_prompt_length",

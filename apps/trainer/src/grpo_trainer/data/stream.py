@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
 
 from grpo_contracts import Prompts
+from grpo_trainer.data.filter import filter_problems
 from grpo_trainer.data.prompts import PromptStyle, encode_prompts
 from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.tokenizer import padding_id
@@ -53,6 +54,7 @@ class Questions:
         pad_id: fills the rows up.
         dropped: how many over-long problems were left out.
         digest: of the problems that fit.
+        filtered: what `data.filter` left out, in words; empty without it.
     """
 
     problems: tuple[Problem, ...]
@@ -62,6 +64,7 @@ class Questions:
     pad_id: int
     dropped: int
     digest: str
+    filtered: str = ""
 
     def ask(self, prompt_id_P: Sequence[int] | np.ndarray) -> Asked:
         """Pick problems.
@@ -231,17 +234,22 @@ class Reader:
         )
 
     def training(self) -> ProblemStream:
-        """Open the training problems, less those that are shown as examples.
+        """Open the training problems that `data.filter` keeps, less those that are shown as examples.
 
         Raises:
             DataError, PromptError: they cannot be read or do not fit.
         """
-        style, data = self.style(), self.settings.data
-        shown = {example.question for example in style.examples}
-        limit = data.train_size + self.settings.prompt.examples if data.train_size else 0
-        problems = [problem for problem in self._split("train", limit) if problem.question not in shown]
-        questions = self._fitting(problems, style)
+        questions = self._training(by_pass_rate=True)
         return ProblemStream(questions, count=self.settings.rollout.prompts, seed=self.settings.seed)
+
+    def to_measure(self) -> Asked:
+        """Read the training problems whose pass rate is to be measured: `data.filter.pass_rate` does not apply.
+
+        Raises:
+            DataError, PromptError: they cannot be read or do not fit.
+        """
+        questions = self._training(by_pass_rate=False)
+        return questions.ask(range(len(questions.problems)))
 
     def held_out(self) -> Asked:
         """Read the problems of every evaluation: the first ``eval.problems`` of the test split, or all of fewer.
@@ -252,6 +260,14 @@ class Reader:
         problems = self._split("test", self.settings.eval.problems)
         questions = self._fitting(problems, self.style())
         return questions.ask(range(len(questions.problems)))
+
+    def _training(self, *, by_pass_rate: bool) -> Questions:
+        style, data = self.style(), self.settings.data
+        shown = {example.question for example in style.examples}
+        limit = data.train_size + self.settings.prompt.examples if data.train_size else 0
+        problems = [problem for problem in self._split("train", limit) if problem.question not in shown]
+        kept, filtered = filter_problems(problems, data.filter, by_pass_rate=by_pass_rate)
+        return replace(self._fitting(kept, style), filtered=filtered)
 
     def _split(self, split: Split, limit: int) -> Sequence[Problem]:
         data = self.settings.data
