@@ -174,7 +174,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     assert "change loss.row_length=1024: shorter rows" in text
     text = text_of(plan, measured("decode", "rollout", 20.0), "v5e-4")
     assert "change rollout.slots=64" in text
-    assert "change mesh=dp:1,fsdp:-1,tp:2" in text
+    assert "change rollout.mesh=dp:-1,tp:2: decoding holds 1/2 of the weights" in text
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(plan):
@@ -189,11 +189,22 @@ def test_candidates_divide():
     settings = qwen(model={"path": "Qwen/Qwen2.5-7B"})
     found = list(candidates(settings, model_config(settings.model.path, {}), 16))
     assert {candidate.tp for candidate in found} == {1, 2, 4}  # four key/value heads
-    assert found[0] == Candidate(1, 16, 1, 16)
+    assert {candidate.rollout_tp for candidate in found} == {1, 2, 4}  # 8 does not divide 28 query heads
+    assert found[0] == Candidate(1, 16, 1, 16, 1)
+    assert "rollout.mesh" not in str(found[0])
+    assert str(found[1]) == "mesh=dp:1,fsdp:16,tp:1 loss.rows=16 rollout.mesh=dp:8,tp:2"
     for candidate in found:
         assert candidate.dp * candidate.fsdp * candidate.tp == 16
         assert candidate.rows % (candidate.dp * candidate.fsdp) == 0
         assert candidate.apply(settings).mesh == candidate.mesh
+        assert candidate.apply(settings).rollout.mesh == candidate.rollout_mesh
+
+
+def test_candidates_of_rollouts_divide_the_slots_and_may_repeat_heads():
+    settings = qwen(model={"path": "Qwen/Qwen2.5-3B"}, rollout=QWEN["rollout"] | {"slots": 4})
+    found = candidates(settings, model_config(settings.model.path, {}), 8)
+    assert {candidate.rollout_tp for candidate in found if candidate.tp == 1} == {1, 2, 4, 8}  # 1 is that of training
+    assert {candidate.rollout_tp for candidate in found if candidate.tp == 2} == {2, 4, 8}
 
 
 def test_tp_that_does_not_divide_the_heads_is_refused():

@@ -19,6 +19,7 @@ from grpo_mesh import (
     local_rows,
     make_mesh,
     replicated,
+    reshape_mesh,
     reshard,
     shardings,
     state_shardings,
@@ -50,6 +51,14 @@ def test_the_digest_does_not_depend_on_the_sharding():
         mesh = make_mesh(spec)
         assert digest(jax.device_put(params, shardings(params, mesh, RULES))) == alone
         assert digest(jax.device_put(params, replicated(mesh))) == alone
+
+
+def test_a_program_moves_parameters_to_a_reshaped_mesh():
+    params, mesh = parameters(), make_mesh("1,4,2")
+    target = shardings(params, reshape_mesh(mesh, "2,2,2"), RULES)
+    moved = jax.jit(lambda tree: tree, out_shardings=target)(jax.device_put(params, shardings(params, mesh, RULES)))
+    assert jax.tree.map(lambda leaf: leaf.sharding, moved) == target
+    assert digest(moved) == digest(params)
 
 
 def test_parameters_move_between_meshes_unchanged():

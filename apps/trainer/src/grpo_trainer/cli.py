@@ -259,7 +259,9 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
                 help="TPU slice such as v5e-16, instead of the settings' own; repeatable",
             )
             command.add_argument(
-                "--search", action="store_true", help="try meshes and micro-batches, rank those that fit"
+                "--search",
+                action="store_true",
+                help="try meshes, rollout meshes and micro-batches, rank those that fit",
             )
     for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)

@@ -258,7 +258,9 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
     moved, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
     lora = plan.model.lora
     adapters = f"; {moved:,} more are trained, adapters of rank {lora.rank}" if lora else ""
-    axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
+    axes, decoding = (
+        " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items()) for mesh in (plan.mesh, plan.rollout_mesh)
+    )
     return (
         f"policy   {settings.model.path}: {plan.model.family}, {frozen or moved:,} parameters, "
         f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
@@ -267,6 +269,6 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
         + (f"; over-long ones dropped: {dropped[0]:,} to train on, {dropped[1]:,} held out" if any(dropped) else "")
         + (f"; {problems.questions.filtered}" if problems.questions.filtered else "")
         + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),
-        f"devices  {plan.device}, mesh {axes}",
+        f"devices  {plan.device}, mesh {axes}" + (f"; sampling on {decoding}" if decoding != axes else ""),
         f"steps    {settings.steps}, each {settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",
     )

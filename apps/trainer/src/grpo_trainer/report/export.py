@@ -67,7 +67,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     run, step = locate_run(given.run.expanduser()) or (given.run, None)
     step = given.step if step is None else step
-    settings = load_saved(run / "config.yaml").model_copy(update={"mesh": "auto", "slices": (), "cpu_devices": 0})
+    settings = load_saved(run / "config.yaml").on_any_devices()
     for line in prepare_process(settings):
         print(line, flush=True)
 

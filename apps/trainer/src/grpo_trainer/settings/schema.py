@@ -166,6 +166,11 @@ class RolloutSettings(_Section):
         description="texts that end a completion, besides its end tokens; rewards see the text before them",
     )
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
+    mesh: str = Field(
+        default="",
+        description="axis sizes while completions are sampled, spelled as mesh: weights move there once a rollout, "
+        "sequences are spread over dp·fsdp, and key/value heads are repeated if tp exceeds them; empty: as mesh",
+    )
     refills: Count = Field(
         default=0,
         description="times a step may draw further prompts to replace groups whose rewards are all equal (DAPO's "
@@ -449,6 +454,11 @@ class Settings(_Section):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    def on_any_devices(self) -> Self:
+        """The same run laid out for whatever devices a machine has, as for looking into it elsewhere."""
+        rollout = self.rollout.model_copy(update={"mesh": ""})
+        return self.model_copy(update={"mesh": "auto", "rollout": rollout, "slices": (), "cpu_devices": 0})
 
     @property
     def updates(self) -> int:
