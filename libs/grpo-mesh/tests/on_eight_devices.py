@@ -73,6 +73,20 @@ def test_parameters_move_to_a_mesh_of_other_devices():
     assert digest(moved) == digest(params)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("first", "second"), [((0, 8), (2, 4)), ((0, 4), (0, 8)), ((4, 8), (0, 1)), ((0, 1), (0, 8))])
+def test_parameters_move_to_more_or_fewer_devices(first, second, donate):
+    params = parameters()
+    train, sample = (make_mesh("1,-1,1", jax.devices()[slice(*which)]) for which in (first, second))
+    trained = jax.device_put(params, shardings(params, train, RULES))
+    target = shardings(params, sample, RULES)
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        moved = reshard(trained, target, donate=donate)
+    assert digest(moved) == digest(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
+    assert donate or digest(trained) == digest(params)
+
+
 @pytest.mark.parametrize("spec", MESHES)
 def test_a_batch_survives_the_way_to_the_devices_and_back(spec):
     sharding = batch_sharding(make_mesh(spec))
