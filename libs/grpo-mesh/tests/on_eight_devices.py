@@ -69,6 +69,7 @@ def test_parameters_move_between_meshes_unchanged():
         target = shardings(params, make_mesh(second), RULES)
         with jax.transfer_guard_device_to_host("disallow_explicit"):
             moved = reshard(trained, target, donate=True)
+        assert trained["w"].is_deleted()
         assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
         assert digest(moved) == wanted
 
@@ -80,6 +81,20 @@ def test_parameters_move_to_a_mesh_of_other_devices():
     moved = reshard(jax.device_put(params, shardings(params, train, RULES)), shardings(params, sample, RULES))
     assert moved["w"].devices() == set(jax.devices()[4:])
     assert digest(moved) == digest(params)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("first", "second"), [((0, 8), (2, 4)), ((0, 4), (0, 8)), ((4, 8), (0, 1)), ((0, 1), (0, 8))])
+def test_parameters_move_to_more_or_fewer_devices(first, second, donate):
+    params = parameters()
+    train, sample = (make_mesh("1,-1,1", jax.devices()[slice(*which)]) for which in (first, second))
+    trained = jax.device_put(params, shardings(params, train, RULES))
+    target = shardings(params, sample, RULES)
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        moved = reshard(trained, target, donate=donate)
+    assert digest(moved) == digest(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
+    assert donate or digest(trained) == digest(params)
 
 
 @pytest.mark.parametrize("spec", MESHES)
