@@ -202,7 +202,7 @@ def test_candidates_divide():
 
 def test_candidates_of_rollouts_divide_the_slots_and_may_repeat_heads():
     settings = qwen(model={"path": "Qwen/Qwen2.5-3B"}, rollout=QWEN["rollout"] | {"slots": 4})
-    found = candidates(settings, model_config(settings.model.path, {}), 8)
+    found = list(candidates(settings, model_config(settings.model.path, {}), 8))
     assert {candidate.rollout_tp for candidate in found if candidate.tp == 1} == {1, 2, 4, 8}  # 1 is that of training
     assert {candidate.rollout_tp for candidate in found if candidate.tp == 2} == {2, 4, 8}
 
@@ -241,12 +241,14 @@ def test_a_search_ranks_the_layouts_that_fit(toy, capsys):
     settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8}})
     assert preflight(settings, TASK, search=True) == 0
     tried, _, ranked = capsys.readouterr().out.partition("layouts fit v5e-4, fastest first")
-    layouts = re.findall(r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)", tried, re.MULTILINE)
-    # One key/value head, so no tp; eight sequences, so at most eight rows.
-    assert {mesh for mesh, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
-    assert {rows for _, rows in layouts} == {"4", "8"}
+    pattern = r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)(?: rollout\.mesh=([\w:,]+))?: peak"
+    layouts = re.findall(pattern, tried, re.MULTILINE)
+    # One key/value head, so no tp in training; eight sequences, so at most eight rows.
+    assert {mesh for mesh, _, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
+    assert {rows for _, rows, _ in layouts} == {"4", "8"}
+    assert {rollout for _, _, rollout in layouts} == {"", "dp:2,tp:2"}
     seconds = [float(found) for found in re.findall(r"^ +([\d.]+) s +[\d.]+ GiB  mesh=", ranked, re.MULTILINE)]
-    assert len(seconds) == len(layouts) == 6
+    assert len(seconds) == len(layouts) == 12
     assert seconds == sorted(seconds)
 
 

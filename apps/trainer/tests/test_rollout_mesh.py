@@ -76,7 +76,7 @@ def test_a_mesh_that_does_not_fit_is_refused_by_the_setting(
 ) -> None:
     mesh = Mesh(np.array([Chip(number) for number in range(8)], dtype=object).reshape(8, 1, 1), AXES)
     with pytest.raises(ConfigError, match=message):
-        blueprint(settings(toy_policy, tmp_path, *sets), ModelConfig.from_file(toy_policy), mesh)
+        blueprint(settings(toy_policy, tmp_path, "loss.rows=8", *sets), ModelConfig.from_file(toy_policy), mesh)
 
 
 def test_a_resume_may_change_it(toy_policy: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class Engine:
             starts["shrink"] = partial(self._keep_program, largest, shapes[1])
         return {name: _waiting(start) for name, start in starts.items()}
 
-    def held(self, shape: Shape) -> tuple[Weights, Cache]:
+    def allocation(self, shape: Shape) -> tuple[Weights, Cache]:
         """The weights and the cache of all shards, as shapes with shardings."""
         return self._weights, self._cache(shape)
 

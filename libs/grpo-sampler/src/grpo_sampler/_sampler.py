@@ -198,8 +198,8 @@ class Sampler:
         filtered = is_filtered(self.sampling if sampling is None else sampling, self.min_new_tokens)
         return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
 
-    def held(self, params: Any, *, group_size: int, streaming: bool = False) -> tuple[Any, Any]:
-        """What a call that fills all slots holds on the devices, to plan memory before anything is compiled.
+    def allocation(self, params: Any, *, group_size: int, streaming: bool = False) -> tuple[Any, Any]:
+        """What a call that fills all slots allocates for its whole length, to plan memory before anything is compiled.
 
         Args:
             params: as for `programs`.
@@ -213,7 +213,7 @@ class Sampler:
         """
         check_params(params, self.config)
         engine = self._engine(params, self._buckets[-1])
-        return engine.held(self._shapes(engine, group_size, streaming)[0])
+        return engine.allocation(self._shapes(engine, group_size, streaming)[0])
 
     def generate(
         self,

@@ -132,7 +132,7 @@ def _fitting(
             continue
         for what, held, those in (
             ("parameters and optimizer", bytes_per_device(plan.state), of_mesh),
-            ("parameters, optimizer, decoding weights and cache", _held_in_rollouts(plan), of_rollout),
+            ("parameters, optimizer, decoding weights and cache", _rollout_bytes(plan), of_rollout),
         ):
             if held > target.chip.usable_bytes:
                 print(f"  skipped  {candidate}: {what} alone take {held / GIB:.1f} GiB", flush=True)
@@ -156,11 +156,11 @@ def _fitting(
                 hopeless.add(of_rollout if verdict.fullest.phase in _DECODING else of_mesh)
 
 
-def _held_in_rollouts(plan: Blueprint) -> int:
+def _rollout_bytes(plan: Blueprint) -> int:
     """Bytes that a device holds at least while it decodes."""
     rollout, network = plan.settings.rollout, plan.network(plan.state.params, *plan.frozen)
     streaming = rollout.prompts * rollout.group_size > plan.sampler.slots
-    decoding = plan.sampler.held(network, group_size=rollout.group_size, streaming=streaming)
+    decoding = plan.sampler.allocation(network, group_size=rollout.group_size, streaming=streaming)
     return bytes_per_device((plan.state, plan.frozen, plan.reference, decoding))
 
 
