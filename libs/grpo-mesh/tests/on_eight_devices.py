@@ -69,7 +69,6 @@ def test_parameters_move_between_meshes_unchanged():
         target = shardings(params, make_mesh(second), RULES)
         with jax.transfer_guard_device_to_host("disallow_explicit"):
             moved = reshard(trained, target, donate=True)
-        assert trained["w"].is_deleted()
         assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
         assert digest(moved) == wanted
 

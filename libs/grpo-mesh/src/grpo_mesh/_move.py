@@ -130,7 +130,7 @@ def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
     Args:
         tree: pytree of arrays.
         shardings: one sharding, or a pytree of them shaped like `tree` (`shardings(tree, mesh, rules)`).
-        donate: the input's memory may be reused; the input is unusable afterwards.
+        donate: the input's memory may be reused; do not use the input afterwards.
 
     Returns:
         The pytree on its new shardings, bit for bit the same.
@@ -159,8 +159,6 @@ def _move(leaf: Any, place: Sharding, donate: bool) -> jax.Array:
     moved = leaf
     if not here.is_equivalent_to(staged, leaf.ndim):
         moved = jax.jit(_same, out_shardings=staged)(leaf)
-        if donate:
-            leaf.delete()
     if devices.size == mesh.devices.size or not place.is_fully_addressable:
         return jax.device_put(moved, place, donate=donate or moved is not leaf)
     whole = moved.addressable_shards[0].data
