@@ -232,7 +232,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     assert run.wait(600) == 75, (tmp_path / "log").read_text()
-    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert "the same command resumes the run" in (tmp_path / "log").read_text()
     assert start(arguments, tmp_path / "log").wait(600) == 0
     assert result(tmp_path / "run") == result(whole.folder)
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -128,7 +129,7 @@ def _end_on_sigterm(task: Task) -> Iterator[None]:
         while byte := os.read(read_end, 1):
             if byte[0] == signal.SIGTERM:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command goes on\n".encode())
+                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command resumes the run\n".encode())
                 os._exit(EXIT_PREEMPTED)
 
     listener = threading.Thread(target=listen, name="sigterm", daemon=True)
@@ -207,8 +208,14 @@ def _extra(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        setting = re.match(r"unrecognized arguments: ([a-z_.]+=\S*)", message)
+        super().error(f"{message}. Settings follow --set: --set {setting[1]}" if setting else message)
+
+
 def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"grpo-{task.name}", description=task.title, allow_abbrev=False)
+    parser = _Parser(prog=f"grpo-{task.name}", description=task.title, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in _CONFIGURED.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)

@@ -168,7 +168,7 @@ def _steps(
         if stopping:
             checkpoints.wait()
             kept = "saved" if settings.checkpoint.every else "lost, because checkpoint.every is 0"
-            progress.note(f"asked to stop: step {done} is done and {kept}; the same command goes on")
+            progress.note(f"asked to stop: step {done} is done and {kept}; the same command resumes the run")
             return EXIT_PREEMPTED
 
     checkpoints.wait()

@@ -14,6 +14,7 @@ from grpo_trainer.data.filter import filter_problems
 from grpo_trainer.data.prompts import PromptStyle, encode_prompts
 from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.tokenizer import padding_id
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.task import Problem, Split, Task
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Overlong = Literal["refuse", "drop"]
 
 _LAST_PROBLEM = 2**48  # so many are put to the policy in no run
+_SHOWN = 600  # characters of a prompt in a message
 _LONGEST_TOKEN = 256  # characters; that no prompt has on average for each of its tokens
 
 
@@ -128,7 +130,8 @@ def tokenize(
         raise DataError(
             f"{read[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
             f"this one has {len(ids[first])}, {len(read) - len(fitting)} of {len(read)} are too long, "
-            f"the longest has {max(map(len, ids))}"
+            f"the longest has {(longest := max(map(len, ids)))}. Set data.max_prompt_length={longest}, or "
+            f"data.overlong=drop to leave those out. As the model sees it: {_shown(tokenizer, ids[first])}"
         )
     if not fitting:
         raise DataError(
@@ -197,6 +200,12 @@ class ProblemStream(Iterator[Asked]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on exactly where `get_state` was called."""
         self._steps.set_state(state)
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The prompt in one line, cut to what a message can hold."""
+    text = printable(str(tokenizer.decode(list(ids))), newlines=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 @dataclass(frozen=True)

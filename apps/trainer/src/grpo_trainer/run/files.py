@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_trainer.settings.errors import RunFolderError
+from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.schema import Settings
 
 __all__ = [
+    "check_run_folder",
     "copy_aside",
     "cut_back",
     "locate_run",
@@ -160,6 +161,19 @@ def locate_run(path: Path) -> tuple[Path, int | None] | None:
     step = re.fullmatch(r"step_(\d+)", path.name)
     inside = step and path.is_dir() and path.absolute().parent.name == "checkpoints"
     return (path.parent.parent, int(step[1])) if step and inside else None
+
+
+def check_run_folder(path: Path) -> None:
+    """Refuse a path that a person took for a run's folder.
+
+    Args:
+        path: any.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} must be the folder of a run, with its config.yaml")
 
 
 def lock(path: Path) -> int:
