@@ -53,7 +53,7 @@ def raising(error):
 
 def test_a_setting_without_set_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(TASK, ["train", "steps=3"])
+        main("train", "steps=3")
     assert "unrecognized arguments: steps=3. Settings follow --set: --set steps=3" in capsys.readouterr().err
 
 
