@@ -100,6 +100,7 @@ def measured(name: str, phase: str, peak_gib: float, *, work: Work | None = None
         ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
     ],
 )
 def test_shipped_dimensions_give_the_published_number_of_parameters(path, parameters):
