@@ -18,6 +18,7 @@ from grpo_trainer.task import Split, Task
 
 TEST_SHARE = 8  # one number combination in eight belongs to the test split
 SALT = 27  # of the hash that splits; chosen so that each template has its share of both splits
+_SIZE: Mapping[Split, int] = {"train": 8_192, "test": 1_024}  # by default
 # Problems of a split; of more than these, most draws would repeat a question.
 MOST: Mapping[Split, int] = {"train": 100_000, "test": 10_000}
 MOST_EASY: Mapping[Split, int] = {"train": 20_000, "test": 2_000}
@@ -42,6 +43,15 @@ class WordProblem:
     mistaken: str | None
     template: Template
     numbers: tuple[int, ...]
+
+
+def embedded(source: str, split: Split, limit: int) -> list[WordProblem]:
+    """The problems of ``embedded`` or ``embedded-easy``; a limit of 0 means as many as a run uses by default."""
+    from grpo_trainer.data.sources import check_limit
+
+    make, most = (generate, MOST) if source == "embedded" else (generate_easy, MOST_EASY)
+    check_limit(source, split, limit, most[split])
+    return make(split, limit or _SIZE[split])
 
 
 def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
