@@ -175,6 +175,7 @@ class Life:
         write: Callable[..., None],
     ) -> int:
         """Disturb it at random instants until it ends or the time is over; its exit code."""
+        kind, allowed = "nothing", set[int]()  # what a full disk broke may end it later
         while not over():
             # While it starts, or some steps later, so that most of them reach another checkpoint.
             steps, share = chance.choice((0, chance.randint(1, 3 * EVERY))), chance.random()
@@ -185,11 +186,12 @@ class Life:
             wait = share * (times.step if self._lines else times.startup)
             if self._ended(wait) or over():
                 break
-            kind = min(KINDS, key=lambda kind: (done[kind], chance.random()))
+            chosen = min(KINDS, key=lambda kind: (done[kind], chance.random()))
             where = f"after {len(self._lines)} steps" if self._lines else f"{share:.0%} of starting"
-            codes = self._disturb(kind, times, chance)
+            codes = self._disturb(chosen, times, chance)
             if codes is None:
                 continue  # there is no reward process yet
+            kind, allowed = chosen, allowed | codes
             done[kind] += 1
             ended = self._ended(PATIENCE) if kind in SIGNALS else self._ended(0)
             if kind in SIGNALS and not ended:
@@ -197,11 +199,11 @@ class Life:
             code = self.process.poll()
             write(self.name, kind, where, "goes on" if code is None else f"code {code}")
             if code is not None:
-                self._check(kind, code, codes)
+                self._check(kind, code, allowed)
                 return code
         while not self._ended(1.0):
             self._expect_life()
-        self._check("nothing", self.process.returncode, set())
+        self._check(kind, self.process.returncode, allowed)
         return self.process.returncode
 
     def _ended(self, seconds: float) -> bool:
@@ -225,7 +227,7 @@ class Life:
         if kind == "full disk":
             size = chance.choice((0, 1 << 12, 1 << 20))
             resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            if not self._ended(chance.uniform(0, 3 * EVERY * times.step)):
+            if not self._ended(chance.uniform(1, 3 * EVERY) * times.step):
                 limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
                 resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limit)
             return FULL_DISK_CODES

@@ -149,17 +149,19 @@ def _move(leaf: Any, place: Sharding, donate: bool) -> jax.Array:
     here = leaf.sharding if isinstance(leaf, jax.Array) else None
     if not (isinstance(here, NamedSharding) and isinstance(place, NamedSharding)):
         return jax.device_put(leaf, place, donate=donate)
-    devices, mesh = here.mesh.devices, place.mesh
-    if devices.size == mesh.devices.size:
-        staged = NamedSharding(
-            Mesh(devices.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types), place.spec
-        )
+    old, new = here.mesh, place.mesh
+    if not (isinstance(old, Mesh) and isinstance(new, Mesh)):
+        return jax.device_put(leaf, place, donate=donate)
+    as_many = old.devices.size == new.devices.size
+    if as_many:
+        devices = old.devices.reshape(new.devices.shape)
+        staged = NamedSharding(Mesh(devices, new.axis_names, axis_types=new.axis_types), place.spec)
     else:
-        staged = NamedSharding(here.mesh, PartitionSpec())
+        staged = NamedSharding(old, PartitionSpec())
     moved = leaf
     if not here.is_equivalent_to(staged, leaf.ndim):
         moved = jax.jit(_same, out_shardings=staged)(leaf)
-    if devices.size == mesh.devices.size or not place.is_fully_addressable:
+    if as_many or not place.is_fully_addressable:
         return jax.device_put(moved, place, donate=donate or moved is not leaf)
     whole = moved.addressable_shards[0].data
     where = place.addressable_devices_indices_map(leaf.shape)
