@@ -145,7 +145,11 @@ class Kill:
     ranks: tuple[int, ...]
 
 
-@pytest.mark.parametrize("whole", [1, 2], indirect=True, ids=["one-process", "two-processes"])
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(1, id="one-process"), pytest.param(2, id="two-processes", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(kills: int, toy_policy: Path, cache: Path, whole: Whole, tmp_path: Path) -> None:
     processes, chance = len(whole.hashes), random.Random(kills)
