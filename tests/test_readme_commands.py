@@ -74,6 +74,9 @@ RUN: dict[str, Small] = {
     "hatch run apps/gsm8k:train --dry-run": BUILT,
     "hatch run apps/gsm8k:train --set steps=6 eval.every=3": SETTINGS,
     "hatch run apps/gsm8k:train --set seed=SEED": Small("--print-config", {"SEED": "1"}),
+    "hatch run apps/gsm8k:train --set model.lora.rank=8 model.lora.alpha=16 optimizer.learning_rate=3e-3 seed=SEED": Small(  # noqa: E501
+        "--print-config", {"SEED": "1"}
+    ),
     "PYTHONPATH=tools hatch run apps/gsm8k:train --set 'reward.functions=[shuffled_reward:shuffled]'": BUILT,
     "hatch run apps/gsm8k:eval RUN_OR_MODEL ...": Small(MEASURED, {"RUN_OR_MODEL ...": "runs/NAME policy"}, slow=True),
     "hatch run apps/gsm8k:eval --checkpoint runs/NAME": Small(MEASURED, slow=True),
