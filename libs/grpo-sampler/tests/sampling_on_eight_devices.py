@@ -119,5 +119,5 @@ def main(trained_on: list[int], shape: list[int], kind: str, unroll: bool) -> No
 
 
 if __name__ == "__main__":
-    meshes = [[int(size) for size in text.split(",")] for text in sys.argv[1:3]]
-    main(*meshes, sys.argv[3], sys.argv[4] == "unrolled")
+    first, second = ([int(size) for size in text.split(",")] for text in sys.argv[1:3])
+    main(first, second, sys.argv[3], sys.argv[4] == "unrolled")

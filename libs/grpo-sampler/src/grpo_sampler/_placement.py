@@ -108,7 +108,8 @@ def _check_order(mesh: Mesh, leaves: list[Any]) -> None:
     for leaf in leaves:
         if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.device_set != set(order):
             continue
-        if (got := tuple(leaf.sharding.mesh.devices.flat)) != order:
+        devices = leaf.sharding.mesh.devices
+        if devices is not None and (got := tuple(devices.flat)) != order:
             raise SamplerError(
                 "the sampler's mesh must list its devices in the order of the parameters' mesh: got "
                 f"{[device.id for device in order]} and {[device.id for device in got]}. Make one mesh from the "
