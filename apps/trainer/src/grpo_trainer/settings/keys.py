@@ -177,9 +177,10 @@ def _expected(field: FieldInfo) -> str:
         if field.examples:
             return f"a list of names like {', '.join(map(str, field.examples))}"
         item = get_args(annotation)[0]
-        choice = ", ".join(map(str, get_args(item))) if get_origin(item) is Literal else ""
+        if get_origin(item) is Literal:
+            return f"a list of {', '.join(map(str, get_args(item)))}"
         kinds = " or ".join(_KINDS[kind] for kind in get_args(item) or (item,) if kind is not int or item is int)
-        return f"a list of {choice}" if choice else f"a list, each of it {kinds}"
+        return f"a list, each of it {kinds}"
     bounds = [f"{sign} {getattr(m, name):g}" for name, sign in _BOUNDS.items() for m in metadata if hasattr(m, name)]
     kinds = [_KINDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,)]
     kind = " or ".join(sorted(kinds, key="null".__eq__))
