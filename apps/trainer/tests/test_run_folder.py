@@ -421,3 +421,29 @@ def test_wilson_intervals(correct, total, low, high):
 def test_accuracy_of_nothing(correct, total):
     with pytest.raises(ValueError, match="correct <= total"):
         Accuracy(correct, total)
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected", "words"),
+    [
+        (None, RunFolderError, "cannot be written: .*No space"),
+        (ValueError("the checkpoint could not be written"), ValueError, "the checkpoint"),
+    ],
+)
+def test_a_logger_that_cannot_be_closed_hides_nothing(config, monkeypatch, reason, expected, words):
+    def run():
+        with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
+            folder.start(0)
+            close = folder._tensorboard.close
+
+            def fail():
+                close()
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(folder._tensorboard, "close", fail)
+            if reason is not None:
+                raise reason
+
+    with pytest.raises(expected, match=words):
+        run()
+    RunFolder(config(), VERSIONS).close()  # the lock was let go

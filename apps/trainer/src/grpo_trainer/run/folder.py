@@ -223,15 +223,18 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush the loggers and let other processes have the folder."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        try:
+            if tensorboard is not None:
+                with writing(self.path):
+                    tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+                self._wandb = None
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +251,11 @@ class RunFolder:
             except OSError as failure:
                 # The disk may be what failed; the error itself must still reach the user.
                 error.add_note(f"(the traceback could not be saved: {failure})")
-        self.close()
+        try:
+            self.close()
+        except RunFolderError:
+            if error is None:
+                raise  # otherwise what ended the run must reach the user, and it was the same disk most likely
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
