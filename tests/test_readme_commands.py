@@ -62,7 +62,7 @@ RUN: dict[str, Small] = {
     # -- the apps
     "hatch run apps/gsm8k:train": Small(TRAINED.format("NAME"), slow=True),
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b --set model.path=PATH_OR_HUB_ID data.source=PATH_OR_HUB_ID": Small(  # noqa: E501
-        "--dry-run", OWN_FILES, slow=True
+        "rollout.max_new_tokens=64 --dry-run", OWN_FILES, slow=True
     ),
     "hatch run apps/gsm8k:train --set 'reward.functions=[my_rewards:short_and_right]'": BUILT,
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b": SETTINGS,
