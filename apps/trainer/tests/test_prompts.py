@@ -89,6 +89,7 @@ def test_what_is_shown_is_not_asked(tokenizer: Any) -> None:
             PromptStyle(system="Be"),
             "fails on a conversation of system, user",
         ),
+        ("{{ '\\ud800' + messages[0]['content'] }}", PromptStyle(), "must write text: half a surrogate pair"),
         (None, PromptStyle(), "has no chat template, as that of a base model: set prompt.template"),
     ],
 )

@@ -18,6 +18,7 @@ from grpo_trainer.task import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no tokenizer takes
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 __all__ = ["PromptError", "PromptStyle", "encode_prompts", "prompt_digest"]
@@ -89,12 +90,15 @@ def encode_prompts(
         The ids of each prompt, unpadded, with the template's own special tokens.
 
     Raises:
-        PromptError: there is no template, it fails, it leaves the question out, or it writes BOS twice.
+        PromptError: there is no template, it fails, it writes what is no text, it leaves the question out, or it
+            writes BOS twice.
     """
     texts = _by_template(problems, tokenizer, style) if style.template else _by_chat(problems, tokenizer, style)
+    which = "prompt.template" if style.template else "the chat template"
     for problem, text in zip(problems, texts):
+        if _SURROGATE.search(text):
+            raise PromptError(f"{problem.place}: {which} must write text: half a surrogate pair is in {text[:200]!a}")
         if _letters(problem.question) not in _letters(text):
-            which = "prompt.template" if style.template else "the chat template"
             raise PromptError(
                 f"{problem.place}: {which} must keep the question: it wrote {text[:200]!r} for "
                 f"{problem.question[:200]!r}"
