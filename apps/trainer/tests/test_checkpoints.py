@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import subprocess
 import sys
@@ -151,3 +152,11 @@ def test_a_write_that_fails_is_said_once(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert "could not be written" in done.stdout or "writing a checkpoint" in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+def test_other_errors_of_orbax_are_logged(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep=1, versions={})
+    file = "/site-packages/orbax/checkpoint/checkpoint_manager.py"
+    for message, said in (("Deletion of step 3 failed", True), ("Failed to run 2 Handler Commit operations", False)):
+        record = logging.LogRecord("absl", logging.ERROR, file, 1, message, None, None)
+        assert bool(logging.getLogger("absl").filter(record)) == said

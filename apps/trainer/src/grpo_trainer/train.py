@@ -14,10 +14,10 @@ from grpo_contracts import PolicyVersion, Rollout, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.data.stream import ProblemBatch
+from grpo_trainer.evaluate.accuracy import verdict
 from grpo_trainer.evaluate.decode import evaluate
 from grpo_trainer.evaluate.records import Comparison, compare, read_records
 from grpo_trainer.learn import learn, make_batch
-from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.export import check_export, export_run
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.terminal import printable

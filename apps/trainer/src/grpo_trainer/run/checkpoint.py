@@ -40,6 +40,8 @@ _READING = (ValueError, OSError, KeyError, TypeError)
 # Only a missing part proves damage. Permissions, stale mounts, failing disks and too few descriptors may pass.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _OS_ERROR = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
+# What orbax logs, with tracebacks, of a write that failed: of `save` and `wait` it is raised besides.
+_FAILED_WRITE = re.compile(r"raised an exception|Failed to run \d+ Handler Commit|Finalize thread \(\S+\) failed")
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +317,7 @@ def _say_failures_once() -> None:
     def is_news(record: logging.LogRecord) -> bool:
         if record.name == "asyncio":
             return "exception was never retrieved" not in record.getMessage()
-        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+        return "orbax" not in record.pathname or not _FAILED_WRITE.search(record.getMessage())
 
     def hook(unraisable: Any) -> None:
         # After the first failed write orbax closes its loop, to which tensorstore then reports the others.
