@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from jax.stages import Compiled
 
@@ -50,7 +51,11 @@ class Work:
 
 
 def read_work(
-    compiled: Compiled, text: str, trips: tuple[float, float], kernel_flops: Callable[[str, Compiled], float]
+    compiled: Compiled,
+    text: str,
+    trips: tuple[float, float],
+    kernel_flops: Callable[[str, Compiled], float],
+    branch_shares: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[CompileReport, Work]:
     """Reads the work of one run, with its own trip count for each of two nested loops whose ends depend on the data.
 
@@ -62,14 +67,16 @@ def read_work(
         text: its text.
         trips: iterations of the outer loop, and of the inner loop in each of them.
         kernel_flops: FLOPs of one call of a kernel that declares no cost.
+        branch_shares: as of `compile_report`.
 
     Returns:
         The compiler's report, without these loops, and the work.
     """
-    report = compile_report(compiled, text=text, unknown_trips=0)
+    read = functools.partial(compile_report, compiled, text=text, branch_shares=branch_shares)
+    report = read(unknown_trips=0)
     readings = [report]
     if report.unknown_loops:
-        readings += [compile_report(compiled, text=text, unknown_trips=count) for count in (1, 2)]
+        readings += [read(unknown_trips=count) for count in (1, 2)]
     outer, inner = trips
 
     def at_trips(figure: Callable[[CompileReport], float]) -> float:
