@@ -5,7 +5,9 @@ from itertools import combinations, islice
 import pytest
 
 from grpo_countdown.expression import calculate
-from grpo_countdown.problems import Countdown, calculations, generate, split_of, stream
+from grpo_countdown.problems import MOST, Countdown, calculations, generate, split_of, stream
+from grpo_countdown.task import TASK
+from grpo_trainer.data.sources import DataError
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,15 @@ def test_all_operators_and_sizes_come(train: list[Countdown], test: list[Countdo
 
 def test_fewer_are_a_prefix(train: list[Countdown]) -> None:
     assert generate("train", 50) == train[:50]
+
+
+def test_no_more_are_asked_for_than_there_are() -> None:
+    there = {"train": 0, "test": 0}
+    for size in (2, 3, 4):
+        for numbers in combinations(range(1, 13), size):
+            for target in set(calculations(numbers).values()) - set(numbers):
+                there[split_of(numbers, target)] += 1
+    assert there == MOST
+    assert len(generate("test", MOST["test"])) == MOST["test"]
+    with pytest.raises(DataError, match=r"eval.problems must be at most 740, .*'embedded' generates: got 741"):
+        TASK.problems("embedded", "test", 741)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo_gsm8k.embedded.problems import WordProblem, generate, main, split_of, write_splits
+from grpo_gsm8k.embedded.problems import MOST_EASY, WordProblem, generate, main, split_of, write_splits
 from grpo_gsm8k.embedded.templates import TEMPLATES
 from grpo_gsm8k.task import TASK
+from grpo_trainer.data.sources import DataError
 from grpo_trainer.settings.errors import ConfigError
+from grpo_trainer.task import Split
 
 CALCULATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+)")
 
@@ -100,3 +102,25 @@ def test_easy_problems_are_one_calculation() -> None:
         assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator] == int(value)
         assert (equals, final) == ("=", f"#### {value}")
     assert not {p.question for p in easy} & {p.question for p in TASK.problems("embedded-easy", "train", 3_000)}
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "most"), [("embedded", "train", 100_000), ("embedded-easy", "test", 2_000)]
+)
+def test_absurd_numbers_of_problems_are_refused(source: str, split: Split, most: int) -> None:
+    setting = {"train": "data.train_size with prompt.examples", "test": "eval.problems"}[split]
+    for limit in (most + 1, 10**30):
+        with pytest.raises(DataError, match=f"{setting} must be at most {most:,}, .*got {limit:,}"):
+            TASK.problems(source, split, limit)
+
+
+@pytest.mark.parametrize("count", ["-1", "10001"])
+def test_files_of_absurd_size_are_not_begun(tmp_path: Path, count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(TASK, [str(tmp_path / "new"), "--test", count])
+    assert "--test must be 0 to 10,000: got" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_as_many_easy_problems_as_may_be_asked_for_exist() -> None:
+    assert len({problem.question for problem in TASK.problems("embedded-easy", "test", MOST_EASY["test"])}) == 2_000

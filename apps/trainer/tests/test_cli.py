@@ -51,6 +51,12 @@ def raising(error):
     return action
 
 
+def test_a_setting_without_set_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main("train", "steps=3")
+    assert "unrecognized arguments: steps=3. Settings follow --set: --set steps=3" in capsys.readouterr().err
+
+
 def test_print_config_is_light():
     """It imports nothing that takes a second to load: so it answers at once, also on a busy machine."""
     script = (
@@ -319,7 +325,7 @@ def test_a_signal_while_a_run_is_built_ends_it_as_one_that_can_go_on():
     assert process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == cli.EXIT_PREEMPTED
-    assert process.stderr.read() == "grpo-toy: stopped by SIGTERM; the same command goes on\n"
+    assert process.stderr.read() == "grpo-toy: stopped by SIGTERM; the same command resumes the run\n"
 
 
 @pytest.mark.parametrize("arguments", [["--print-config"], ["--help"], []])

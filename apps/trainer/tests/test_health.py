@@ -133,6 +133,8 @@ def test_a_first_step_without_any_reward_shows_what_the_policy_wrote(
         (("optimizer.learning_rate=3e-4",), {"parameters": 10**9}, "optimizer.learning_rate=0.0003 is far from"),
         (("optimizer.learning_rate=1e-10",), {"parameters": 10**9}, "is far from what recipes use"),
         (("optimizer.learning_rate=1e-6",), {"parameters": 10**9}, None),
+        (("optimizer.learning_rate=3e-5", "model.lora.rank=8"), {"parameters": 10**9}, None),
+        (("optimizer.learning_rate=3e-7", "model.lora.rank=8"), {"parameters": 10**9}, "to train adapters"),
         (("optimizer.learning_rate=1e-2", "optimizer.name=sgd"), {"parameters": 10**9}, None),
         ((), {"dropped": 20}, "20 of 120 training problems are longer than data.max_prompt_length"),
         ((), {"dropped": 1}, None),

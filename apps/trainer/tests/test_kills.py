@@ -145,7 +145,11 @@ class Kill:
     ranks: tuple[int, ...]
 
 
-@pytest.mark.parametrize("whole", [1, 2], indirect=True, ids=["one-process", "two-processes"])
+@pytest.mark.parametrize(
+    "whole",
+    [pytest.param(1, id="one-process"), pytest.param(2, id="two-processes", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_instants(kills: int, toy_policy: Path, cache: Path, whole: Whole, tmp_path: Path) -> None:
     processes, chance = len(whole.hashes), random.Random(kills)
@@ -232,7 +236,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     assert run.wait(600) == 75, (tmp_path / "log").read_text()
-    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert "the same command resumes the run" in (tmp_path / "log").read_text()
     assert start(arguments, tmp_path / "log").wait(600) == 0
     assert result(tmp_path / "run") == result(whole.folder)
 

@@ -100,6 +100,7 @@ def measured(name: str, phase: str, peak_gib: float, *, work: Work | None = None
         ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-3B-Instruct", 3_085_938_688),
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
     ],
 )
 def test_shipped_dimensions_give_the_published_number_of_parameters(path, parameters):
@@ -174,7 +175,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     assert "change loss.row_length=1024: shorter rows" in text
     text = text_of(plan, measured("decode", "rollout", 20.0), "v5e-4")
     assert "change rollout.slots=64" in text
-    assert "change mesh=dp:1,fsdp:-1,tp:2" in text
+    assert "change rollout.mesh=dp:-1,tp:2: decoding holds 1/2 of the weights" in text
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(plan):
@@ -189,11 +190,22 @@ def test_candidates_divide():
     settings = qwen(model={"path": "Qwen/Qwen2.5-7B"})
     found = list(candidates(settings, model_config(settings.model.path, {}), 16))
     assert {candidate.tp for candidate in found} == {1, 2, 4}  # four key/value heads
-    assert found[0] == Candidate(1, 16, 1, 16)
+    assert {candidate.rollout_tp for candidate in found} == {1, 2, 4}  # 8 does not divide 28 query heads
+    assert found[0] == Candidate(1, 16, 1, 16, 1)
+    assert "rollout.mesh" not in str(found[0])
+    assert str(found[1]) == "mesh=dp:1,fsdp:16,tp:1 loss.rows=16 rollout.mesh=dp:8,tp:2"
     for candidate in found:
         assert candidate.dp * candidate.fsdp * candidate.tp == 16
         assert candidate.rows % (candidate.dp * candidate.fsdp) == 0
         assert candidate.apply(settings).mesh == candidate.mesh
+        assert candidate.apply(settings).rollout.mesh == candidate.rollout_mesh
+
+
+def test_candidates_of_rollouts_divide_the_slots_and_may_repeat_heads():
+    settings = qwen(model={"path": "Qwen/Qwen2.5-3B"}, rollout=QWEN["rollout"] | {"slots": 4})
+    found = list(candidates(settings, model_config(settings.model.path, {}), 8))
+    assert {candidate.rollout_tp for candidate in found if candidate.tp == 1} == {1, 2, 4, 8}  # 1 is that of training
+    assert {candidate.rollout_tp for candidate in found if candidate.tp == 2} == {2, 4, 8}
 
 
 def test_tp_that_does_not_divide_the_heads_is_refused():
@@ -230,12 +242,14 @@ def test_a_search_ranks_the_layouts_that_fit(toy, capsys):
     settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8}})
     assert preflight(settings, TASK, search=True) == 0
     tried, _, ranked = capsys.readouterr().out.partition("layouts fit v5e-4, fastest first")
-    layouts = re.findall(r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)", tried, re.MULTILINE)
-    # One key/value head, so no tp; eight sequences, so at most eight rows.
-    assert {mesh for mesh, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
-    assert {rows for _, rows in layouts} == {"4", "8"}
+    pattern = r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)(?: rollout\.mesh=([\w:,]+))?: peak"
+    layouts = re.findall(pattern, tried, re.MULTILINE)
+    # One key/value head, so no tp in training; eight sequences, so at most eight rows.
+    assert {mesh for mesh, _, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
+    assert {rows for _, rows, _ in layouts} == {"4", "8"}
+    assert {rollout for _, _, rollout in layouts} == {"", "dp:2,tp:2"}
     seconds = [float(found) for found in re.findall(r"^ +([\d.]+) s +[\d.]+ GiB  mesh=", ranked, re.MULTILINE)]
-    assert len(seconds) == len(layouts) == 6
+    assert len(seconds) == len(layouts) == 12
     assert seconds == sorted(seconds)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.progress import Progress, duration
 
 METRICS = {"reward": 0.5, "accuracy": 0.42, "tokens_per_second": 12345.6, "kl": 0.1}

@@ -12,10 +12,10 @@ from grpo_trainer.evaluate.records import Answer, Evaluation, Record, compare
 from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
-from grpo_trainer.report.printable import printable
 from grpo_trainer.report.runs import main, write_comparison
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.folder import RunFolder
-from grpo_trainer.settings.errors import RunFolderError
+from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.task import Judgement
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\x1b[2J\u202e</pre> 3 < 4 & 5"
@@ -241,7 +241,7 @@ def test_runs_of_the_same_name_and_folders_that_are_none(tmp_path):
         run(tmp_path / parent, "run", steps=2)
     page = write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "page.html").read_text()
     assert str(tmp_path / "a" / "run") in page
-    with pytest.raises(RunFolderError, match="nowhere must be the folder of a run"):
+    with pytest.raises(ConfigError, match="nowhere must be the folder of a run"):
         main(TASK, [str(tmp_path / "a" / "run"), str(tmp_path / "nowhere")])
     assert main(TASK, [str(tmp_path / "a" / "run")]) == 0
     assert (tmp_path / "a" / "run" / "report.html").is_file()

@@ -333,12 +333,20 @@ def test_a_history_that_cannot_be_read_now_is_not_damaged(config):
             folder.start(3)
 
 
-@pytest.mark.parametrize("make", [lambda lock, other: lock.symlink_to(other), lambda lock, other: os.mkfifo(lock)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda lock, other: lock.symlink_to(other), id="link"),
+        pytest.param(lambda lock, other: lock.symlink_to(other / "nowhere"), id="broken link"),
+        pytest.param(lambda lock, other: os.mkfifo(lock), id="pipe"),
+        pytest.param(lambda lock, other: lock.mkdir(), id="folder"),
+    ],
+)
 def test_only_a_plain_file_is_locked(config, tmp_path, make):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / "lock", tmp_path / "mine")
-    with pytest.raises(RunFolderError, match=r"plain file|cannot be written"):
+    with pytest.raises(RunFolderError, match=r"run/lock must be a plain file, .*: remove it"):
         RunFolder(config(), VERSIONS)
     assert (tmp_path / "mine").read_text() == "precious"
 

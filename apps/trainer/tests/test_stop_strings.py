@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from toy import load
+from toy import TASK, load
 
 from grpo_contracts import FinishReason, PolicyVersion, Rollout, SamplingParams
+from grpo_sampler import load_pretrained
+from grpo_trainer.assemble.teach import measure
 from grpo_trainer.data.stop_strings import cut_at_stop, stop_table, token_bytes
 from grpo_trainer.data.tokenizer import TokenizerError, load_tokenizer
 from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.settings.errors import ConfigError
-from grpo_trainer.task import Problem
+from grpo_trainer.task import Judgement, Problem
 
 MODELS = Path(__file__).parents[3] / "models"
 STRINGS = ("\n\n", "</answer>", "é", "zwei", " the", "<|im_end|>", "aab", "…")
@@ -184,3 +186,29 @@ def test_rewards_see_the_text_before_the_string(toy_policy: Path) -> None:
 def test_the_first_of_several_strings_cuts() -> None:
     assert cut_at_stop("a</b>c\n\n", ("\n\n", "</b>")) == "a"
     assert cut_at_stop("abc", ("\n\n",)) == "abc"
+
+
+def test_a_new_policy_is_measured_with_its_task_s_stop_strings(toy_policy: Path, tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Stopping(type(TASK)):
+        """The toy task, whose defaults may have stop strings."""
+
+        folder = tmp_path
+
+        def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:
+            read.append(completion)
+            return super().judge(completion, problem, finished=finished)
+
+    config, params = load_pretrained(toy_policy)
+    held = []
+    for stop in ("[]", "['7', 'x']"):
+        (tmp_path / "presets").mkdir(exist_ok=True)
+        laptop = "data: {max_prompt_length: 40}\nrollout: {max_new_tokens: 16, stop: " + stop + "}\n"
+        (tmp_path / "presets" / "laptop.yaml").write_text(laptop)
+        measure(config, params, load_tokenizer(toy_policy), Stopping(), problems=4)
+        held.append([text for text in read if "7" in text or "x" in text])
+        assert len(read) == 4 * (1 + 8)
+        read.clear()
+    assert held[0]
+    assert not held[1]

@@ -133,6 +133,26 @@ def test_what_cannot_be_meant_is_refused(how):
     assert len(str(caught.value)) < 500
 
 
+# Functions of an argument whose values only the device knows inside `jit`, one that cannot be, and what is said of it.
+KNOWN_OUTSIDE_JIT = {
+    "target": (lambda x: token_logp(HIDDEN_RTD, UNEMBED_VD, x), TARGET_RT * 99, r"got 99 at \[0, 0\]"),
+    "reward": (lambda x: group_advantage(x, group_size=2), np.array([1, NAN, 0, 1], np.float32), "reward"),
+    "reward of rloo": (lambda x: rloo_advantage(x, group_size=2), np.array([1, NAN, 0, 1], np.float32), "reward"),
+    "weight": (lambda x: gdpo_advantage([[1, 0], [0, 1]], x, group_size=2), np.array([NAN, 1], np.float32), "weight_N"),
+    "value": (lambda x: whiten(x, MASK_RT), X_RT * np.float32(NAN), "finite"),
+    "source": (lambda x: pack_tokens(np.ones(4), x), SOURCE_RT, "must index the 4 values of array_BT: got 5"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_OUTSIDE_JIT)
+def test_what_passes_inside_jit_is_found_without_it(name):
+    function, argument, words = KNOWN_OUTSIDE_JIT[name]
+    jitted = jax.jit(function)
+    jax.block_until_ready(jitted(argument))
+    with jax.disable_jit(), pytest.raises(LossError, match=words):
+        jitted(argument)
+
+
 TAKEN = {
     "group_advantage": lambda a: group_advantage(a(REWARD_B), scored_B=a([True] * 4), group_B=a([0, 0, 1, 1])),
     "booleans as rewards": lambda a: group_advantage(a([True, False, False, True]), group_size=2),

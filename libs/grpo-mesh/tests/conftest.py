@@ -7,8 +7,11 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def heed_sighup() -> Iterator[None]:
-    """Under nohup SIGHUP is ignored, and so it would be in every process that a test starts and hangs up on."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heed_signals() -> Iterator[None]:
+    """SIGHUP is ignored under nohup and SIGINT in a shell's background, and so they would be in what a test starts."""
+    ignored = [number for number in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

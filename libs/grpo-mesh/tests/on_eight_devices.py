@@ -19,6 +19,7 @@ from grpo_mesh import (
     local_rows,
     make_mesh,
     replicated,
+    reshape_mesh,
     reshard,
     shardings,
     state_shardings,
@@ -52,6 +53,14 @@ def test_the_digest_does_not_depend_on_the_sharding():
         assert digest(jax.device_put(params, replicated(mesh))) == alone
 
 
+def test_a_program_moves_parameters_to_a_reshaped_mesh():
+    params, mesh = parameters(), make_mesh("1,4,2")
+    target = shardings(params, reshape_mesh(mesh, "2,2,2"), RULES)
+    moved = jax.jit(lambda tree: tree, out_shardings=target)(jax.device_put(params, shardings(params, mesh, RULES)))
+    assert jax.tree.map(lambda leaf: leaf.sharding, moved) == target
+    assert digest(moved) == digest(params)
+
+
 def test_parameters_move_between_meshes_unchanged():
     params = parameters()
     wanted = digest(params)
@@ -71,6 +80,20 @@ def test_parameters_move_to_a_mesh_of_other_devices():
     moved = reshard(jax.device_put(params, shardings(params, train, RULES)), shardings(params, sample, RULES))
     assert moved["w"].devices() == set(jax.devices()[4:])
     assert digest(moved) == digest(params)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("first", "second"), [((0, 8), (2, 4)), ((0, 4), (0, 8)), ((4, 8), (0, 1)), ((0, 1), (0, 8))])
+def test_parameters_move_to_more_or_fewer_devices(first, second, donate):
+    params = parameters()
+    train, sample = (make_mesh("1,-1,1", jax.devices()[slice(*which)]) for which in (first, second))
+    trained = jax.device_put(params, shardings(params, train, RULES))
+    target = shardings(params, sample, RULES)
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        moved = reshard(trained, target, donate=donate)
+    assert digest(moved) == digest(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, moved, target)))
+    assert donate or digest(trained) == digest(params)
 
 
 @pytest.mark.parametrize("spec", MESHES)

@@ -1,7 +1,10 @@
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
-from grpo_mesh import AXES, MeshError, batch_sharding, make_mesh, parse_mesh
+from grpo_mesh import AXES, MeshError, batch_sharding, make_mesh, parse_mesh, reshape_mesh
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,36 @@ def test_every_axis_is_present_on_one_device():
     mesh = make_mesh("dp:1", jax.devices()[:1])
     assert dict(mesh.shape) == {"dp": 1, "fsdp": 1, "tp": 1}
     assert batch_sharding(mesh).spec == jax.sharding.PartitionSpec(("dp", "fsdp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+def two_slices_of_four():
+    chips = np.array([Chip(number, number // 4) for number in range(8)], dtype=object)
+    return jax.sharding.Mesh(chips.reshape(2, 4, 1), AXES)
+
+
+def test_a_reshaped_mesh_keeps_the_order_of_the_devices():
+    mesh = two_slices_of_four()
+    reshaped = reshape_mesh(mesh, "dp:-1,tp:4")
+    assert dict(reshaped.shape) == {"dp": 2, "fsdp": 1, "tp": 4}
+    assert list(reshaped.devices.flat) == list(mesh.devices.flat)
+    assert reshape_mesh(mesh, "auto").shape == mesh.shape
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("tp:8", "tp = 8 must stay inside one slice"), ("dp:2,tp:2", r"dp·fsdp·tp = 2·1·2 = 4 but 8 devices")],
+)
+def test_a_mesh_is_reshaped_within_its_devices_and_slices(spec, message):
+    with pytest.raises(MeshError, match=message):
+        reshape_mesh(two_slices_of_four(), spec)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,23 @@ def test_the_text_that_the_compiler_writes_tells_the_same():
     assert compile_report(program).flops == 3 * 3 * 2 * 16 * 64 * 64
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_elements_of_tuples_need_no_instruction_of_their_own(named):
+    pair = "  %pair = (f32[4,4]{1,0}, f32[2]{0}) get-tuple-element(%p), index=1\n"
+    left = "  %left = f32[4,4]{1,0} get-tuple-element(%pair), index=0\n"
+    contracted = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    operand = "%left" if named else "%p#1#0"  # as jaxlib 0.12 writes it
+    text = f"""HloModule m
+
+ENTRY %main (p: (f32[8], (f32[4,4], f32[2]))) -> f32[4,4] {{
+  %p = (f32[8]{{0}}, /*index=1*/(f32[4,4]{{1,0}}, f32[2]{{0}})) parameter(0)
+{pair + left if named else ""}  ROOT %dot = f32[4,4]{{1,0}} dot({operand}, {operand}), {contracted}
+}}
+"""
+    tally = Program(text).tally()
+    assert (tally.flops, tally.traffic) == (2 * 4 * 4 * 4, 3 * 4 * 4 * 4)
+
+
 def test_a_program_from_a_cache_is_read_back():
     program = jax.jit(jnp.sin).lower(1.0).compile()
     assert compile_with_text(lambda compiler_options: program) == (program, program.as_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mesh import SupervisedProcess
+from grpo_mesh import SupervisedProcess, _supervisor
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and needs a subreaper")
 
@@ -33,7 +34,7 @@ os.write(1, b"%d\n" % os.getpid())
 """
 PARENT = """
 import os, signal, subprocess, sys, time
-from grpo_mesh import SupervisedProcess
+from grpo_mesh import SupervisedProcess, _supervisor
 process = SupervisedProcess([sys.executable, "-S", "-c", sys.argv[1]], stdout=subprocess.PIPE)
 for _ in range(4):
     print(process.stdout.readline().decode().strip(), flush=True)
@@ -144,3 +145,11 @@ def test_no_descriptor_is_left_open() -> None:
     for _ in range(3):
         supervised("pass").end()
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_process_whose_parent_dies_while_processes_are_listed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Numbers start again after the highest: the child, 7, is read before its parent, 9, which has died by then.
+    stats = {"7": b"7 (sleep) S 9 7", "9": b"9 (python) Z %d 9" % os.getpid(), "8": b"8 (other) S 1 8"}
+    monkeypatch.setattr(os, "listdir", lambda _: ["7", "8", "9", "self"])
+    monkeypatch.setattr(_supervisor, "open", lambda path, _: io.BytesIO(stats[Path(path).parent.name]), raising=False)
+    assert sorted(_supervisor._descendants()) == [7, 9]

@@ -89,7 +89,11 @@ def splash_beside_xla(mesh: Mesh) -> float:
     return float(jnp.abs(difference * segment[..., None, None]).max())
 
 
-def main(shape: list[int], kind: str, unroll: bool) -> None:
+def mesh_of(shape: list[int]) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
+
+
+def main(trained_on: list[int], shape: list[int], kind: str, unroll: bool) -> None:
     params = split(Transformer(CONFIG, rngs=nnx.Rngs(0)))[1]
     params = jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 2 else leaf, params) | {"embed": params["embed"] * 8}
     config, sampling = CONFIG, SAMPLING
@@ -102,8 +106,8 @@ def main(shape: list[int], kind: str, unroll: bool) -> None:
     same = {"config": config, "sampling": sampling, "unroll": unroll, "stops": STOPS if kind == "stopping" else None}
     one = rollout(params, None, slots=24, **same)
     assert (one.finish_B == FinishReason.STOP_STRING).any() == (kind == "stopping")
-    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("dp", "fsdp", "tp"), axis_types=(AxisType.Auto,) * 3)
-    many = rollout(sharded(params, mesh), mesh, slots=16, **same)
+    mesh = mesh_of(shape)
+    many = rollout(sharded(params, mesh_of(trained_on)), mesh, slots=16, **same)
     report = {
         "tokens": bool((one.tokens_BT == many.tokens_BT).all()),
         "finish": bool((one.finish_B == many.finish_B).all()),
@@ -115,4 +119,5 @@ def main(shape: list[int], kind: str, unroll: bool) -> None:
 
 
 if __name__ == "__main__":
-    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2], sys.argv[3] == "unrolled")
+    first, second = ([int(size) for size in text.split(",")] for text in sys.argv[1:3])
+    main(first, second, sys.argv[3], sys.argv[4] == "unrolled")

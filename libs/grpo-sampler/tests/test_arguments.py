@@ -79,6 +79,8 @@ REFUSED = {
     "split: parameters": lambda: split(PARAMS),
     "tokens: floats": lambda: network()(TOKENS_BT * 1.0),
     "tokens: one axis": lambda: network()(TOKENS_BT[0]),
+    "tokens: outside": lambda: network()(TOKENS_BT * 31),
+    "tokens: negative": lambda: network()(-TOKENS_BT),
     "positions: another shape": lambda: network()(TOKENS_BT, np.ones((1, 2), np.int32)),
     "segments: another shape": lambda: network()(TOKENS_BT, None, np.ones(3, np.int32)),
 }
@@ -89,3 +91,24 @@ def test_what_cannot_be_meant_is_refused(how):
     with pytest.raises(SamplerError) as caught:
         REFUSED[how]()
     assert len(str(caught.value)) < 500
+
+
+def test_only_the_device_knows_tokens_inside_jit_and_without_jit_they_are_checked():
+    forward = jax.jit(lambda tokens_BT: network()(tokens_BT))
+    forward(TOKENS_BT * 31)
+    with (
+        jax.disable_jit(),
+        pytest.raises(SamplerError, match=r"must be in \[0, 31\), the vocabulary: got 31 at \[0, 0\]"),
+    ):
+        forward(TOKENS_BT * 31)
+
+
+def test_prompts_and_rows_are_checked_and_padding_is_not():
+    ones = np.ones((1, 4), np.int32)
+    row = {"positions_RT": ones, "segment_RT": ones * [1, 1, 1, 0], "prompt_RC": np.zeros((1, 1), np.int32)}
+    rest = {"prompt_length_P": np.full(1, 3), **row}
+    padded = ones * [1, 1, 1, 99]
+    network().with_prompts(padded, tokens_RT=padded, **rest)
+    for prompts, rows in ((ones * 99, ones), (ones, ones * 99)):
+        with pytest.raises(SamplerError, match="the vocabulary: got 99"):
+            network().with_prompts(prompts, tokens_RT=rows, **rest)

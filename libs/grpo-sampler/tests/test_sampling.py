@@ -79,7 +79,7 @@ def test_draws_follow_the_exact_distribution(name, vocabulary, record_property):
     assert counts_V[expected_V == 0].sum() == 0
     alive = expected_V > 0
     p = 1.0 if alive.sum() == 1 else stats.chisquare(counts_V[alive], DRAWS * expected_V[alive]).pvalue
-    record_property("p_value", p)
+    record_property("p_value", float(p))
     print(f"chi-square, {name}, vocabulary {vocabulary}: p = {p:.3f}")
     assert p > 1e-3
     np.testing.assert_allclose(result.logp_B, np.log(expected_V[result.token_B]), atol=2e-6)
@@ -167,7 +167,7 @@ def test_forbidden_stop_ids_leave_a_renormalized_distribution(record_property):
     counts_V = np.bincount(result.token_B[::2], minlength=12)
     assert counts_V[[0, 11]].sum() == 0
     p = stats.chisquare(counts_V[1:11], counts_V.sum() * expected_V[1:11]).pvalue
-    record_property("p_value", p)
+    record_property("p_value", float(p))
     print(f"chi-square, forbidden stop ids: p = {p:.3f}")
     assert p > 1e-3
     np.testing.assert_allclose(result.logp_B[::2], np.log(expected_V[result.token_B[::2]]), atol=2e-6)

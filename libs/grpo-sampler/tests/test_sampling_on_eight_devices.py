@@ -27,9 +27,30 @@ SCRIPT = Path(__file__).with_name("sampling_on_eight_devices.py")
     ],
 )
 def test_results_equal_one_device(mesh, sampling, layers):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), mesh, sampling, layers], capture_output=True, text=True, timeout=900, check=False
-    )
+    check(mesh, mesh, sampling, layers)
+
+
+# The model has two key/value heads: tp 4 repeats each twice.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained_on", "mesh", "sampling", "layers"),
+    [
+        ("1,8,1", "4,1,2", "plain", "scanned"),
+        ("1,8,1", "2,1,4", "filtered", "unrolled"),
+        ("1,4,2", "2,1,4", "plain", "scanned"),
+        ("2,2,2", "1,2,4", "stopping", "scanned"),
+        ("2,2,2", "8,1,1", "plain", "unrolled"),
+        ("1,4,2", "2,1,4", "adapters", "scanned"),
+        ("1,8,1", "2,1,4", "adapters", "unrolled"),
+    ],
+)
+def test_weights_move_to_a_mesh_of_their_own(trained_on, mesh, sampling, layers):
+    check(trained_on, mesh, sampling, layers)
+
+
+def check(trained_on: str, mesh: str, sampling: str, layers: str) -> None:
+    command = [sys.executable, str(SCRIPT), trained_on, mesh, sampling, layers]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["tokens"], report

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from grpo_trainer.task import Split
 
-__all__ = ["Countdown", "calculations", "generate", "split_of", "stream"]
+__all__ = ["MOST", "Countdown", "calculations", "generate", "split_of", "stream"]
 
 _NUMBERS = range(1, 13)
+MOST: Mapping[Split, int] = {"train": 5_086, "test": 740}  # different problems that there are
 _LARGEST = 20  # of targets and of what is calculated on the way
 
 
@@ -41,7 +42,7 @@ class Countdown:
 
 
 def generate(split: Split, count: int) -> list[Countdown]:
-    """Make distinct problems; fewer of them are a prefix of more."""
+    """Make distinct problems, at most ``MOST[split]``; fewer of them are a prefix of more."""
     problems: dict[Countdown, None] = {}
     for problem in stream(split):
         problems[problem] = None

@@ -51,8 +51,10 @@ class CountdownTask:
                         f"{problem.place}: question must be like 'Reach 8 from 9, 7, 6': got {problem.question!r}"
                     )
             return problems
-        from grpo_countdown.problems import generate
+        from grpo_countdown.problems import MOST, generate
+        from grpo_trainer.data.sources import check_limit
 
+        check_limit(source, split, limit, MOST[split])
         problems = generate(split, limit or (2_048 if split == "train" else 512))
         return [Problem(each.question, each.solution, f"embedded {split}:{n}") for n, each in enumerate(problems, 1)]
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TASK"]
 
-_EMBEDDED_SIZE: Mapping[Split, int] = {"train": 8_192, "test": 1_024}
-
 
 class Gsm8k:
     """Grade-school word problems; the answer is the number after ``####``."""
@@ -40,10 +38,9 @@ class Gsm8k:
             problems = read_problems(source, split, limit=limit)
             _check_answers(problems)
             return problems
-        from grpo_gsm8k.embedded.problems import generate, generate_easy
+        from grpo_gsm8k.embedded.problems import embedded
 
-        make = generate if source == "embedded" else generate_easy
-        made = make(split, limit or _EMBEDDED_SIZE[split])
+        made = embedded(source, split, limit)
         return [Problem(each.question, each.answer, f"{source} {split}:{n}") for n, each in enumerate(made, 1)]
 
     def judge(self, completion: str, problem: Problem, *, finished: bool) -> Judgement:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,10 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_trainer.report.terminal import OutputError, drop_output, explain_faults, guard_output
 from grpo_trainer.settings.layers import dump, load, preset_files
 from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.startup import prepare_process
-from grpo_trainer.settings.terminal import OutputError, drop_output, explain_faults, guard_output
 from grpo_trainer.task import Task
 
 __all__ = ["Command", "main", "run_app"]
@@ -128,7 +129,7 @@ def _end_on_sigterm(task: Task) -> Iterator[None]:
         while byte := os.read(read_end, 1):
             if byte[0] == signal.SIGTERM:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command goes on\n".encode())
+                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command resumes the run\n".encode())
                 os._exit(EXIT_PREEMPTED)
 
     listener = threading.Thread(target=listen, name="sigterm", daemon=True)
@@ -201,12 +202,20 @@ def _start_devices() -> None:
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a configured command takes besides its settings."""
-    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies"), "preflight": ("search",)}[options.command]
+    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies", "split"), "preflight": ("search",)}[
+        options.command
+    ]
     return {name: getattr(options, name) for name in names}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        setting = re.match(r"unrecognized arguments: ([a-z_.]+=\S*)", message)
+        super().error(f"{message}. Settings follow --set: --set {setting[1]}" if setting else message)
+
+
 def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"grpo-{task.name}", description=task.title, allow_abbrev=False)
+    parser = _Parser(prog=f"grpo-{task.name}", description=task.title, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in _CONFIGURED.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
@@ -237,6 +246,12 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
                 help="a run's folder, whose newest checkpoint is measured, with the run's settings",
             )
             command.add_argument(
+                "--split",
+                choices=("test", "train"),
+                default="test",
+                help="the problems: held-out ones (the default), or those to train on, for data.filter.pass_rate",
+            )
+            command.add_argument(
                 "policies",
                 nargs="*",
                 metavar="POLICY",
@@ -251,7 +266,9 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
                 help="TPU slice such as v5e-16, instead of the settings' own; repeatable",
             )
             command.add_argument(
-                "--search", action="store_true", help="try meshes and micro-batches, rank those that fit"
+                "--search",
+                action="store_true",
+                help="try meshes, rollout meshes and micro-batches, rank those that fit",
             )
     for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)

@@ -20,7 +20,7 @@ from grpo_trainer.learn import learn, make_batch
 from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.export import check_export, export_run
 from grpo_trainer.report.page import write_report
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.rewards.refill import choose_groups, count_with_signal
 from grpo_trainer.rewards.scoring import Transcript, transcribe
 from grpo_trainer.run.checkpoint import Checkpoints
@@ -168,7 +168,7 @@ def _steps(
         if stopping:
             checkpoints.wait()
             kept = "saved" if settings.checkpoint.every else "lost, because checkpoint.every is 0"
-            progress.note(f"asked to stop: step {done} is done and {kept}; the same command goes on")
+            progress.note(f"asked to stop: step {done} is done and {kept}; the same command resumes the run")
             return EXIT_PREEMPTED
 
     checkpoints.wait()

@@ -412,6 +412,25 @@ def _(bench: Bench) -> None:
     bench.assemble("data.source=/nowhere/at/all")
 
 
+@fault("Data", "a filter by no column", DataError, "data.filter.column", "got 'levle'", "Did you mean 'level'?")
+def _(bench: Bench) -> None:
+    leveled = bench.data(*[row | {"level": n} for n, row in enumerate(GOOD)])
+    bench.assemble(f"data.source={leveled}", "data.filter={column: levle, min: 1}")
+
+
+@fault("Data", "a filter that keeps nothing", DataError, "data.filter must keep at least one", "'level' from 99 to inf")
+def _(bench: Bench) -> None:
+    leveled = bench.data(*[row | {"level": n} for n, row in enumerate(GOOD)])
+    bench.assemble(f"data.source={leveled}", "data.filter={column: level, min: 99}")
+
+
+@fault(
+    "Data", "pass rates that were never measured", DataError, "data.filter.pass_rate.records", "there is no /nowhere"
+)
+def _(bench: Bench) -> None:
+    bench.assemble("data.filter.pass_rate={records: /nowhere, max: 0.9}")
+
+
 @fault(
     "Data",
     "a question longer than data.max_prompt_length",
@@ -631,7 +650,7 @@ def _(bench: Bench) -> None:
         folder.completions(1, [{"completion": "x" * 100_000}])
 
 
-@fault("Run folder", "a link in place of the lock", RunFolderError, "cannot be written", "lock")
+@fault("Run folder", "a link in place of the lock", RunFolderError, "lock must be a plain file")
 def _(bench: Bench) -> None:
     bench.run_folder().close()
     (bench.folder / "run" / "lock").unlink()
@@ -783,9 +802,9 @@ def _spoil(checkpoint_folder: Path, change: Callable[[bytes], bytes]) -> None:
 # -- signals and kills: in processes of their own ------------------------------------------------------------------
 
 _STAGES = "rollout, reward, update, evaluation, while a checkpoint is written or read"
-_SAME = "the same command goes on; every step once; samples, metrics, parameters and optimizer state bit for bit"
+_SAME = "the same command resumes the run; every step once; samples, metrics, parameters, optimizer state bit for bit"
 
-# What happens, how the run goes on, and the test that lets it happen.
+# What happens, how the run continues, and the test that lets it happen.
 KILLS = [
     (
         f"SIGKILL at any instant of {_STAGES}",
@@ -814,12 +833,12 @@ KILLS = [
     ),
     (
         "a damaged checkpoint, under two processes",
-        "named; both go on from the one before",
+        "named; both resume from the one before",
         "apps/trainer/tests/test_kills.py::test_two_processes_step_over_a_damaged_checkpoint",
     ),
     (
         "fewer or more devices or processes than before",
-        "goes on: same problems and samples, numbers up to the order of float sums",
+        "resumes: same problems and samples, numbers up to the order of float sums",
         "apps/trainer/tests/test_kills.py::test_a_run_goes_on_on_other_devices",
     ),
     (
@@ -839,12 +858,12 @@ KILLS = [
     ),
     (
         "nobody reads the output any more, as after `\\| head -1`",
-        "exit 141 without a word; the same command goes on",
+        "exit 141 without a word; the same command resumes the run",
         "apps/trainer/tests/test_cli.py::test_output_that_nobody_reads_ends_a_command_quietly",
     ),
     (
         "a reward function leaves a process behind that holds its pipes",
-        "the process is killed; the step goes on",
+        "the process is killed; the step continues",
         "apps/trainer/tests/test_reward_workers.py::test_what_a_function_started_dies_with_it_and_delays_nobody",
     ),
     (
@@ -924,7 +943,7 @@ def page() -> str:
 
         {len(FAULTS)} ways in which a run cannot work, each with the error it ends in and what its message names, and
         {len(KILLS)} in which it is interrupted. Made from the tests' tables by
-        `python apps/trainer/tests/faults/test_faults.py`; a test holds it up to date. Faults of settings, data, model,
+        `python apps/trainer/tests/faults/test_faults.py`; a test keeps it up to date. Faults of settings, data, model,
         mesh and rewards are found before anything is compiled; none costs a checkpoint.
         """
     )
@@ -935,7 +954,7 @@ def page() -> str:
             if row.area == area:
                 says = " … ".join(part.replace("|", "\\|") for part in row.says)
                 lines.append(f"| {row.broken} | `{row.error.__name__}` | {says} |")
-    lines += ["\n## Signals and kills\n", "| What happens | How the run goes on | Test |", "| --- | --- | --- |"]
+    lines += ["\n## Signals and kills\n", "| What happens | How the run continues | Test |", "| --- | --- | --- |"]
     lines += [f"| {what} | {how} | `{address}` |" for what, how, address in KILLS]
     return "\n".join(lines) + "\n"
 

@@ -49,7 +49,8 @@ def token_logp(
         hidden_RTD: hidden states after the final norm.
         unembed_VD: one row per token of the vocabulary.
         target_RT: the token whose log-probability is wanted at each position. Inside `jit` only the device knows its
-            values, and one outside the vocabulary gives NaN or another token's log-probability.
+            values, and one outside the vocabulary gives NaN or another token's log-probability; under
+            `jax.disable_jit()` it is an error there, too.
         temperature: divides the logits before the softmax; positive. May be traced.
         mask_RT: positions to compute; the others give 0 and get no gradient, and a chunk of them takes no time. None:
             all.

@@ -7,7 +7,7 @@ from grpo_mesh._digest import digest
 from grpo_mesh._errors import DeadlineError, HostsError, MeshError, RenderError
 from grpo_mesh._explain import Explanation, Placement, bytes_per_device, explain
 from grpo_mesh._hosts import Job, abort, initialize
-from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated
+from grpo_mesh._mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, parse_mesh, replicated, reshape_mesh
 from grpo_mesh._move import local_rows, reshard, to_global, to_host, to_local
 from grpo_mesh._pad import pad, unpad
 from grpo_mesh._preemption import EXIT_PREEMPTED, Preemption, preemption
@@ -60,6 +60,7 @@ __all__ = [
     "render_jobset",
     "render_slurm",
     "replicated",
+    "reshape_mesh",
     "reshard",
     "restart_with_huge_pages",
     "shardings",

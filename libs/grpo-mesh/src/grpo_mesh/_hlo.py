@@ -49,11 +49,12 @@ class Instruction:
 class Computation:
     """A named list of instructions; `root` gives the result, and `parameters` are keyed by number.
 
-    `thread` is empty if the device's main core runs it.
+    `thread` is empty if the device's main core runs it; `types` are those of the results, as text.
     """
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
     root: str = ""
     thread: str = ""
     parameters: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -91,7 +92,9 @@ def parse_program(text: str) -> tuple[dict[str, Computation], str]:
 def _add(computation: Computation, name: str, body: str, root: bool) -> None:
     it = _instruction(name, body)
     computation.instructions[name] = it
+    computation.types[name] = body[: _end_of_type(body)]
     for operand in dict.fromkeys(it.operands):
+        _add_element(computation, operand)
         computation.users[operand].append(it)
     if root:
         computation.root = name
@@ -99,16 +102,42 @@ def _add(computation: Computation, name: str, body: str, root: bool) -> None:
         computation.parameters[int(number[0])] = name
 
 
+def _add_element(computation: Computation, name: str) -> None:
+    """Adds the get-tuple-element that jaxlib 0.12 does not write: it has `%pair#1` as an operand instead."""
+    pair, mark, index = name.rpartition("#")
+    if not mark or name in computation.instructions:
+        return
+    _add_element(computation, pair)
+    element = _elements(computation.types[pair])[int(index)]
+    _add(computation, name, f"{element} get-tuple-element(%{pair}), index={index}", root=False)
+
+
 def _instruction(name: str, body: str) -> Instruction:
-    end = _closing(body, 0) + 1 if body.startswith("(") else body.index(" ")
+    end = _end_of_type(body)
     results = _arrays(body[:end])
     opcode, _, after = body[end:].strip().partition("(")
     close = _closing("(" + after, 0) - 1
     inside, rest = after[:close], after[close + 1 :]
     if opcode in ("parameter", "constant"):
         return Instruction(name, results, opcode, (), inside)
-    operands = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"(?:^|, )(?:[^,]*\s)?([A-Za-z_][\w.\-]*)", inside)
+    operands = re.findall(r"%([\w.\-#]+)", inside) or re.findall(r"(?:^|, )(?:[^,]*\s)?([A-Za-z_][\w.\-#]*)", inside)
     return Instruction(name, results, opcode, tuple(operands), rest)
+
+
+def _end_of_type(body: str) -> int:
+    return _closing(body, 0) + 1 if body.startswith("(") else body.index(" ")
+
+
+def _elements(type_: str) -> list[str]:
+    """The types in a tuple's type, which may hold tuples and comments such as /*index=5*/."""
+    elements, depth = [""], 0
+    for character in re.sub(r"/\*.*?\*/", "", type_)[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return [element.strip() for element in elements]
 
 
 def _closing(text: str, start: int) -> int:

@@ -100,6 +100,30 @@ def make_mesh(spec: str | Mapping[str, int] = "auto", devices: Sequence[Device] 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def reshape_mesh(mesh: Mesh, spec: str | Mapping[str, int]) -> Mesh:
+    """Builds a mesh of other axis sizes on the same devices in the same order.
+
+    One compiled program can therefore read arrays on one of the two meshes and write arrays on the other.
+
+    Args:
+        mesh: from `make_mesh`.
+        spec: see `parse_mesh`.
+
+    Returns:
+        The mesh; each of its tp groups is a run of neighbours in the order of `mesh`.
+
+    Raises:
+        MeshError: the sizes do not fit the devices, or tp would have to cross slices.
+    """
+    slices = {_slice_of(device) for device in mesh.devices.flat}
+    sizes = parse_mesh(spec, mesh.size, len(slices))
+    grid = mesh.devices.reshape(tuple(sizes.values()))
+    for group in grid.reshape(-1, sizes["tp"]):
+        if len({_slice_of(device) for device in group}) > 1:
+            raise MeshError(f"mesh {spec!r}: tp = {sizes['tp']} must stay inside one slice. Choose a smaller tp.")
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over dp and fsdp, everything else replicated.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Int64
 
 from grpo_mesh._errors import MeshError
@@ -125,10 +125,12 @@ def to_local(tree: Any) -> Any:
 def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
     """Moves a pytree to other shardings, device to device, for instance from the trainer's mesh to the sampler's.
 
+    To a mesh of another number of devices each array is gathered first, one after the other, on the devices it is on.
+
     Args:
         tree: pytree of arrays.
         shardings: one sharding, or a pytree of them shaped like `tree` (`shardings(tree, mesh, rules)`).
-        donate: the input's memory may be reused; the input is unusable afterwards.
+        donate: the input's memory may be reused; do not use the input afterwards.
 
     Returns:
         The pytree on its new shardings, bit for bit the same.
@@ -139,7 +141,36 @@ def reshard(tree: Any, shardings: Any, *, donate: bool = False) -> Any:
     for place in jax.tree.leaves(shardings):
         if not isinstance(place, Sharding):
             raise MeshError(f"shardings must be a sharding or a pytree of them: got {type(place).__name__}.")
-    return jax.device_put(tree, shardings, donate=donate)
+    return jax.tree.map(lambda leaf, place: _move(leaf, place, donate), tree, jax.tree.broadcast(shardings, tree))
+
+
+def _move(leaf: Any, place: Sharding, donate: bool) -> jax.Array:
+    """Reshards where the array is, by a program, and then copies shard to shard: `device_put` reshards on the host."""
+    here = leaf.sharding if isinstance(leaf, jax.Array) else None
+    if not (isinstance(here, NamedSharding) and isinstance(place, NamedSharding)):
+        return jax.device_put(leaf, place, donate=donate)
+    old, new = here.mesh, place.mesh
+    if not (isinstance(old, Mesh) and isinstance(new, Mesh)):
+        return jax.device_put(leaf, place, donate=donate)
+    as_many = old.devices.size == new.devices.size
+    if as_many:
+        devices = old.devices.reshape(new.devices.shape)
+        staged = NamedSharding(Mesh(devices, new.axis_names, axis_types=new.axis_types), place.spec)
+    else:
+        staged = NamedSharding(old, PartitionSpec())
+    moved = leaf
+    if not here.is_equivalent_to(staged, leaf.ndim):
+        moved = jax.jit(_same, out_shardings=staged)(leaf)
+    if as_many or not place.is_fully_addressable:
+        return jax.device_put(moved, place, donate=donate or moved is not leaf)
+    whole = moved.addressable_shards[0].data
+    where = place.addressable_devices_indices_map(leaf.shape)
+    pieces = [jax.device_put(whole[index], device) for device, index in where.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, place, pieces)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
 
 
 def _check_sharding(sharding: Any) -> None:

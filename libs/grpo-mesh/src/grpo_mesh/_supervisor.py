@@ -96,12 +96,12 @@ def _kill_all(child: int, status: int | None) -> int:
     _kill_group(child, signal.SIGKILL)
     until = time.monotonic() + _KILL_SECONDS
     while True:
-        living = _descendants() if _LINUX else [child] if status is None else []
         found = _reap(child)
         status = found if status is None else status
-        if not living or time.monotonic() > until:
+        left = _descendants() if _LINUX else [child] if status is None else []
+        if not left or time.monotonic() > until:
             return signal.SIGKILL if status is None else status
-        for pid in living:
+        for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
@@ -113,16 +113,18 @@ def _kill_group(leader: int, number: int) -> None:
 
 
 def _descendants() -> list[int]:
-    """Living processes below this one."""
+    """Processes below this one, dead ones too.
+
+    A process that dies while this reads may still be named as the parent of one that was read before.
+    """
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
-                state, parent = file.read().rpartition(b")")[2].split()[:2]
+                parent = file.read().rpartition(b")")[2].split()[1]
         except (OSError, ValueError):
             continue  # it ended in between
-        if state != b"Z":
-            children.setdefault(int(parent), []).append(int(name))
+        children.setdefault(int(parent), []).append(int(name))
     found = [os.getpid()]
     for pid in found:
         found += children.get(pid, [])

@@ -7,7 +7,7 @@ from grpo_sampler._errors import SamplerError, UnsupportedModelError, WeightsErr
 from grpo_sampler._kernels import splash_flops
 from grpo_sampler._lora import LoRA, init_adapters, join_adapters, merge_adapters, split_adapters
 from grpo_sampler._network import Transformer, abstract, merge, split
-from grpo_sampler._partition import PADDED_AXES, PARTITION_AXES, PARTITION_RULES
+from grpo_sampler._partition import PADDED_AXES, PARTITION_AXES, PARTITION_RULES, decoding_sizes
 from grpo_sampler._peft import load_adapters, save_adapters
 from grpo_sampler._read_config import Llama3Scaling
 from grpo_sampler._sampler import Sampler
@@ -29,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "WeightsError",
     "abstract",
+    "decoding_sizes",
     "init_adapters",
     "join_adapters",
     "load_adapters",

@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from grpo_sampler._errors import SamplerError
 
@@ -27,6 +29,29 @@ def check_int(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
         bounds = f"at least {least}" if value < least else f"at most {most}"
         raise SamplerError(f"{name} must be {bounds}: got {brief(int(value))}.")
     return int(value)
+
+
+def check_ids(tokens: Any, segment: Any, vocabulary: int) -> None:
+    """Raises for a token outside the vocabulary, unless only the device will know (inside `jit`, or on other hosts).
+
+    Args:
+        tokens: token ids.
+        segment: 0 is padding, which may hold anything.
+        vocabulary: number of ids.
+
+    Raises:
+        SamplerError: there is one; it names the first.
+    """
+    for array in (tokens, segment):
+        if isinstance(array, Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+            return
+    tokens = np.asarray(tokens)
+    outside = np.argwhere(((tokens < 0) | (tokens >= vocabulary)) & (np.asarray(segment) > 0))
+    if outside.size:
+        raise SamplerError(
+            f"tokens must be in [0, {vocabulary}), the vocabulary: got {tokens[tuple(outside[0])]} at "
+            f"{outside[0].tolist()}. Padding has segment 0."
+        )
 
 
 def check_number(name: str, value: Any) -> float:

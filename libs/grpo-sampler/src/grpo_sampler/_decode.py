@@ -46,19 +46,34 @@ class Emitted(NamedTuple):
     policy_logp_IS: Any
 
 
-def weights_from(params: Any, config: ModelConfig, dtype: jnp.dtype, *, unroll: bool, fused: bool) -> Weights:
+def weights_from(
+    params: Any, config: ModelConfig, dtype: jnp.dtype, *, unroll: bool, fused: bool, given: Any = None
+) -> Weights:
     """Merges adapters and casts parameters to the compute type, once per call instead of once per step.
+
+    Key/value heads are repeated up to the number that `config` has: those of the cache. `given` are the parameters'
+    shardings where another mesh decodes: cast before they move, they move in the compute type.
 
     Unrolling, the layout for CPUs, separates the layers and transposes the unembedding: a CPU multiplies a few rows
     with a row-major matrix up to eight times as fast as with a column-major one. `fused` (unrolled only): see `fuse`.
     """
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), merge_adapters(params, config))
-    layers, unembed = cast["layers"], None if config.tied else cast["unembed"]
+    if given is not None:
+        cast = lax.with_sharding_constraint(cast, given)
+    layers, unembed = _repeated(cast["layers"], config.kv_heads), None if config.tied else cast["unembed"]
     if unroll:
         layers = tuple({name: leaf[i] for name, leaf in layers.items()} for i in range(config.layers))
         layers = tuple(fuse(layer, config) for layer in layers) if fused else layers
         unembed = (cast["embed"] if unembed is None else unembed).T
     return Weights(cast["embed"], unembed, cast["final_norm"], layers)
+
+
+def _repeated(layers: Layer, kv_heads: int) -> Layer:
+    repeats = kv_heads // layers["k"].shape[-2]
+    if repeats == 1:
+        return layers
+    names = [name for name in ("k", "v", "k_bias", "v_bias") if name in layers]
+    return {**layers, **{name: jnp.repeat(layers[name], repeats, axis=-2) for name in names}}
 
 
 def prefill(

@@ -100,6 +100,10 @@ class Engine:
             starts["shrink"] = partial(self._keep_program, largest, shapes[1])
         return {name: _waiting(start) for name, start in starts.items()}
 
+    def allocation(self, shape: Shape) -> tuple[Weights, Cache]:
+        """The weights and the cache of all shards, as shapes with shardings."""
+        return self._weights, self._cache(shape)
+
     def run(self, params: Any, request: Request, shapes: tuple[Shape, ...], first: int) -> Iterator[Chunk]:
         """Decodes a batch and yields after every chunk.
 
@@ -192,27 +196,25 @@ class Engine:
     # Programs: each is a pure function of `_decode`, split over the shards, with fixed shapes and shardings.
 
     def _weights_function(self, params: Any) -> Weights:
-        plan = self.plan
+        plan, given = self.plan, None
+        if self.placement.moves(self._params):
+            given = _shardings(split_adapters(self._params)[0])
         # Not if heads are split over devices: parts of a fused product would move between devices in every step.
-        return weights_from(
-            params, plan.config, plan.dtype, unroll=plan.unroll, fused=plan.unroll and self.placement.tensor == 1
-        )
+        fused = plan.unroll and self.placement.tensor == 1
+        return weights_from(params, plan.config, plan.dtype, unroll=plan.unroll, fused=fused, given=given)
 
     def _weight_shardings(self) -> Weights:
         if self.placement.tensor == 1:
             shapes = jax.eval_shape(self._weights_function, self._params)
             return jax.tree.map(lambda _: self.placement.replicated, shapes)
         place, config = self.placement.weight, self.plan.config
-        params, _ = split_adapters(self._params)
-        if self.plan.unroll:
-            single = jax.tree.map(partial(place, drop=1), params["layers"])
-            layers: Any = (single,) * config.layers
-        else:
-            layers = jax.tree.map(place, params["layers"])
+        names = split_adapters(self._params)[0]["layers"]
+        single = {name: place(f"layers/{name}", drop=int(self.plan.unroll)) for name in names}
+        layers: Any = (single,) * config.layers if self.plan.unroll else single
         unembed: Any = None
         if self.plan.unroll or not config.tied:
-            unembed = place(params["embed" if config.tied else "unembed"], transposed=self.plan.unroll)
-        return Weights(place(params["embed"]), unembed, place(params["final_norm"]), layers)
+            unembed = place("embed" if config.tied else "unembed", transposed=self.plan.unroll)
+        return Weights(place("embed"), unembed, place("final_norm"), layers)
 
     def _weights_program(self, options: Options = None) -> Any:
         def lower() -> Any:

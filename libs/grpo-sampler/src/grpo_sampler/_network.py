@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from grpo_sampler._arguments import brief, check_floating
+from grpo_sampler._arguments import brief, check_floating, check_ids
 from grpo_sampler._config import ModelConfig, check_config
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import Attention, resolve_attention, self_attention
@@ -100,8 +100,8 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm.
 
         Args:
-            tokens_BT: token ids. An id outside the vocabulary is not noticed on the device: it reads some row of the
-                embedding.
+            tokens_BT: token ids. Inside `jit` only the device knows them, and one outside the vocabulary reads some row
+                of the embedding; under `jax.disable_jit()` it is an error there, too.
             positions_BT: absolute positions; None to count from 0 in every row.
             segment_BT: 0 is padding; tokens see earlier tokens of their own segment. None for one segment per row.
 
@@ -109,7 +109,8 @@ class Transformer(nnx.Module):
             hidden_BTD in the compute type, undefined at padding.
 
         Raises:
-            SamplerError: tokens that are no integers with two axes, or positions or segments of another shape.
+            SamplerError: tokens that are no integers with two axes, positions or segments of another shape, or (outside
+                `jit`) a token outside the vocabulary that is no padding.
         """
         tokens_BT = jnp.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
@@ -131,7 +132,7 @@ class Transformer(nnx.Module):
             x = attention_out(layer, x, self_attention(self.attention, q, k, v, segment_BT, self.mesh), self.config)
             return mlp(layer, x, self.config)
 
-        x = self._through_layers(block, self._embedded(tokens_BT))
+        x = self._through_layers(block, self._embedded(tokens_BT, segment_BT))
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
     def with_prompts(
@@ -161,7 +162,8 @@ class Transformer(nnx.Module):
             hidden_RTD in the compute type, equal to those of the unpacked sequences.
 
         Raises:
-            SamplerError: rows or prompts are not divisible by the shards, or the length of rows by the blocks.
+            SamplerError: rows or prompts are not divisible by the shards, or the length of rows by the blocks; or
+                (outside `jit`) a token is outside the vocabulary.
         """
         config, (R, T), (P, Tp) = self.config, tokens_RT.shape, prompt_tokens_PT.shape
         check_packed(prompts=P, rows=R, length=T, blocks=prompt_RC.shape[1], shards=shards)
@@ -189,7 +191,8 @@ class Transformer(nnx.Module):
             rows = attention_out(layer, rows, attended, config)
             return mlp(layer, prompts, config), mlp(layer, rows, config)
 
-        _, rows = self._through_layers(block, (self._embedded(prompt_tokens_PT), self._embedded(tokens_RT)))
+        streams = (self._embedded(prompt_tokens_PT, prompt_segment_PT), self._embedded(tokens_RT, segment_RT))
+        _, rows = self._through_layers(block, streams)
         return rms_norm(rows, self.final_norm[...], config.norm_eps)
 
     @property
@@ -197,7 +200,8 @@ class Transformer(nnx.Module):
         """The matrix that turns hidden states into logits: `hidden @ unembedding.T`."""
         return self.embed[...] if self.config.tied else self.unembed[...]
 
-    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embedded(self, tokens: Int[Array, "B T"], segment: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        check_ids(tokens, segment, self.config.vocab_size)
         return self.embed[...][tokens].astype(self.compute_dtype)
 
     def _through_layers(self, block: Callable[[Any, Layer], Any], stream: Any) -> Any:

@@ -7,14 +7,14 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from grpo_sampler._errors import SamplerError
-from grpo_sampler._partition import TENSOR_AXIS
+from grpo_sampler._partition import TENSOR_AXIS, decoding_axes
 
 
 class Placement:
     """Rows, units and their caches are split over every axis but `tp`; weights over `tp` alone.
 
-    A shard decodes its rows without communication, so weights that training splits over `fsdp` are gathered from device
-    to device once per call instead of once per step.
+    A shard decodes its rows without communication, so weights that training splits over `fsdp`, or over another mesh of
+    the same devices, move from device to device once per call instead of once per step.
     """
 
     def __init__(self, mesh: Mesh | None, params: Any) -> None:
@@ -34,6 +34,7 @@ class Placement:
             self.row_axes = tuple(name for name in mesh.axis_names if name != TENSOR_AXIS)
             self.shards = mesh.size // mesh.shape.get(TENSOR_AXIS, 1)
             self.replicated = NamedSharding(mesh, PartitionSpec())
+            _check_order(mesh, leaves)
 
     @property
     def tensor(self) -> int:
@@ -55,19 +56,25 @@ class Placement:
             return sharding
         return self.replicated
 
-    def weight(self, leaf: Any, drop: int = 0, transposed: bool = False) -> Sharding:
-        """Sharding of a weight for decoding: that of training, on the tensor axis only.
+    def moves(self, params: Any) -> bool:
+        """Whether the parameters lie on another mesh of the same devices."""
+        if self.mesh is None:
+            return False
+        shardings = [self.given(leaf) for leaf in jax.tree.leaves(params)]
+        return any(isinstance(one, NamedSharding) and one.mesh != self.mesh for one in shardings)
+
+    def weight(self, path: str, drop: int = 0, transposed: bool = False) -> Sharding:
+        """Sharding of a weight for decoding: that of `PARTITION_RULES`, on the tensor axis only.
 
         Args:
-            leaf: the parameter, as in training.
+            path: of the parameter, such as `layers/q`.
             drop: number of leading axes that the weight does not have.
             transposed: whether the weight's two axes are swapped.
         """
-        if self.mesh is None or not isinstance(getattr(leaf, "sharding", None), NamedSharding):
+        if self.mesh is None or self.tensor == 1:
             return self.replicated
-        kept = [TENSOR_AXIS if TENSOR_AXIS in _names(entry) else None for entry in leaf.sharding.spec]
-        kept = (kept + [None] * (leaf.ndim - len(kept)))[drop:]
-        return NamedSharding(self.mesh, PartitionSpec(*(kept[::-1] if transposed else kept)))
+        axes = decoding_axes(path)[drop:]
+        return NamedSharding(self.mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
 
     def split(self, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         """Runs a function of one shard on every shard.
@@ -95,8 +102,19 @@ class Placement:
         return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, self.row_axes)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,)
+def _check_order(mesh: Mesh, leaves: list[Any]) -> None:
+    """Refuses parameters on the same devices in another order, between which no compiled program can move arrays."""
+    order = tuple(mesh.devices.flat)
+    for leaf in leaves:
+        if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.device_set != set(order):
+            continue
+        devices = leaf.sharding.mesh.devices
+        if devices is not None and (got := tuple(devices.flat)) != order:
+            raise SamplerError(
+                "the sampler's mesh must list its devices in the order of the parameters' mesh: got "
+                f"{[device.id for device in order]} and {[device.id for device in got]}. Make one mesh from the "
+                "other: Mesh(mesh.devices.reshape(sizes), mesh.axis_names)."
+            )
 
 
 def _is_none(value: Any) -> bool:

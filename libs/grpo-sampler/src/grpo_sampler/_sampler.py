@@ -1,6 +1,7 @@
 """The sampler: prompts in, completions with exact log-probabilities out."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from grpo_sampler._engine import Engine, Plan
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import resolve_attention
 from grpo_sampler._layout import check_params
+from grpo_sampler._partition import TENSOR_AXIS, decoding_kv_heads, decoding_sizes
 from grpo_sampler._placement import Placement
 from grpo_sampler._programs import Programs
 from grpo_sampler._request import Limits, Request, make_request
@@ -50,7 +52,8 @@ class Sampler:
         unroll: unroll the layers instead of looping over them: about twice as fast on a CPU, slower to compile. None
             for True on a CPU.
         attention: kernel for prompts, as for `Transformer`; with a `tp` axis `xla` replaces `cudnn`.
-        mesh: devices to use; rows are split over all axes but `tp`. None for the device that the parameters are on.
+        mesh: devices to use; rows are split over all axes but `tp`. It need not be the parameters' own mesh, as long as
+            both list the same devices in the same order. None for the device that the parameters are on.
         stop_table_AV: stop strings, as an automaton over tokens that starts in state 0: the next state for each state
             and token, -1 where the token completes a stop string, which ends the completion. None for no stop strings.
     Raises:
@@ -103,6 +106,8 @@ class Sampler:
             raise SamplerError(f"prompt_buckets must reach max_prompt_length={max_prompt_length}: got {buckets}.")
         if not isinstance(mesh, Mesh | None):
             raise SamplerError(f"mesh must be a jax.sharding.Mesh or None: got {brief(mesh)}.")
+        if mesh is not None:
+            _check_tensor(config, mesh)
         self._stop_table_AV = None if stop_table_AV is None else _checked(stop_table_AV, config, min_new_tokens)
         self.config = config
         self.sampling = SamplingParams() if sampling is None else sampling
@@ -192,6 +197,23 @@ class Sampler:
         engine = self._engine(params, self._buckets[-1])
         filtered = is_filtered(self.sampling if sampling is None else sampling, self.min_new_tokens)
         return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
+
+    def allocation(self, params: Any, *, group_size: int, streaming: bool = False) -> tuple[Any, Any]:
+        """What a call that fills all slots allocates for its whole length, to plan memory before anything is compiled.
+
+        Args:
+            params: as for `programs`.
+            group_size: samples of one prompt.
+            streaming: whether the batch exceeds the slots.
+        Returns:
+            (weights laid out for decoding, cache): trees of `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+            SamplerError: parameters of another model.
+        """
+        check_params(params, self.config)
+        engine = self._engine(params, self._buckets[-1])
+        return engine.allocation(self._shapes(engine, group_size, streaming)[0])
 
     def generate(
         self,
@@ -297,7 +319,8 @@ class Sampler:
             attention = resolve_attention(self._attention, self.config, jnp.dtype(dtype), self.mesh)
             if attention == "cudnn" and placement.tensor > 1:
                 attention = "xla"  # cuDNN's kernel cannot be split over heads
-            plan = Plan(self.config, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
+            repeated = replace(self.config, kv_heads=decoding_kv_heads(self.config, placement.tensor))
+            plan = Plan(repeated, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
             self._engines[key] = Engine(plan, placement, self._programs, params, self._stop_table_AV)
         return self._engines[key]
 
@@ -307,6 +330,16 @@ class Sampler:
     def _shapes(self, engine: Engine, group_size: int, streaming: bool) -> tuple[Shape, ...]:
         rows, few = self._shard_slots(engine), few_rows(self.config, unroll=self._unroll)
         return shapes_for(rows, group_size, self.sizes, streaming=streaming, few=few)
+
+
+def _check_tensor(config: ModelConfig, mesh: Mesh) -> None:
+    tensor, sizes = mesh.shape.get(TENSOR_AXIS, 1), decoding_sizes(config, mesh.size)
+    if tensor not in sizes:
+        raise SamplerError(
+            f"mesh must have a {TENSOR_AXIS} axis of one of the sizes {', '.join(map(str, sizes))}, which divide the "
+            f"model's {config.query_heads} query heads, {config.mlp_width} MLP columns and {config.vocab_size} tokens: "
+            f"got {tensor}."
+        )
 
 
 def _checked(stop_table_AV: np.ndarray, config: ModelConfig, min_new_tokens: int) -> np.ndarray:

@@ -33,7 +33,7 @@ def case(request, tmp_path):
 
 def report(record_property, name, **errors):
     for what, value in errors.items():
-        record_property(f"{name} {what}", value)
+        record_property(f"{name} {what}", float(value))
         print(f"{name:26s} {what:16s} {value:.2e}")
 
 

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,10 @@ from grpo_trainer.task import Split, Task
 
 TEST_SHARE = 8  # one number combination in eight belongs to the test split
 SALT = 27  # of the hash that splits; chosen so that each template has its share of both splits
+_SIZE: Mapping[Split, int] = {"train": 8_192, "test": 1_024}  # by default
+# Problems of a split; of more than these, most draws would repeat a question.
+MOST: Mapping[Split, int] = {"train": 100_000, "test": 10_000}
+MOST_EASY: Mapping[Split, int] = {"train": 20_000, "test": 2_000}
 LARGEST = 99  # results stay within what a small model can learn to calculate
 _CALCULATION = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
 
@@ -41,12 +45,21 @@ class WordProblem:
     numbers: tuple[int, ...]
 
 
+def embedded(source: str, split: Split, limit: int) -> list[WordProblem]:
+    """The problems of ``embedded`` or ``embedded-easy``; a limit of 0 means as many as a run uses by default."""
+    from grpo_trainer.data.sources import check_limit
+
+    make, most = (generate, MOST) if source == "embedded" else (generate_easy, MOST_EASY)
+    check_limit(source, split, limit, most[split])
+    return make(split, limit or _SIZE[split])
+
+
 def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
     """Make distinct problems; fewer of them is a prefix of more.
 
     Args:
         split: ``train`` or ``test``: which number combinations may be used.
-        count: how many problems.
+        count: how many problems, at most ``MOST[split]``.
         seed: another seed gives other problems of the same split.
 
     Returns:
@@ -56,7 +69,7 @@ def generate(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
 
 
 def generate_easy(split: Split, count: int, *, seed: int = 0) -> list[WordProblem]:
-    """The same, of one step only, solved without words: ``9 - 3 = 6`` and ``#### 6`` on two lines."""
+    """The same, at most ``MOST_EASY[split]``, of one step, solved without words: ``9 - 3 = 6``, ``#### 6``."""
     easy = (problem for problem in stream(split, seed=seed) if len(problem.template.steps) == 1)
     return [replace(problem, answer=_calculation(problem.answer)) for problem in islice(easy, count)]
 
@@ -130,6 +143,9 @@ def main(_: Task, arguments: Sequence[str]) -> int:
     parser.add_argument("--test", type=int, default=1_024, help="test problems (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
+    for split, most in MOST.items():
+        if not 0 <= (count := vars(given)[split]) <= most:
+            parser.error(f"--{split} must be 0 to {most:,}: got {count:,}")
     with writing_to(given.folder):
         paths = write_splits(given.folder, train=given.train, test=given.test, seed=given.seed)
     for path in paths:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_contracts import SamplingParams
 from grpo_loss import PackedBatch, PackShape, TrainState, accumulate, init_state, make_score, make_update
-from grpo_mesh import BATCH_AXES, Rules, shardings, state_shardings
+from grpo_mesh import BATCH_AXES, MeshError, Rules, reshape_mesh, shardings, state_shardings
 from grpo_sampler import (
     PADDED_AXES,
     PARTITION_AXES,
@@ -26,6 +26,7 @@ from grpo_sampler import (
     ModelConfig,
     Sampler,
     abstract,
+    decoding_sizes,
     join_adapters,
     merge,
     split_adapters,
@@ -48,7 +49,7 @@ class Blueprint:
     Args:
         settings: resolved.
         model: dimensions of the policy, with its adapters.
-        mesh: axes dp, fsdp, tp; its devices need not be there.
+        mesh: axes dp, fsdp, tp; its devices need not be there. `sampler.mesh` has the same devices.
         attention: the kernel that `model.attention` came to.
         state: shapes and shardings of what is trained, parameters or adapters, and of the optimizer's state.
         frozen: those of the parameters beside the adapters; empty where all parameters are trained.
@@ -90,6 +91,16 @@ class Blueprint:
         """Devices that split each product."""
         return self.mesh.shape["tp"]
 
+    @property
+    def rollout_mesh(self) -> Mesh:
+        """That completions are sampled on, in evaluations too."""
+        return self.mesh if self.sampler.mesh is None else self.sampler.mesh
+
+    @property
+    def rollout_shards(self) -> int:
+        """Parts that sequences are spread over while they are sampled."""
+        return _shards(self.rollout_mesh)
+
     def network(self, params: Any, *frozen: Any) -> Any:
         """The network's parameters, of those that are trained and those that are frozen."""
         return join_adapters(frozen[0], params) if frozen else params
@@ -112,6 +123,7 @@ class Blueprint:
         return {
             "pack": [asdict(shape) for shape in self.pack_shapes],
             "mesh": dict(self.mesh.shape),
+            "rollout mesh": dict(self.rollout_mesh.shape),
             "slots": self.sampler.slots,
         }
 
@@ -147,8 +159,9 @@ def blueprint(
         GrpoError: sizes that do not divide.
     """
     model = replace(model, lora=lora_of(settings))
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = _shards(mesh)
     _check_rows(settings, mesh, shards)
+    rollout_mesh = _rollout_mesh(settings, model, mesh)
     compute_dtype = jnp.dtype(settings.model.compute_dtype)
     graphdef, shapes = abstract(
         model,
@@ -184,10 +197,10 @@ def blueprint(
         max_prompt_length=data.max_prompt_length,
         pad_id=pad_id,
         compute_dtype=compute_dtype,
-        mesh=mesh,
+        mesh=rollout_mesh,
         stop_table_AV=stop_table_AV,
     )
-    sampler = make_sampler(max_new_tokens=rollout.max_new_tokens, slots=rollout.slots or sequences)
+    sampler = make_sampler(max_new_tokens=rollout.max_new_tokens, slots=_slots(settings))
     limit, slots = settings.eval.max_new_tokens or sampler.max_new_tokens, settings.eval.slots or sampler.slots
     alike = (limit, slots) == (sampler.max_new_tokens, sampler.slots)
     forward, policy_loss = make_forward(graphdef, settings, shards=shards), make_policy_loss(settings)
@@ -242,6 +255,45 @@ def _check_rows(settings: Settings, mesh: Mesh, shards: int) -> None:
             f"loss.rows must be a multiple of dp·fsdp = {shards} (mesh {settings.mesh!r} on {mesh.size} devices), so "
             f"that every device gets as many rows: got {rows}. Use {rows + -rows % shards}"
         )
+
+
+def _shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _rollout_mesh(settings: Settings, model: ModelConfig, mesh: Mesh) -> Mesh:
+    """The mesh of `rollout.mesh`, on the devices of the training mesh."""
+    rollout, spec = settings.rollout, settings.rollout.mesh
+    if not spec:
+        return mesh
+    try:
+        decoding = reshape_mesh(mesh, spec)
+    except MeshError as error:
+        raise ConfigError(f"rollout.mesh: {error}") from error
+    tensor, sizes = decoding.shape["tp"], decoding_sizes(model, mesh.size)
+    if tensor not in sizes:
+        raise ConfigError(
+            f"rollout.mesh must have tp of {', '.join(map(str, sizes))}, which {mesh.size} devices and the policy's "
+            f"{model.query_heads} query heads, {model.mlp_width} MLP columns and {model.vocab_size} tokens divide by: "
+            f"got tp {tensor} ({spec!r})"
+        )
+    shards = _shards(decoding)
+    for key, slots in (
+        ("rollout.slots" if rollout.slots else "rollout.prompts x rollout.group_size", _slots(settings)),
+        ("eval.slots", settings.eval.slots),
+    ):
+        if slots % shards:
+            raise ConfigError(
+                f"{key} must be a multiple of dp·fsdp = {shards} of rollout.mesh={spec!r}, so that every part of the "
+                f"devices decodes as many sequences: got {slots}. Use {slots + -slots % shards}, or a larger tp"
+            )
+    return decoding
+
+
+def _slots(settings: Settings) -> int:
+    """Sequences that a rollout decodes at once."""
+    rollout = settings.rollout
+    return rollout.slots or rollout.prompts * rollout.group_size
 
 
 def _without_idle_axes(sharding: NamedSharding) -> NamedSharding:

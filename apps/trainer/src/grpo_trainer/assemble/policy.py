@@ -57,8 +57,8 @@ def model_config(path: str, shipped: Mapping[str, Path]) -> ModelConfig:
     """The dimensions of a policy, without its weights and without the network.
 
     Args:
-        path: name of a policy that ships with the task, a folder, or the Hub id of a Qwen2.5 model whose dimensions
-            come with the trainer.
+        path: name of a policy that ships with the task, a folder, or the Hub id of a model whose dimensions come with
+            the trainer.
         shipped: the task's own policies.
 
     Returns:
@@ -71,7 +71,7 @@ def model_config(path: str, shipped: Mapping[str, Path]) -> ModelConfig:
         return ModelConfig.from_file(shipped[path])
     if Path(path).expanduser().is_dir():
         return ModelConfig.from_file(Path(path).expanduser())
-    known = re.fullmatch(r"Qwen/(Qwen2\.5-[\d.]+B)(-Instruct)?", path)
+    known = re.fullmatch(r"(?:Qwen|meta-llama)/((?:Qwen2\.5|Llama-3\.2)-[\d.]+B)(-Instruct)?", path)
     file = _SHIPPED / f"{known[1].lower()}.json" if known else None
     if file is None or not file.is_file():
         names = ", ".join(sorted(file.stem for file in _SHIPPED.glob("*.json")))

@@ -27,7 +27,7 @@ from grpo_trainer.rewards.scoring import Rewards
 from grpo_trainer.run.folder import versions
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
-from grpo_trainer.task import Task
+from grpo_trainer.task import Split, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +37,12 @@ __all__ = ["Evaluator", "Run", "assemble", "assemble_evaluator", "load_frozen"]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What an evaluation needs: no training problems, no rewards, no optimizer state.
+    """What an evaluation needs: one split's problems, no rewards, no optimizer state.
 
     Args:
         plan: shapes, shardings and compiled functions.
         task: judges the answers.
-        held_out: the problems.
+        held_out: the problems; those to train on where their pass rates are measured.
         tokenizer: turns completions into text.
         folder: of the policy, in Hugging Face layout.
     """
@@ -170,7 +170,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         cautions=tuple(
             cautions(
                 settings,
-                parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                parameters=sum(leaf.size for leaf in jax.tree.leaves((params, frozen))),
                 kept=len(problems.questions.problems),
                 dropped=problems.questions.dropped,
             )
@@ -178,12 +178,15 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
     )
 
 
-def assemble_evaluator(settings: Settings, task: Task, *, devices: Sequence[Any] | None = None) -> Evaluator:
-    """Build what an evaluation needs, without weights; no training problem is read.
+def assemble_evaluator(
+    settings: Settings, task: Task, *, split: Split = "test", devices: Sequence[Any] | None = None
+) -> Evaluator:
+    """Build what an evaluation needs, without weights; of the problems, only its split is read.
 
     Args:
         settings: resolved.
         task: judges the answers.
+        split: the problems: held-out ones, or those to train on, whose pass rates `data.filter` can use.
         devices: to run on; None: all there are.
 
     Returns:
@@ -193,7 +196,8 @@ def assemble_evaluator(settings: Settings, task: Task, *, devices: Sequence[Any]
         GrpoError: a setting, file, model or data set cannot be used; the message says which and why.
     """
     folder, tokenizer, plan = _policy(settings, task, devices)
-    asked = Reader(settings, task, tokenizer, plan.model.vocab_size).held_out()
+    reader = Reader(settings, task, tokenizer, plan.model.vocab_size)
+    asked = reader.held_out() if split == "test" else reader.to_measure()
     return Evaluator(plan, task, asked, tokenizer, folder)
 
 
@@ -254,14 +258,17 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
     moved, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
     lora = plan.model.lora
     adapters = f"; {moved:,} more are trained, adapters of rank {lora.rank}" if lora else ""
-    axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
+    axes, decoding = (
+        " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items()) for mesh in (plan.mesh, plan.rollout_mesh)
+    )
     return (
         f"policy   {settings.model.path}: {plan.model.family}, {frozen or moved:,} parameters, "
         f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
         f"{len(asked.problems):,} held out"
         + (f"; over-long ones dropped: {dropped[0]:,} to train on, {dropped[1]:,} held out" if any(dropped) else "")
+        + (f"; {problems.questions.filtered}" if problems.questions.filtered else "")
         + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),
-        f"devices  {plan.device}, mesh {axes}",
+        f"devices  {plan.device}, mesh {axes}" + (f"; sampling on {decoding}" if decoding != axes else ""),
         f"steps    {settings.steps}, each {settings.rollout.prompts} prompts x {settings.rollout.group_size} samples",
     )

@@ -49,6 +49,23 @@ def read_problems(source: str, split: Split, *, limit: int = 0) -> list[Problem]
     return problems
 
 
+def check_limit(source: str, split: Split, limit: int, most: int) -> None:
+    """Refuse to generate more problems than there are.
+
+    Args:
+        source: that generates problems, such as ``embedded``.
+        split: which one.
+        limit: as of `Task.problems`.
+        most: problems that the split can have.
+
+    Raises:
+        DataError: `limit` is above `most`.
+    """
+    if limit > most:
+        setting = "data.train_size with prompt.examples" if split == "train" else "eval.problems"
+        raise DataError(f"{setting} must be at most {most:,}, all that {source!r} generates: got {limit:,}")
+
+
 def digest(problems: Iterable[Problem]) -> str:
     """Identify a data set by its contents, wherever it was read.
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
 
 from grpo_contracts import Prompts
+from grpo_trainer.data.filter import filter_problems
 from grpo_trainer.data.prompts import PromptStyle, encode_prompts
 from grpo_trainer.data.sources import DataError, digest, read_problems
 from grpo_trainer.data.tokenizer import padding_id
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.task import Problem, Split, Task
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Overlong = Literal["refuse", "drop"]
 
 _LAST_PROBLEM = 2**48  # so many are put to the policy in no run
+_SHOWN = 600  # characters of a prompt in a message
 _LONGEST_TOKEN = 256  # characters; that no prompt has on average for each of its tokens
 
 
@@ -53,6 +56,7 @@ class Questions:
         pad_id: fills the rows up.
         dropped: how many over-long problems were left out.
         digest: of the problems that fit.
+        filtered: what `data.filter` left out, in words; empty without it.
     """
 
     problems: tuple[Problem, ...]
@@ -62,6 +66,7 @@ class Questions:
     pad_id: int
     dropped: int
     digest: str
+    filtered: str = ""
 
     def ask(self, prompt_id_P: Sequence[int] | np.ndarray) -> Asked:
         """Pick problems.
@@ -125,7 +130,8 @@ def tokenize(
         raise DataError(
             f"{read[first].place}: a prompt must have at most {max_length} tokens (data.max_prompt_length): "
             f"this one has {len(ids[first])}, {len(read) - len(fitting)} of {len(read)} are too long, "
-            f"the longest has {max(map(len, ids))}"
+            f"the longest has {(longest := max(map(len, ids)))}. Set data.max_prompt_length={longest}, or "
+            f"data.overlong=drop to leave those out. As the model sees it: {_shown(tokenizer, ids[first])}"
         )
     if not fitting:
         raise DataError(
@@ -196,6 +202,12 @@ class ProblemStream(Iterator[Asked]):
         self._steps.set_state(state)
 
 
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The prompt in one line, cut to what a message can hold."""
+    text = printable(str(tokenizer.decode(list(ids))), newlines=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads a run's problems and puts them to its policy.
@@ -231,17 +243,22 @@ class Reader:
         )
 
     def training(self) -> ProblemStream:
-        """Open the training problems, less those that are shown as examples.
+        """Open the training problems that `data.filter` keeps, less those that are shown as examples.
 
         Raises:
             DataError, PromptError: they cannot be read or do not fit.
         """
-        style, data = self.style(), self.settings.data
-        shown = {example.question for example in style.examples}
-        limit = data.train_size + self.settings.prompt.examples if data.train_size else 0
-        problems = [problem for problem in self._split("train", limit) if problem.question not in shown]
-        questions = self._fitting(problems, style)
+        questions = self._training(by_pass_rate=True)
         return ProblemStream(questions, count=self.settings.rollout.prompts, seed=self.settings.seed)
+
+    def to_measure(self) -> Asked:
+        """Read the training problems whose pass rate is to be measured: `data.filter.pass_rate` does not apply.
+
+        Raises:
+            DataError, PromptError: they cannot be read or do not fit.
+        """
+        questions = self._training(by_pass_rate=False)
+        return questions.ask(range(len(questions.problems)))
 
     def held_out(self) -> Asked:
         """Read the problems of every evaluation: the first ``eval.problems`` of the test split, or all of fewer.
@@ -252,6 +269,14 @@ class Reader:
         problems = self._split("test", self.settings.eval.problems)
         questions = self._fitting(problems, self.style())
         return questions.ask(range(len(questions.problems)))
+
+    def _training(self, *, by_pass_rate: bool) -> Questions:
+        style, data = self.style(), self.settings.data
+        shown = {example.question for example in style.examples}
+        limit = data.train_size + self.settings.prompt.examples if data.train_size else 0
+        problems = [problem for problem in self._split("train", limit) if problem.question not in shown]
+        kept, filtered = filter_problems(problems, data.filter, by_pass_rate=by_pass_rate)
+        return replace(self._fitting(kept, style), filtered=filtered)
 
     def _split(self, split: Split, limit: int) -> Sequence[Problem]:
         data = self.settings.data

@@ -171,7 +171,15 @@ class Evaluation:
         return {"correct": self.strict.correct, "total": self.strict.total, **self.metrics(), **sampled}
 
     def __str__(self) -> str:
-        text = f"held-out accuracy {self.strict}, lenient {self.lenient.share:.1%}, form {self.formed.share:.1%}"
+        return self.describe("held-out accuracy")
+
+    def describe(self, what: str) -> str:
+        """The figures in one line.
+
+        Args:
+            what: the first one is, such as ``held-out accuracy``.
+        """
+        text = f"{what} {self.strict}, lenient {self.lenient.share:.1%}, form {self.formed.share:.1%}"
         count, found = len(self.records[0].samples), self.sampled()
         shown = dict.fromkeys([f"mean@{count}", f"pass@{count}", f"maj@{count}"]) if count else ()
         return text + "".join(f", {name} {found[name]}" for name in shown if name in found)

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from grpo_trainer.report.charts import Series, lines, number, stacked
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 
 __all__ = ["Plan", "plans"]
 

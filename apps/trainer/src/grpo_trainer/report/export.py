@@ -16,7 +16,7 @@ import yaml
 from grpo_contracts import GrpoError
 from grpo_trainer.evaluate.estimates import Difference
 from grpo_trainer.report.results import summary_accuracies
-from grpo_trainer.run.files import locate_run, read_summary, writing
+from grpo_trainer.run.files import check_run_folder, locate_run, read_summary, writing
 from grpo_trainer.settings.layers import load_saved
 from grpo_trainer.settings.paths import argument_path
 from grpo_trainer.settings.schema import Settings
@@ -66,8 +66,9 @@ def main(task: Task, arguments: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's model.dtype")
     given = parser.parse_args(arguments)
     run, step = locate_run(given.run.expanduser()) or (given.run, None)
+    check_run_folder(run)
     step = given.step if step is None else step
-    settings = load_saved(run / "config.yaml").model_copy(update={"mesh": "auto", "slices": (), "cpu_devices": 0})
+    settings = load_saved(run / "config.yaml").on_any_devices()
     for line in prepare_process(settings):
         print(line, flush=True)
 

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from grpo_trainer.report.charts import intervals, number
 from grpo_trainer.report.curves import plans
-from grpo_trainer.report.printable import printable
 from grpo_trainer.report.results import Results
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.run.files import missing_records, read_lines, read_summary, replace, writing
 from grpo_trainer.run.progress import duration
 from grpo_trainer.settings.layers import flat, load_saved

@@ -42,7 +42,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
     parser.add_argument("file", type=argument_path, help="capsule-*.zip of a run folder, beside the run's checkpoints")
     path = parser.parse_args(arguments).file
     capsule, batch = read_capsule(path)
-    settings = capsule.settings.model_copy(update={"cpu_devices": 0, "mesh": "auto", "slices": ()})
+    settings = capsule.settings.on_any_devices()
     for line in prepare_process(settings):
         print(line, flush=True)
 

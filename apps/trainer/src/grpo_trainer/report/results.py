@@ -8,7 +8,7 @@ from typing import Any
 from grpo_trainer.evaluate.estimates import Estimate
 from grpo_trainer.evaluate.records import Comparison, Record, compare, read_records
 from grpo_trainer.report.accuracy import Accuracy
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 
 __all__ = ["Results", "summary_accuracies"]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from grpo_trainer.report.curves import plans
 from grpo_trainer.report.page import environment, write_report
-from grpo_trainer.report.printable import printable
 from grpo_trainer.report.results import Results
-from grpo_trainer.run.files import read_lines, read_summary
+from grpo_trainer.report.terminal import printable
+from grpo_trainer.run.files import check_run_folder, read_lines, read_summary
 from grpo_trainer.settings.changes import differences
-from grpo_trainer.settings.errors import RunFolderError
 from grpo_trainer.settings.layers import flat, load_saved
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.task import Task
@@ -60,8 +59,7 @@ def main(task: Task, arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     folders = [folder.expanduser() for folder in given.runs]
     for folder in folders:
-        if not (folder / "config.yaml").is_file():
-            raise RunFolderError(f"{folder} must be the folder of a run, with its config.yaml")
+        check_run_folder(folder)
     if len(folders) == 1 and given.output is None:
         print(f"report: {write_report(folders[0])}")
         return 0

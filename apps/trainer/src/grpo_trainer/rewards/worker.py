@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import IO, Any
 
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.rewards.channel import receive, send
 from grpo_trainer.rewards.functions import RewardError, load_function
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from grpo_mesh import SupervisedProcess
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.rewards.channel import receive, send
 from grpo_trainer.rewards.functions import RewardError
 

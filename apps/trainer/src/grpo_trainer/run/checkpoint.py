@@ -335,7 +335,7 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     if unreadable:
         raise CheckpointError(
             f"a checkpoint cannot be read now: {problem[:300]}. It may be whole, so nothing was changed: once it can "
-            "be read, the same command goes on"
+            "be read, the same command resumes the run"
         )
     return found, problem
 

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_trainer.settings.errors import RunFolderError
+from grpo_trainer.settings.errors import ConfigError, RunFolderError
 from grpo_trainer.settings.schema import Settings
 
 __all__ = [
+    "check_run_folder",
     "copy_aside",
     "cut_back",
     "locate_run",
@@ -162,14 +163,29 @@ def locate_run(path: Path) -> tuple[Path, int | None] | None:
     return (path.parent.parent, int(step[1])) if step and inside else None
 
 
+def check_run_folder(path: Path) -> None:
+    """Refuse a path that a person took for a run's folder.
+
+    Args:
+        path: any.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} must be the folder of a run, with its config.yaml")
+
+
 def lock(path: Path) -> int:
     """Hold the file `path/lock` until the descriptor is closed or the process dies; return the descriptor."""
     file = path / "lock"
-    with writing(path):  # not through a link, and without waiting for the reader of a pipe
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise RunFolderError(f"{file} must be a plain file, which the run locks: remove it, or name another run.dir")
+    with writing(path):
+        # What is not a file of the run's own is neither followed nor emptied.
+        if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+            raise RunFolderError(
+                f"{file} must be a plain file, which the run locks: remove it, or name another run.dir"
+            )
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if sys.platform == "win32":
             import msvcrt

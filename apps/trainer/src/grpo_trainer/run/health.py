@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_contracts import GrpoError, PolicyVersion, Rollout, Scored, TrainBatch
 from grpo_mesh import digest
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 from grpo_trainer.rewards.scoring import Transcript
 from grpo_trainer.rewards.workers import FAILURES
 from grpo_trainer.run.capsule import Capsule, write_capsule

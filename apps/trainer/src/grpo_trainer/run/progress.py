@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo_trainer.report.printable import printable
+from grpo_trainer.report.terminal import printable
 
 __all__ = ["Progress", "duration"]
 

@@ -11,7 +11,7 @@ __all__ = ["continued", "differences"]
 
 # Settings that change where a run computes or what it writes, not what it learns: a resume may change them.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "health.")
-_FREE_KEYS = ("cpu_devices", "mesh", "slices", "compilation_cache", "huge_pages", "phase_timeout")
+_FREE_KEYS = ("cpu_devices", "mesh", "rollout.mesh", "slices", "compilation_cache", "huge_pages", "phase_timeout")
 
 
 def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:

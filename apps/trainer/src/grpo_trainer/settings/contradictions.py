@@ -61,6 +61,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
             f"loss.reference must be `initial` or `none` with model.lora, whose reference is the policy without "
             f"what its adapters learn: got {loss.reference!r}"
         )
+    yield from _of_the_filter(settings)
     prompt = settings.prompt
     if prompt.template and "{prompt}" not in prompt.template:
         yield f"prompt.template must hold {{prompt}}, where the question goes: got {prompt.template!r}"
@@ -111,6 +112,28 @@ def _is_date(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _of_the_filter(settings: Settings) -> Iterator[str]:
+    chosen, rate = settings.data.filter, settings.data.filter.pass_rate
+    bounds = [f"data.filter.{name}" for name in ("min", "max") if getattr(chosen, name) is not None]
+    if (bounds or chosen.values) and not chosen.column:
+        yield f"{(bounds or ['data.filter.values'])[0]} does nothing without a column: set data.filter.column"
+    if chosen.column and not (bounds or chosen.values):
+        yield "data.filter.column keeps every problem: set data.filter.min, data.filter.max or data.filter.values too"
+    if bounds and chosen.values:
+        yield f"data.filter.values and {bounds[0]} must not both be set: keep problems by one of the two"
+    if chosen.min is not None and chosen.max is not None and chosen.min > chosen.max:
+        yield f"data.filter.min must be at most data.filter.max: got {chosen.min:g} and {chosen.max:g}"
+    if rate.min > rate.max:
+        yield f"data.filter.pass_rate.min must be at most data.filter.pass_rate.max: got {rate.min:g} and {rate.max:g}"
+    if rate.records and (rate.min, rate.max) == (0, 1):
+        yield "data.filter.pass_rate keeps every measured problem: set its min and max (0.1 and 0.9 are usual)"
+    if not rate.records and (rate.min, rate.max) != (0, 1):
+        yield (
+            "data.filter.pass_rate.min and max do nothing without measured rates: set data.filter.pass_rate.records to "
+            "a file of `eval --split train`"
+        )
 
 
 def _of_the_objective(settings: Settings) -> Iterator[str]:

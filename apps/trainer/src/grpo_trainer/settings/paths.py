@@ -7,6 +7,7 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ _PATHS = (
     "run.dir",
     "data.source",
     "data.test_source",
+    "data.filter.pass_rate.records",
     "prompt.examples_file",
     "model.path",
     "loss.reference",
@@ -84,9 +86,7 @@ def path_faults(settings: Settings) -> Iterator[str]:
         Sentences that name the key.
     """
     for key in _PATHS:
-        section, _, leaf = key.rpartition(".")
-        value = getattr(getattr(settings, section) if section else settings, leaf)
-        if fault := path_fault(value):
+        if fault := path_fault(attrgetter(key)(settings)):
             yield f"{key} {fault}"
     if fault := folder_fault(settings.run.dir):
         yield f"run.dir {fault}"

@@ -14,12 +14,14 @@ __all__ = [
     "CheckpointSettings",
     "DataSettings",
     "EvalSettings",
+    "FilterSettings",
     "HealthSettings",
     "LogSettings",
     "LoraSettings",
     "LossSettings",
     "ModelSettings",
     "OptimizerSettings",
+    "PassRateSettings",
     "PromptSettings",
     "RewardSettings",
     "RolloutSettings",
@@ -34,6 +36,7 @@ Dtype = Literal["float32", "bfloat16"]
 # A list in YAML, a tuple here: hashable, and nobody appends to it by accident.
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Weights = Annotated[tuple[float, ...], Field(strict=False)]
+Values = Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]
 SliceName = Annotated[str, Field(pattern=r"^(v4|v5e|v5p|v6e)-[1-9][0-9]*$")]
 Slices = Annotated[tuple[SliceName, ...], Field(strict=False)]
 
@@ -51,6 +54,31 @@ class RunSettings(_Section):
     )
 
 
+class PassRateSettings(_Section):
+    """Training problems by how often a policy solved them."""
+
+    records: str = Field(
+        default="",
+        description="file of `eval --split train --set eval.samples=N`, which measures the rates; empty: no filter",
+    )
+    min: Share = Field(default=0.0, description="keep problems of which at least this share of the samples is right")
+    max: Share = Field(default=1.0, description="and at most this one; others, and problems not measured, are left out")
+
+
+class FilterSettings(_Section):
+    """Which of the training problems; held-out ones are never filtered."""
+
+    column: str = Field(
+        default="", description="column of the data set that decides, by min and max or by values; empty: none"
+    )
+    min: float | None = Field(default=None, description="keep problems with at least this number in it; null: any")
+    max: float | None = Field(default=None, description="keep problems with at most this number in it; null: any")
+    values: Values = Field(default=(), description="keep problems with one of these in it, instead of min and max")
+    pass_rate: PassRateSettings = Field(
+        default=PassRateSettings(), description="training problems by how often a policy solved them"
+    )
+
+
 class DataSettings(_Section):
     """Which problems."""
 
@@ -61,7 +89,8 @@ class DataSettings(_Section):
     test_source: str = Field(
         default="", description="held-out problems, as data.source; empty: the test split of data.source"
     )
-    train_size: Count = Field(default=0, description="training problems to use; 0: all of them")
+    train_size: Count = Field(default=0, description="training problems to use, before data.filter; 0: all of them")
+    filter: FilterSettings = Field(default=FilterSettings(), description="which of the training problems")
     max_prompt_length: Positive = Field(default=48, description="tokens of the longest prompt")
     overlong: Literal["refuse", "drop"] = Field(
         default="refuse", description="longer prompts: refuse the data set, naming the first; or drop and count them"
@@ -137,6 +166,11 @@ class RolloutSettings(_Section):
         description="texts that end a completion, besides its end tokens; rewards see the text before them",
     )
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
+    mesh: str = Field(
+        default="",
+        description="axis sizes while completions are sampled, spelled as mesh: weights move there once a rollout, "
+        "sequences are spread over dp·fsdp, and key/value heads are repeated if tp exceeds them; empty: as mesh",
+    )
     refills: Count = Field(
         default=0,
         description="times a step may draw further prompts to replace groups whose rewards are all equal (DAPO's "
@@ -420,6 +454,11 @@ class Settings(_Section):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    def on_any_devices(self) -> Self:
+        """The same run laid out for whatever devices a machine has, as for looking into it elsewhere."""
+        rollout = self.rollout.model_copy(update={"mesh": ""})
+        return self.model_copy(update={"mesh": "auto", "rollout": rollout, "slices": (), "cpu_devices": 0})
 
     @property
     def updates(self) -> int:

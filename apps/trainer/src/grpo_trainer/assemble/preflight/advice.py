@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from grpo_mesh import bytes_per_device
 from grpo_mesh.preflight import Verdict, format_bytes, larger_slice
+from grpo_sampler import decoding_sizes
 from grpo_trainer.assemble.blueprint import Blueprint
 
 __all__ = ["advice"]
@@ -39,7 +40,7 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
         if settings.row_length > shortest:
             yield f"loss.row_length={shortest}: shorter rows, the same update"
     elif phase in ("rollout", "evaluation"):
-        own = phase == "evaluation" and plan.evaluator is not plan.sampler
+        own, shards = phase == "evaluation" and plan.evaluator is not plan.sampler, plan.rollout_shards
         if (slots := (plan.evaluator if own else plan.sampler).slots) > shards:
             key = "eval.slots" if own else "rollout.slots"
             yield f"{key}={max(shards, slots // 2)}: fewer sequences at once, a smaller KV cache"
@@ -48,18 +49,11 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
 
 
 def _other_layouts(plan: Blueprint, verdict: Verdict) -> Iterator[str]:
-    target, tensor = verdict.target, plan.tensor
-    wider = next(
-        (
-            size
-            for size in range(tensor + 1, target.chips + 1)
-            if target.chips % size == 0 and plan.model.kv_heads % size == 0
-        ),
-        None,
-    )
+    target, tensor, decoding = verdict.target, plan.tensor, plan.rollout_mesh.shape["tp"]
+    wider = next((size for size in decoding_sizes(plan.model, target.chips) if size > decoding), None)
     if wider:
-        now = f"1/{tensor}" if tensor > 1 else "all of them"
-        yield f"mesh=dp:1,fsdp:-1,tp:{wider}: decoding holds 1/{wider} of the weights a device instead of {now}"
+        now = f"1/{decoding}" if decoding > 1 else "all of them"
+        yield f"rollout.mesh=dp:-1,tp:{wider}: decoding holds 1/{wider} of the weights a device instead of {now}"
     if plan.mesh.shape["dp"] > 1:
         yield f"mesh=dp:1,fsdp:-1,tp:{tensor}: no second copy of parameters and optimizer state"
     usable = target.chip.usable_bytes

@@ -44,7 +44,7 @@ def preflight(settings: Settings, task: Task, *, search: bool = False) -> int:
     Args:
         settings: resolved; `slices` names TPU slices, or is empty for the devices of this machine.
         task: what is learned.
-        search: try other meshes and micro-batches as well, and rank those that fit.
+        search: try other meshes, rollout meshes and micro-batches as well, and rank those that fit.
 
     Returns:
         Exit code: 0 the run fits every slice (or, with `search`, some layout does; without a slice: the prediction
@@ -89,11 +89,17 @@ def report(plan: Blueprint, verdict: Verdict) -> str:
 def _compile_for(settings: Settings, model: ModelConfig, slice_name: str) -> int:
     target = find_slice(slice_name)
     plan = blueprint(settings, model, make_mesh(settings.mesh, slice_devices(slice_name)))
-    axes = " ".join(f"{axis}:{size}" for axis, size in plan.mesh.shape.items())
+    axes, decoding = (
+        " ".join(f"{axis}:{size}" for axis, size in mesh.shape.items()) for mesh in (plan.mesh, plan.rollout_mesh)
+    )
+    sampling = f", sampling on {decoding}" if decoding != axes else ""
     rollout, shape = settings.rollout, plan.pack_shape
     remat = ", remat" if settings.model.remat else ""
     print(f"run      {settings.model.path}, {settings.model.dtype}, computed in {settings.model.compute_dtype}{remat}")
-    print(f"slice    {target.name}: {target.chips} chips ({target.topology}) on {target.hosts} hosts, mesh {axes}")
+    print(
+        f"slice    {target.name}: {target.chips} chips ({target.topology}) on {target.hosts} hosts, "
+        f"mesh {axes}{sampling}"
+    )
     print(f"kernels  attention {plan.attention} in training")
     print(
         f"shapes   {rollout.prompts} prompts x {rollout.group_size} samples, {settings.data.max_prompt_length} + "

@@ -69,7 +69,7 @@ def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str
     ]
     if plan.reference is not None:
         rows.append(("reference", settings.model.dtype, bytes_per_device(plan.reference)))
-    sequences = math.ceil(plan.sampler.slots / plan.shards)
+    sequences = math.ceil(plan.sampler.slots / plan.rollout_shards)
     for name, label, note in (
         ("weights", "decoding weights", f"{settings.model.compute_dtype}, during rollouts"),
         ("cache", "KV cache", f"{sequences} sequences, during rollouts"),
@@ -107,7 +107,7 @@ def _decoding(
     sampling: SamplingParams | None = None,
 ) -> Iterator[Program]:
     sampler = plan.sampler if phase == "rollout" else plan.evaluator
-    shards, model = plan.shards, plan.model
+    shards, model = plan.rollout_shards, plan.model
     network = plan.network(plan.state.params, *plan.frozen)
     held = bytes_per_device((plan.state, plan.frozen, plan.reference))
     local = math.ceil(sequences / shards)  # of one shard, as are the slots and prompts below
@@ -127,7 +127,7 @@ def _decoding(
         return splash_flops(
             kernel,
             rows=prefilled(compiled),
-            heads=model.query_heads // plan.tensor,
+            heads=model.query_heads // plan.rollout_mesh.shape["tp"],
             head_size=model.head_size,
             length=plan.settings.data.max_prompt_length,
         )

@@ -18,6 +18,7 @@ from grpo_sampler import ModelConfig, Sampler, save_pretrained
 from grpo_trainer.assemble.teach.examples import SupervisedBatch
 from grpo_trainer.assemble.teach.policy import Recipe, train_policy
 from grpo_trainer.assemble.teach.tokenizer import make_tokenizer
+from grpo_trainer.data.stop_strings import stop_table
 from grpo_trainer.data.stream import tokenize
 from grpo_trainer.data.tokenizer import load_tokenizer
 from grpo_trainer.rewards.scoring import transcribe
@@ -64,7 +65,7 @@ def measure(
         config: the model.
         params: its parameters.
         tokenizer: its tokenizer.
-        task: puts the problems and judges the answers; its defaults limit prompts and completions.
+        task: puts the problems and judges the answers; its defaults limit prompts and completions and end them.
         problems: how many.
 
     Returns:
@@ -72,7 +73,7 @@ def measure(
     """
     settings = load(task)
     test = task.problems("embedded", "test", problems)
-    length = settings.data.max_prompt_length
+    length, stop = settings.data.max_prompt_length, settings.rollout.stop
     asked = tokenize(test, tokenizer, max_length=length, vocab_size=config.vocab_size).ask(range(len(test)))
     right, formed = {}, {}
     for temperature, group in ((0.0, 1), (1.0, 8)):
@@ -82,9 +83,10 @@ def measure(
             max_prompt_length=length,
             max_new_tokens=settings.rollout.max_new_tokens,
             pad_id=asked.prompts.pad_id,
+            stop_table_AV=stop_table(tokenizer, stop, config.vocab_size) if stop else None,
         )
         rollout = sampler.generate(params, asked.prompts, group_size=group, seed=0, step=0)
-        judgements = transcribe(rollout, asked.problems, tokenizer).judgements(task)
+        judgements = transcribe(rollout, asked.problems, tokenizer, stop).judgements(task)
         right[group] = np.array([judgement.strict for judgement in judgements], float).reshape(-1, group)
         formed[group] = np.mean([judgement.formed for judgement in judgements])
     hits = right[8].mean(axis=1)

@@ -1,4 +1,4 @@
-"""The terminal: output in any encoding, output that cannot be written, and what a fault of the program says."""
+"""The terminal: text that is safe to show, any encoding, output that cannot be written, and faults of the program."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import sys
 import tempfile
 import traceback
+import unicodedata
 from types import TracebackType
 
-__all__ = ["OutputError", "drop_output", "explain_faults", "guard_output"]
+__all__ = ["OutputError", "drop_output", "explain_faults", "guard_output", "printable"]
 
 
 class OutputError(OSError):
@@ -88,3 +89,25 @@ def explain_faults(program: str) -> None:
             )
 
     sys.excepthook = explain
+
+
+def printable(text: str, *, newlines: bool = True) -> str:
+    r"""Replace everything invisible that acts on a terminal or reorders a line by a visible escape.
+
+    Args:
+        text: anything, such as a sampled completion.
+        newlines: keep newlines and tabs; otherwise they are escaped too.
+
+    Returns:
+        The text with control characters (ESC becomes \x1b), bidirectional overrides, other format characters and
+        lone surrogates escaped.
+    """
+    kept = "\n\t" if newlines else ""
+    return "".join(
+        char if char in kept or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else _escape(char)
+        for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
