@@ -62,7 +62,7 @@ RUN: dict[str, Small] = {
     # -- the apps
     "hatch run apps/gsm8k:train": Small(TRAINED.format("NAME"), slow=True),
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b --set model.path=PATH_OR_HUB_ID data.source=PATH_OR_HUB_ID": Small(  # noqa: E501
-        "--dry-run", OWN_FILES, slow=True
+        "rollout.max_new_tokens=64 --dry-run", OWN_FILES, slow=True
     ),
     "hatch run apps/gsm8k:train --set 'reward.functions=[my_rewards:short_and_right]'": BUILT,
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b": SETTINGS,
@@ -79,6 +79,7 @@ RUN: dict[str, Small] = {
     ),
     "PYTHONPATH=tools hatch run apps/gsm8k:train --set 'reward.functions=[shuffled_reward:shuffled]'": BUILT,
     "hatch run apps/gsm8k:eval RUN_OR_MODEL ...": Small(MEASURED, {"RUN_OR_MODEL ...": "runs/NAME policy"}, slow=True),
+    "hatch run apps/gsm8k:eval models/smollm2-135m-instruct EXPORT --config smollm2-135m --set eval.problems=500": SETTINGS,  # noqa: E501
     "hatch run apps/gsm8k:eval --checkpoint runs/NAME": Small(MEASURED, slow=True),
     "hatch run apps/gsm8k:eval runs/A runs/B/checkpoints/step_40 FOLDER": Small(
         MEASURED, {"step_40": "step_1", "FOLDER": "policy"}, slow=True

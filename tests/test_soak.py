@@ -58,10 +58,10 @@ def soak(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     ("wrong", "words"),
     [
         ("nothing", "each equal to the undisturbed one"),
-        ("orphan", "live on"),
-        ("forgetful", "differs from"),
-        ("another code", "ended with code 3 after SIG"),
-        ("traceback", "shows a traceback after full disk"),
+        pytest.param("orphan", "live on", marks=pytest.mark.slow),
+        pytest.param("forgetful", "differs from", marks=pytest.mark.slow),
+        pytest.param("another code", "ended with code 3 after SIG", marks=pytest.mark.slow),
+        pytest.param("traceback", "shows a traceback after full disk", marks=pytest.mark.slow),
     ],
 )
 def test_the_soak_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, words: str) -> None:

@@ -58,9 +58,9 @@ def run(job: grpo_mesh.Job, assignments: list[str]) -> None:
 def first_gradient(run: Run) -> Any:
     """Of the first step's loss, before it is clipped: the metrics tell its norm alone."""
     params = run.state.params
-    asked = next(run.problems)
-    rollout = sample(run, params, asked, PolicyVersion(0, grpo_mesh.digest(params)))
-    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
+    batch = next(run.problems)
+    rollout = sample(run, params, batch, PolicyVersion(0, grpo_mesh.digest(params)))
+    scored = run.rewards.score(rollout, transcribe(rollout, batch.problems, run.tokenizer))
     packed = next(updates(run, params, make_batch(run, params, scored), 0))
     gradient, terms = run.plan.gradient(params, place(run, packed))
     return jax.tree.map(lambda leaf: leaf / terms.denominator, gradient)

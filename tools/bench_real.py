@@ -17,10 +17,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
+from bench_update import make_policy_update
 from turns import take_turns, timed
 
 ROW, ROWS, SLOTS = 400, 4, 2  # tokens of a packed row; rows and prompts of a micro-batch
@@ -170,26 +171,12 @@ def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], ob
 
     import grpo_contracts as gc
     import grpo_loss
-    from grpo_sampler import abstract, load_pretrained, merge
+    from grpo_sampler import load_pretrained
 
     batch = cast(gc.TrainBatch, gc.load_batch(folder / "batch.npz"))
     config, params = load_pretrained(options.model, dtype="float32")
-    graphdef, _ = abstract(config)
-
-    def forward(params: Any, micro: grpo_loss.MicroBatch) -> Any:
-        model = merge(graphdef, params)
-        hidden_RTD = model.with_prompts(
-            micro.prompt_tokens_PT,
-            micro.prompt_length_P,
-            micro.tokens_RT,
-            micro.positions_RT,
-            micro.segment_RT,
-            micro.prompt_RC,
-        )
-        return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT)
-
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
-    update = grpo_loss.make_update(forward, grpo_loss.make_loss(), optimizer)
+    update, _, _ = make_policy_update(config, optimizer)
     shape = grpo_loss.PackShape.for_rollout(
         sequences=options.prompts * options.samples,
         groups=options.prompts,

@@ -31,11 +31,13 @@ def found() -> Iterator[str]:
     """The interpreters that start, newest first."""
     for minor in range(NEWEST, OLDEST - 1, -1):
         for candidate in (f"python3.{minor}", *map(str, Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))):
-            yield from asked([candidate])
-        yield from asked(["uv", "run", "--no-project", "--no-python-downloads", "--python", f"3.{minor}", "python"])
+            yield from interpreter([candidate])
+        yield from interpreter(
+            ["uv", "run", "--no-project", "--no-python-downloads", "--python", f"3.{minor}", "python"]
+        )
 
 
-def asked(command: list[str]) -> list[str]:
+def interpreter(command: list[str]) -> list[str]:
     """The path of the interpreter that a command starts; none if it does not start."""
     try:
         done = subprocess.run(

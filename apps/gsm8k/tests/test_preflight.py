@@ -39,9 +39,9 @@ def test_an_unknown_slice_is_refused_on_the_command_line(capsys):
 @pytest.fixture(scope="module")
 def scored(toy_policy, tmp_path_factory):
     run = assemble(small(toy_policy, tmp_path_factory.mktemp("run")))
-    asked = next(run.problems)
-    rollout = sample(run, run.state.params, asked, PolicyVersion(0, ""))
-    return run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer))
+    batch = next(run.problems)
+    rollout = sample(run, run.state.params, batch, PolicyVersion(0, ""))
+    return run.rewards.score(rollout, transcribe(rollout, batch.problems, run.tokenizer))
 
 
 @pytest.mark.parametrize(

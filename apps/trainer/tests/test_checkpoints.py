@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,24 @@ from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints, ResumeRefu
 from grpo_trainer.run.state import HealthMemory, LoopState
 
 STEPS = (1, 2)
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import jax.numpy as jnp
+from grpo_trainer.run.checkpoint import CheckpointError, Checkpoints
+from grpo_trainer.run.state import LoopState
+from grpo_trainer.settings.schema import Settings
+
+state = {f"w{i}": jnp.arange(2.0**16) for i in range(24)}  # one write fails, and the others after it
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=1, versions={})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(LoopState(state, step=1), {}, Settings())
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +143,20 @@ def test_the_loops_state_comes_back_from_its_notes(run: Run) -> None:
     memory = HealthMemory(["step 1: a warning"], {"silent": 3}, {"silent": 1}, skipped=2)
     loop = LoopState(run.state, 7, {"next": 3}, {"before": {"correct": 1}}, 1.5, {"rollout": 0.5}, memory)
     assert LoopState.from_notes(run.state, loop.notes()) == loop
+
+
+def test_a_write_that_fails_is_said_once(tmp_path: Path) -> None:
+    """orbax and asyncio would print hundreds of lines of tracebacks beside the sentence."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "could not be written" in done.stdout or "writing a checkpoint" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_other_errors_of_orbax_are_logged(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, keep=1, versions={})
+    file = "/site-packages/orbax/checkpoint/checkpoint_manager.py"
+    for message, said in (("Deletion of step 3 failed", True), ("Failed to run 2 Handler Commit operations", False)):
+        record = logging.LogRecord("absl", logging.ERROR, file, 1, message, None, None)
+        assert bool(logging.getLogger("absl").filter(record)) == said

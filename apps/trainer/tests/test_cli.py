@@ -313,7 +313,10 @@ def start(body, *arguments) -> Any:
         "sys.modules['grpo_trainer.train'] = module\ncli.run_app(TASK)\n"
     )
     command = [sys.executable, "-c", script, "train", "--set", "compilation_cache=", *arguments]
-    environment = {**os.environ, "BODY": body, "PYTHONUNBUFFERED": ""}
+    quiet = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
+    }  # else announced
+    environment = {**quiet, "BODY": body, "PYTHONUNBUFFERED": ""}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, env=environment
     )

@@ -203,13 +203,13 @@ def test_a_digest_is_of_what_the_problems_say() -> None:
 
 
 def test_prompts_are_the_chat_template_once(questions: Questions, tokenizer: Any) -> None:
-    asked = questions.ask([3, 1])
-    validate(asked.prompts, level="values")
-    assert asked.prompts.prompt_id_P.tolist() == [3, 1]
-    ids = asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]]
+    batch = questions.take([3, 1])
+    validate(batch.prompts, level="values")
+    assert batch.prompts.prompt_id_P.tolist() == [3, 1]
+    ids = batch.prompts.tokens_PT[0, : batch.prompts.length_P[0]]
     question = questions.problems[3].question
     assert tokenizer.decode(ids) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    assert asked.problems == (questions.problems[3], questions.problems[1])
+    assert batch.problems == (questions.problems[3], questions.problems[1])
 
 
 def test_overlong_prompts_are_refused_or_dropped(tokenizer: Any) -> None:
@@ -262,13 +262,13 @@ def test_every_problem_once_an_epoch_in_an_order_of_its_own(questions: Questions
 def test_a_problem_that_comes_twice_in_a_step_gets_samples_of_its_own(questions: Questions, count: int) -> None:
     stream = ProblemStream(questions, count=count, seed=1)
     for _ in range(3):
-        asked = next(stream)
-        validate(asked.prompts, level="values")
-        ids = asked.prompts.prompt_id_P.tolist()
+        batch = next(stream)
+        validate(batch.prompts, level="values")
+        ids = batch.prompts.prompt_id_P.tolist()
         assert len(set(ids)) == count
-        assert asked.problems == tuple(questions.problems[index % 50] for index in ids)
+        assert batch.problems == tuple(questions.problems[index % 50] for index in ids)
         expected_PT = questions.tokens_NT[np.array(ids) % 50]
-        np.testing.assert_array_equal(asked.prompts.tokens_PT, expected_PT)
+        np.testing.assert_array_equal(batch.prompts.tokens_PT, expected_PT)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
@@ -336,9 +336,9 @@ def test_padding_is_told_by_lengths_and_not_by_an_id(toy_policy: Path, tmp_path:
     """A tokenizer that pads with its end token, or with nothing, pads all the same."""
     tokenizer = load_tokenizer(with_tokenizer_entries(toy_policy, tmp_path, pad_token=pad))
     assert padding_id(tokenizer) == tokenizer.eos_token_id
-    asked = tokenize(TASK.problems("embedded", "train", 3), tokenizer, max_length=40).ask([0])
-    validate(asked.prompts, level="values")
-    assert asked.prompts.tokens_PT[0, asked.prompts.length_P[0] :].tolist() == [tokenizer.eos_token_id] * 15
+    batch = tokenize(TASK.problems("embedded", "train", 3), tokenizer, max_length=40).take([0])
+    validate(batch.prompts, level="values")
+    assert batch.prompts.tokens_PT[0, batch.prompts.length_P[0] :].tolist() == [tokenizer.eos_token_id] * 15
 
 
 def test_every_end_token_of_a_model_ends_a_completion(tokenizer: Any, tmp_path: Path) -> None:

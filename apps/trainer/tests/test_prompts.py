@@ -29,8 +29,8 @@ def turn(role: str, text: str) -> str:
 def prompt(tokenizer: Any, *sets: str) -> str:
     """The first training prompt of a run with these settings."""
     given = load([], ["data.max_prompt_length=400", *sets])
-    asked = Reader(given, TASK, tokenizer, len(tokenizer)).training().questions.ask([0])
-    return tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]])
+    batch = Reader(given, TASK, tokenizer, len(tokenizer)).training().questions.take([0])
+    return tokenizer.decode(batch.prompts.tokens_PT[0, : batch.prompts.length_P[0]])
 
 
 # The first sums whose total four does not divide.
@@ -76,8 +76,8 @@ def test_examples_of_a_file(tokenizer: Any, tmp_path: Path) -> None:
 def test_what_is_shown_is_not_asked(tokenizer: Any) -> None:
     given = load([], ["prompt.examples=2", "data.train_size=10", "data.max_prompt_length=400"])
     questions = Reader(given, TASK, tokenizer, len(tokenizer)).training().questions
-    asked = [problem.question for problem in questions.problems]
-    assert asked == [problem.question for problem in TASK.problems("embedded", "train", 12)][2:]
+    kept = [problem.question for problem in questions.problems]
+    assert kept == [problem.question for problem in TASK.problems("embedded", "train", 12)][2:]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,7 @@ def test_what_is_shown_is_not_asked(tokenizer: Any) -> None:
             PromptStyle(system="Be"),
             "fails on a conversation of system, user",
         ),
+        ("{{ '\\ud800' + messages[0]['content'] }}", PromptStyle(), "must write text: half a surrogate pair"),
         (None, PromptStyle(), "has no chat template, as that of a base model: set prompt.template"),
     ],
 )

@@ -113,4 +113,4 @@ def test_ids_beyond_the_tokenizer_have_no_text() -> None:
     ids = tokenizer("#### 12", add_special_tokens=False)["input_ids"]
     assert tokenizer.batch_decode([[*ids[:1], 151_800, *ids[1:], 151_935]]) == ["#### 12"]
     questions = tokenize([PROBLEM], tokenizer, max_length=80, vocab_size=151_936)
-    assert questions.ask(np.array([0])).prompts.vocab_size == 151_936
+    assert questions.take(np.array([0])).prompts.vocab_size == 151_936

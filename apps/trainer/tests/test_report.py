@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 from toy import TASK, load
 
+from grpo_trainer.evaluate.accuracy import Accuracy
 from grpo_trainer.evaluate.records import Answer, Evaluation, Record, compare
-from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.charts import Series, intervals, lines, number, stacked
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.runs import main, write_comparison

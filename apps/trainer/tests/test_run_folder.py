@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from toy import load
 
-from grpo_trainer.report.accuracy import Accuracy
+from grpo_trainer.evaluate.accuracy import Accuracy
 from grpo_trainer.report.page import write_report
 from grpo_trainer.run.files import name_steps, read_lines
 from grpo_trainer.run.folder import RunFolder, versions
@@ -95,24 +97,43 @@ def test_starting_from_nothing_starts_afresh(config):
             assert steps(folder) == [0, 1]
 
 
-def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
+def events_of(run: Path) -> list[Any]:
+    """TensorBoard's events of a run, file by file."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    for first in (0, 2):
-        with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
-            folder.start(first)
-            for step in range(first + 1, first + 4):
-                folder.log(step, {"reward": step})
-    files = sorted((tmp_path / "run" / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
     events = []
-    for file in files:
+    for file in sorted((run / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
         data = file.read_bytes()
         while data:  # length (8 bytes), its checksum (4), the event, its checksum (4)
             size = int.from_bytes(data[:8], "little")
             events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_events_are_purged_on_resume(config, tmp_path):
+    for first in (0, 2):
+        with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
+            folder.start(first)
+            for step in range(first + 1, first + 4):
+                folder.log(step, {"reward": step})
+    events = events_of(tmp_path / "run")
     assert [event.step for event in events if event.summary.value] == [1, 2, 3, 3, 4, 5]
     # TensorBoard drops what came before a session start at or after its step.
     assert [event.step for event in events if event.HasField("session_log")] == [3]
+
+
+def test_tensorboard_events_survive_a_clock_that_is_set(config, tmp_path, monkeypatch):
+    """A thread that waits until some time of day waits for decades, or dies."""
+    hours, clock = iter([24 * 366 * 40, -24 * 366 * 40, 1]), time.time
+    with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
+        folder.start(0)
+        for step, by in enumerate(hours, 1):
+            monkeypatch.setattr(time, "time", lambda by=by: clock() + 3600 * by)
+            folder.log(step, {"reward": step, "entropy": 0.5})
+            # On the disk at once, not after a thread's patience.
+            assert [event.step for event in events_of(tmp_path / "run") if event.summary.value][-1] == step
+    values = [{value.tag: value.simple_value for value in event.summary.value} for event in events_of(tmp_path / "run")]
+    assert [value for value in values if value] == [{"reward": step, "entropy": 0.5} for step in (1, 2, 3)]
 
 
 def test_other_settings_are_refused(config):
@@ -421,3 +442,29 @@ def test_wilson_intervals(correct, total, low, high):
 def test_accuracy_of_nothing(correct, total):
     with pytest.raises(ValueError, match="correct <= total"):
         Accuracy(correct, total)
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected", "words"),
+    [
+        (None, RunFolderError, "cannot be written: .*No space"),
+        (ValueError("the checkpoint could not be written"), ValueError, "the checkpoint"),
+    ],
+)
+def test_a_logger_that_cannot_be_closed_hides_nothing(config, monkeypatch, reason, expected, words):
+    def run():
+        with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
+            folder.start(0)
+            close = folder._tensorboard.close
+
+            def fail():
+                close()
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(folder._tensorboard, "close", fail)
+            if reason is not None:
+                raise reason
+
+    with pytest.raises(expected, match=words):
+        run()
+    RunFolder(config(), VERSIONS).close()  # the lock was let go

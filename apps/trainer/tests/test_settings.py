@@ -316,6 +316,13 @@ def test_all_problems_are_said_at_once():
     assert "loss.reference" in message
 
 
+def test_every_misspelt_key_of_every_layer_is_said_at_once(tmp_path):
+    config = written(tmp_path, "rollout: {promts: 3}\n")
+    message = refused("loss.kl_coef=0.1", "steps", "optimizer.lr=1e-6", configs=(config,))
+    for part in ("rollout.promts", "loss.kl_coef", "--set must look like key=value", "optimizer.lr"):
+        assert part in message
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

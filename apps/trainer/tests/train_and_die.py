@@ -32,6 +32,7 @@ from grpo_contracts import Rollout, Scored
 from grpo_trainer.assemble import Run, assemble
 from grpo_trainer.rewards.scoring import Rewards, Transcript
 from grpo_trainer.run.checkpoint import Checkpoints, Restored
+from grpo_trainer.run.folder import matched_settings
 from grpo_trainer.run.progress import Progress
 from grpo_trainer.run.state import LoopState
 from grpo_trainer.settings.startup import prepare_process
@@ -172,7 +173,7 @@ def main(trace: Trace, assignments: list[str]) -> int:
     """Train as the command line does, with everything observed."""
     settings = load([], assignments)
     prepare_process(settings)
-    run = assemble(settings, TASK)
+    run = assemble(matched_settings(settings), TASK)
     folder = Path(settings.run.dir) / "checkpoints"
     return fit(
         observed(run, trace),

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from grpo_mesh import HostsError, Job, _runtime, barrier, check_agreement, deadline, initialize
+from grpo_mesh import HostsError, Job, _hosts, _runtime, barrier, check_agreement, deadline, initialize
 from grpo_mesh._agree import disagreement
 from grpo_mesh._hosts import _options, detect
 
@@ -125,6 +125,24 @@ def test_the_odd_ranks_and_what_differs_are_named():
 
 def test_of_two_the_other_is_odd():
     assert "odd: rank 1." in str(disagreement({0: {"a": "1"}, 1: {"a": "2"}}))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:6029"),
+            "another process of this job is gone (Connection closed by peer)",
+        ),
+        (ValueError("seed must be positive"), "ValueError, see above"),
+    ],
+)
+def test_the_last_line_tells_a_dead_process_from_a_fault_of_ones_own(error, message, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(_hosts, "abort", lambda code, text: said.append((code, text)))
+    _hosts._abort_on_exception(type(error), error, None)
+    assert said == [(1, message)]
+    assert str(error) in capsys.readouterr().err
 
 
 def launch(mode, processes=2):

@@ -288,6 +288,13 @@ def test_a_second_save_leaves_nothing_of_the_first(checkpoint, tmp_path):
     assert {file.name for file in (tmp_path / "b").iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_what_is_saved_may_be_read_by_whom_the_umask_lets(checkpoint, tmp_path):
+    config, params = load_pretrained(checkpoint)
+    (tmp_path / "any").touch()
+    save_pretrained(tmp_path / "copy", config, params)
+    assert (tmp_path / "copy" / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_saving_refuses_what_is_not_the_models(checkpoint, tmp_path):
     config, params = load_pretrained(checkpoint, dtype=jnp.float32)
     with pytest.raises(WeightsError, match="params must hold final_norm"):

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from grpo_contracts import PolicyVersion, Rollout, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
 from grpo_trainer.assemble import Run, assemble
-from grpo_trainer.data.stream import Asked
+from grpo_trainer.data.stream import ProblemBatch
+from grpo_trainer.evaluate.accuracy import verdict
 from grpo_trainer.evaluate.decode import evaluate
 from grpo_trainer.evaluate.records import Comparison, compare, read_records
 from grpo_trainer.learn import learn, make_batch
-from grpo_trainer.report.accuracy import verdict
 from grpo_trainer.report.export import check_export, export_run
 from grpo_trainer.report.page import write_report
 from grpo_trainer.report.terminal import printable
@@ -183,13 +183,13 @@ def _steps(
     return 0
 
 
-def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollout:
+def sample(run: Run, params: Any, batch: ProblemBatch, policy: PolicyVersion) -> Rollout:
     """Draw a group of completions for each problem.
 
     Args:
         run: the assembled run.
         params: of the policy.
-        asked: the problems.
+        batch: problems with their prompts.
         policy: version of the parameters; its step decides the random numbers.
 
     Returns:
@@ -197,7 +197,7 @@ def sample(run: Run, params: Any, asked: Asked, policy: PolicyVersion) -> Rollou
     """
     return run.plan.sampler.generate(
         run.network(params),
-        asked.prompts,
+        batch.prompts,
         group_size=run.settings.rollout.group_size,
         seed=run.settings.seed,
         step=policy.step,
@@ -211,12 +211,12 @@ def _draw(run: Run, params: Any, step: int, clock: Clock, health: Health) -> tup
     draws: list[tuple[Scored, Transcript]] = []
     for _ in range(1 + settings.rollout.refills):
         with clock.phase("rollout"):
-            asked = next(run.problems)
+            batch = next(run.problems)
             policy = PolicyVersion(step, digest(params))
-            rollout = sample(run, params, asked, policy)
+            rollout = sample(run, params, batch, policy)
         with clock.phase("reward"):
             health.check_rollout(rollout, policy)
-            transcript = transcribe(rollout, asked.problems, run.tokenizer, settings.rollout.stop)
+            transcript = transcribe(rollout, batch.problems, run.tokenizer, settings.rollout.stop)
             scored = run.rewards.score(rollout, transcript, partial(health.reward_failures, step + 1))
             health.check_rewards(step + 1, scored, transcript)
         if not settings.rollout.refills:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ KINDS = ("auto", "single", "explicit", "tpu", "slurm", "jobset")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _JOBSET = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_INDEX", "JOB_COMPLETION_INDEX", "JOBSET_JOBS", "JOBSET_PODS")
 _PORT = 8476
+# Of what jax raises in a collective operation whose other end has died: gloo's words, on CPUs.
+_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 _job: list[Job] = []  # the job that this process has joined, if any
 
 
@@ -202,4 +205,5 @@ def _abort_on_exception(kind: type[BaseException], error: BaseException, trace: 
     try:
         traceback.print_exception(kind, error, trace)
     finally:
-        abort(1, f"{kind.__name__}, see above")
+        gone = _GONE.search(str(error))
+        abort(1, f"another process of this job is gone ({gone[0]})" if gone else f"{kind.__name__}, see above")

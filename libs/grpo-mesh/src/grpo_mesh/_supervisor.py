@@ -115,7 +115,8 @@ def _kill_group(leader: int, number: int) -> None:
 def _descendants() -> list[int]:
     """Processes below this one, dead ones too.
 
-    A process that dies while this reads may still be named as the parent of one that was read before.
+    Dead ones may still have children: a process whose first thread has ended while others have not, and one that dies
+    after its child was read.
     """
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):

@@ -10,12 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import WeightsError
 from grpo_sampler._layout import listed
 from grpo_sampler._lora import MATRICES, LoRA, Params, adapter_shapes
+from grpo_sampler._weights import write_tensors
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULES = {
@@ -77,8 +78,7 @@ def save_adapters(
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / f"{_WEIGHTS}.part", metadata={"format": "pt"})
-    os.replace(target / f"{_WEIGHTS}.part", target / _WEIGHTS)
+    write_tensors(tensors, target / _WEIGHTS)
     (target / _CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

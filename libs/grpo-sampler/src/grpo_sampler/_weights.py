@@ -133,9 +133,7 @@ def save_pretrained(
             tensors[leaf.name.format(layer)] = leaf.stored(_on_host(value))
         where |= dict.fromkeys(tensors, name)
         if writes:
-            # Renamed when complete: a killed save leaves no partial file under the name that `load_pretrained` opens.
-            save_file(tensors, target / f"{name}.part", metadata={"format": "pt"})
-            os.replace(target / f"{name}.part", target / name)
+            write_tensors(tensors, target / name)
     if not writes:
         return
     for stale in [*target.glob("model-*-of-*.safetensors"), target / _SINGLE, target / _INDEX]:
@@ -146,6 +144,17 @@ def save_pretrained(
             target / _INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
         )
     _write_json(target / "config.json", config.to_hf(dtypes.pop()))
+
+
+def write_tensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Write under another name and rename when complete: a killed save leaves no partial file under this one."""
+    part = file.with_name(f"{file.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode  # what the umask allows; safetensors' own file is its owner's alone
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(mode)
+    os.replace(part, file)
 
 
 def _folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:

@@ -21,7 +21,7 @@ from grpo_trainer.assemble.policy import check_same_model, first_adapters, polic
 from grpo_trainer.data.prompts import prompt_digest
 from grpo_trainer.data.sources import digest as digest_of_problems
 from grpo_trainer.data.stop_strings import stop_table
-from grpo_trainer.data.stream import Asked, ProblemStream, Reader
+from grpo_trainer.data.stream import ProblemBatch, ProblemStream, Reader
 from grpo_trainer.data.tokenizer import end_ids, load_tokenizer, padding_id
 from grpo_trainer.rewards.scoring import Rewards
 from grpo_trainer.run.folder import versions
@@ -49,7 +49,7 @@ class Evaluator:
 
     plan: Blueprint
     task: Task
-    held_out: Asked
+    held_out: ProblemBatch
     tokenizer: PreTrainedTokenizerBase
     folder: Path
 
@@ -91,7 +91,7 @@ class Run:
     frozen: tuple[Any, ...]
     reference: Any
     problems: ProblemStream
-    held_out: Asked
+    held_out: ProblemBatch
     rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
     versions: dict[str, str]
@@ -131,7 +131,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         reference_folder = policy_folder("loss.reference", settings.loss.reference, task.policies)
         check_same_model(settings.loss.reference, ModelConfig.from_file(reference_folder), model)
     reader = Reader(settings, task, tokenizer, model.vocab_size)
-    problems, asked = reader.training(), reader.held_out()
+    problems, held_out = reader.training(), reader.held_out()
     rewards = Rewards.start(settings.reward, task, max_new_tokens=settings.rollout.max_new_tokens)
 
     params = _load(folder, plan)
@@ -151,7 +151,7 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         "prompt": prompt_digest(tokenizer, reader.style()),
         "stop_ids": list(plan.greedy.stop_ids),
         "problems": problems.digest,
-        "held_out": digest_of_problems(asked.problems),
+        "held_out": digest_of_problems(held_out.problems),
     }
     return Run(
         plan=plan,
@@ -160,13 +160,13 @@ def assemble(settings: Settings, task: Task, *, devices: Sequence[Any] | None = 
         frozen=frozen,
         reference=reference,
         problems=problems,
-        held_out=asked,
+        held_out=held_out,
         rewards=rewards,
         tokenizer=tokenizer,
         versions=versions(f"grpo-{task.name}"),
         identity=identity,
-        prompt=str(tokenizer.decode(asked.prompts.tokens_PT[0, : asked.prompts.length_P[0]].tolist())),
-        description=_description(plan, problems, asked),
+        prompt=str(tokenizer.decode(held_out.prompts.tokens_PT[0, : held_out.prompts.length_P[0]].tolist())),
+        description=_description(plan, problems, held_out),
         cautions=tuple(
             cautions(
                 settings,
@@ -197,8 +197,8 @@ def assemble_evaluator(
     """
     folder, tokenizer, plan = _policy(settings, task, devices)
     reader = Reader(settings, task, tokenizer, plan.model.vocab_size)
-    asked = reader.held_out() if split == "test" else reader.to_measure()
-    return Evaluator(plan, task, asked, tokenizer, folder)
+    batch = reader.held_out() if split == "test" else reader.to_measure()
+    return Evaluator(plan, task, batch, tokenizer, folder)
 
 
 def _policy(
@@ -251,10 +251,10 @@ def _adapters(plan: Blueprint) -> Any:
     return first_adapters(plan.settings, plan.model, placed)
 
 
-def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tuple[str, ...]:
-    settings, dropped = plan.settings, (problems.questions.dropped, asked.dropped)
+def _description(plan: Blueprint, problems: ProblemStream, held_out: ProblemBatch) -> tuple[str, ...]:
+    settings, dropped = plan.settings, (problems.questions.dropped, held_out.dropped)
     trained = {problem.question for problem in problems.questions.problems}
-    shared = sum(problem.question in trained for problem in asked.problems)
+    shared = sum(problem.question in trained for problem in held_out.problems)
     moved, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (plan.state.params, plan.frozen))
     lora = plan.model.lora
     adapters = f"; {moved:,} more are trained, adapters of rank {lora.rank}" if lora else ""
@@ -265,7 +265,7 @@ def _description(plan: Blueprint, problems: ProblemStream, asked: Asked) -> tupl
         f"policy   {settings.model.path}: {plan.model.family}, {frozen or moved:,} parameters, "
         f"{settings.model.dtype}, attention {settings.model.attention}{adapters}",
         f"problems {settings.data.source}: {len(problems.questions.problems):,} to train on, "
-        f"{len(asked.problems):,} held out"
+        f"{len(held_out.problems):,} held out"
         + (f"; over-long ones dropped: {dropped[0]:,} to train on, {dropped[1]:,} held out" if any(dropped) else "")
         + (f"; {problems.questions.filtered}" if problems.questions.filtered else "")
         + (f"; {shared:,} of the held-out questions are also trained on" if shared else ""),

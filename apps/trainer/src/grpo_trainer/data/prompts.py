@@ -18,6 +18,7 @@ from grpo_trainer.task import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which no tokenizer takes
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 __all__ = ["PromptError", "PromptStyle", "encode_prompts", "prompt_digest"]
@@ -49,8 +50,8 @@ class PromptStyle:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     date: str = "2024-07-26"
 
-    def ask(self, question: str) -> str:
-        """The user's turn: the question with the instruction."""
+    def user_turn(self, question: str) -> str:
+        """The question with the instruction."""
         if not self.instruction:
             return question
         if "{question}" in self.instruction:
@@ -61,9 +62,9 @@ class PromptStyle:
         """The conversation as a chat template takes it, up to the user's last turn."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         for example in self.examples:
-            turns.append({"role": "user", "content": self.ask(example.question)})
+            turns.append({"role": "user", "content": self.user_turn(example.question)})
             turns.append({"role": "assistant", "content": example.answer})
-        return [*turns, {"role": "user", "content": self.ask(question)}]
+        return [*turns, {"role": "user", "content": self.user_turn(question)}]
 
     def write(self, question: str) -> str:
         """The whole prompt by `template`: the system text, the examples, the question, each in its own paragraph."""
@@ -71,8 +72,8 @@ class PromptStyle:
         def put(text: str) -> str:
             return self.template.replace("{prompt}", text)
 
-        shown = [f"{put(self.ask(example.question))}{example.answer}" for example in self.examples]
-        return "\n\n".join([*([self.system] if self.system else []), *shown, put(self.ask(question))])
+        shown = [f"{put(self.user_turn(example.question))}{example.answer}" for example in self.examples]
+        return "\n\n".join([*([self.system] if self.system else []), *shown, put(self.user_turn(question))])
 
 
 def encode_prompts(
@@ -89,12 +90,15 @@ def encode_prompts(
         The ids of each prompt, unpadded, with the template's own special tokens.
 
     Raises:
-        PromptError: there is no template, it fails, it leaves the question out, or it writes BOS twice.
+        PromptError: there is no template, it fails, it writes what is no text, it leaves the question out, or it
+            writes BOS twice.
     """
     texts = _by_template(problems, tokenizer, style) if style.template else _by_chat(problems, tokenizer, style)
+    which = "prompt.template" if style.template else "the chat template"
     for problem, text in zip(problems, texts):
+        if _SURROGATE.search(text):
+            raise PromptError(f"{problem.place}: {which} must write text: half a surrogate pair is in {text[:200]!a}")
         if _letters(problem.question) not in _letters(text):
-            which = "prompt.template" if style.template else "the chat template"
             raise PromptError(
                 f"{problem.place}: {which} must keep the question: it wrote {text[:200]!r} for "
                 f"{problem.question[:200]!r}"
@@ -145,12 +149,12 @@ def _by_chat(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, st
         raise PromptError(f"the tokenizer's chat template must be text: got a {type(template).__name__}")
     template = _with_date(template, pinned)
     arguments = {"date_string": pinned.strftime("%d %b %Y"), **style.arguments}
-    asked = [style.messages(problem.question) for problem in problems]
+    conversations = [style.messages(problem.question) for problem in problems]
     try:
         return cast(
             "list[str]",
             tokenizer.apply_chat_template(
-                asked, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
+                conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
             ),
         )
     # What a template computes may fail in any way that Python's operators do, and jinja2 compiles it to Python first.

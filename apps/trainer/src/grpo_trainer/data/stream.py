@@ -30,8 +30,8 @@ _LONGEST_TOKEN = 256  # characters; that no prompt has on average for each of it
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Problems put to the policy.
+class ProblemBatch:
+    """Problems with their prompts.
 
     Args:
         prompts: their token ids, padded to one length for the whole run.
@@ -68,7 +68,7 @@ class Questions:
     digest: str
     filtered: str = ""
 
-    def ask(self, prompt_id_P: Sequence[int] | np.ndarray) -> Asked:
+    def take(self, prompt_id_P: Sequence[int] | np.ndarray) -> ProblemBatch:
         """Pick problems.
 
         Args:
@@ -84,7 +84,7 @@ class Questions:
             vocab_size=self.vocab_size,
             pad_id=self.pad_id,
         )
-        return Asked(prompts, tuple(self.problems[index] for index in index_P), self.dropped)
+        return ProblemBatch(prompts, tuple(self.problems[index] for index in index_P), self.dropped)
 
 
 def tokenize(
@@ -152,7 +152,7 @@ def tokenize(
     return Questions(kept, tokens_NT, length_N, size, pad_id, len(problems) - len(fitting), digest(kept))
 
 
-class ProblemStream(Iterator[Asked]):
+class ProblemStream(Iterator[ProblemBatch]):
     """Problems for one step after another, without end; which ones is a function of (seed, step) alone.
 
     An epoch is a shuffle of all problems; the next epoch begins where one ends, in the middle of a step if need be,
@@ -190,8 +190,8 @@ class ProblemStream(Iterator[Asked]):
         """sha256 of the problems."""
         return self.questions.digest
 
-    def __next__(self) -> Asked:
-        return self.questions.ask(next(self._steps))
+    def __next__(self) -> ProblemBatch:
+        return self.questions.take(next(self._steps))
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands, as plain JSON."""
@@ -251,16 +251,16 @@ class Reader:
         questions = self._training(by_pass_rate=True)
         return ProblemStream(questions, count=self.settings.rollout.prompts, seed=self.settings.seed)
 
-    def to_measure(self) -> Asked:
+    def to_measure(self) -> ProblemBatch:
         """Read the training problems whose pass rate is to be measured: `data.filter.pass_rate` does not apply.
 
         Raises:
             DataError, PromptError: they cannot be read or do not fit.
         """
         questions = self._training(by_pass_rate=False)
-        return questions.ask(range(len(questions.problems)))
+        return questions.take(range(len(questions.problems)))
 
-    def held_out(self) -> Asked:
+    def held_out(self) -> ProblemBatch:
         """Read the problems of every evaluation: the first ``eval.problems`` of the test split, or all of fewer.
 
         Raises:
@@ -268,7 +268,7 @@ class Reader:
         """
         problems = self._split("test", self.settings.eval.problems)
         questions = self._fitting(problems, self.style())
-        return questions.ask(range(len(questions.problems)))
+        return questions.take(range(len(questions.problems)))
 
     def _training(self, *, by_pass_rate: bool) -> Questions:
         style, data = self.style(), self.settings.data

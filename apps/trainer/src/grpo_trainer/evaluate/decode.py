@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from grpo_contracts import FinishReason, PolicyVersion, SamplingParams
 from grpo_mesh import digest
 from grpo_trainer.assemble import Evaluator, Run
-from grpo_trainer.data.stream import Asked
+from grpo_trainer.data.stream import ProblemBatch
 from grpo_trainer.evaluate.records import Answer, Evaluation, Record, read_records
 from grpo_trainer.rewards.scoring import transcribe
 from grpo_trainer.run.files import replace as write_whole
@@ -47,9 +47,9 @@ def evaluate(
     Returns:
         The evaluation; the same parameters give the same one.
     """
-    plan, asked = run.plan, run.held_out
+    plan, batch = run.plan, run.held_out
     policy = PolicyVersion(0, digest(params))
-    key, total = evaluation_key(run, policy.digest), len(asked.problems)
+    key, total = evaluation_key(run, policy.digest), len(batch.problems)
     done = _known(run, records, key)
     known = len(done)
     if records is not None and jax.process_index() == 0:
@@ -61,7 +61,7 @@ def evaluate(
     if done and report is not None:
         report(known, total, Evaluation(done))
     for start in range(known, total, size):
-        chunk = _part(asked, start, start + size)
+        chunk = _part(batch, start, start + size)
         greedy = _decode(run, params, chunk, policy, plan.greedy, group_size=1)
         drawn = [()] * len(greedy)
         if plan.sampled:
@@ -126,45 +126,51 @@ def _known(run: Run | Evaluator, file: Path | None, key: str) -> list[Record]:
     if file is not None and jax.process_count() > 1:
         count = int(np.min(multihost_utils.process_allgather(np.asarray([count], np.int32))))
 
-    def judged(answer: Answer, problem: int) -> Answer:
+    def judge_again(answer: Answer, problem: int) -> Answer:
         judgement = run.task.judge(answer.completion, problems[problem], finished=answer.finish != "length")
         return replace(answer, judgement=judgement)
 
     return [
         replace(
             record,
-            greedy=judged(record.greedy, record.problem),
-            samples=tuple(judged(answer, record.problem) for answer in record.samples),
+            greedy=judge_again(record.greedy, record.problem),
+            samples=tuple(judge_again(answer, record.problem) for answer in record.samples),
         )
         for record in records[:count]
     ]
 
 
-def _part(asked: Asked, start: int, stop: int) -> Asked:
-    prompts, some = asked.prompts, slice(start, stop)
+def _part(batch: ProblemBatch, start: int, stop: int) -> ProblemBatch:
+    prompts, some = batch.prompts, slice(start, stop)
     chosen = replace(
         prompts,
         tokens_PT=prompts.tokens_PT[some],
         length_P=prompts.length_P[some],
         prompt_id_P=prompts.prompt_id_P[some],
     )
-    return Asked(chosen, asked.problems[some])
+    return ProblemBatch(chosen, batch.problems[some])
 
 
 def _decode(
-    run: Run | Evaluator, params: Any, asked: Asked, policy: PolicyVersion, sampling: SamplingParams, *, group_size: int
+    run: Run | Evaluator,
+    params: Any,
+    batch: ProblemBatch,
+    policy: PolicyVersion,
+    sampling: SamplingParams,
+    *,
+    group_size: int,
 ) -> Sequence[Sequence[Answer]]:
     """The answers to each problem. Random numbers depend on the problem alone, not on its chunk."""
     rollout = run.plan.evaluator.generate(
         params,
-        asked.prompts,
+        batch.prompts,
         group_size=group_size,
         seed=run.plan.settings.seed,
         step=0,
         policy=policy,
         sampling=sampling,
     )
-    transcript = transcribe(rollout, asked.problems, run.tokenizer, run.plan.settings.rollout.stop)
+    transcript = transcribe(rollout, batch.problems, run.tokenizer, run.plan.settings.rollout.stop)
     rows = zip(transcript.completions, transcript.judgements(run.task), rollout.finish_B, transcript.lengths)
     answers = [
         Answer(text, judgement, FinishReason(int(finish)).name.lower(), length)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_trainer.report.accuracy import Accuracy
+from grpo_trainer.evaluate.accuracy import Accuracy
 
 __all__ = ["Difference", "Estimate", "estimate", "majority_at_k", "paired_difference", "pass_at_k"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_trainer.evaluate.accuracy import Accuracy
 from grpo_trainer.evaluate.estimates import (
     Difference,
     Estimate,
@@ -19,7 +20,6 @@ from grpo_trainer.evaluate.estimates import (
     paired_difference,
     pass_at_k,
 )
-from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.task import Judgement
 
 __all__ = ["Answer", "Comparison", "Evaluation", "Record", "compare", "read_records"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from grpo_trainer.report.accuracy import Accuracy
+from grpo_trainer.evaluate.accuracy import Accuracy
 
 __all__ = ["Series", "intervals", "lines", "number", "stacked"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_trainer.evaluate.accuracy import Accuracy
 from grpo_trainer.evaluate.estimates import Estimate
 from grpo_trainer.evaluate.records import Comparison, Record, compare, read_records
-from grpo_trainer.report.accuracy import Accuracy
 from grpo_trainer.report.terminal import printable
 
 __all__ = ["Results", "summary_accuracies"]

@@ -7,10 +7,11 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _READING = (ValueError, OSError, KeyError, TypeError)
 # Only a missing part proves damage. Permissions, stale mounts, failing disks and too few descriptors may pass.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _OS_ERROR = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
+# What orbax logs, with tracebacks, of a write that failed: of `save` and `wait` it is raised besides.
+_FAILED_WRITE = re.compile(r"raised an exception|Failed to run \d+ Handler Commit|Finalize thread \(\S+\) failed")
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class Checkpoints:
     ) -> None:
         if fault := folder_fault(str(folder.absolute())):
             raise ConfigError(f"the folder of checkpoints {fault}")
+        _say_failures_once()
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
@@ -304,6 +308,25 @@ class Checkpoints:
 
     def _steps_text(self) -> str:
         return ", ".join(map(str, self.steps)) or "none yet"
+
+
+@cache
+def _say_failures_once() -> None:
+    """Leave out what orbax's threads print about a failed write: hundreds of lines, of what `save` and `wait` raise."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        if record.name == "asyncio":
+            return "exception was never retrieved" not in record.getMessage()
+        return "orbax" not in record.pathname or not _FAILED_WRITE.search(record.getMessage())
+
+    def hook(unraisable: Any) -> None:
+        # After the first failed write orbax closes its loop, to which tensorstore then reports the others.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
+    before, sys.unraisablehook = sys.unraisablehook, hook
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from grpo_trainer.report.accuracy import Accuracy
+from grpo_trainer.evaluate.accuracy import Accuracy
 from grpo_trainer.run.files import (
     cut_back,
     lock,
@@ -132,13 +132,12 @@ class RunFolder:
             if prompt:
                 replace(self.path / "prompt.txt", prompt)
             if self.settings.log.tensorboard:
-                from tensorboardX import SummaryWriter
+                from grpo_trainer.report.events import Events  # half a second, which no other command needs
 
-                # Its file names hold the second only: a run resumed within it would overwrite the first one's events.
-                self._tensorboard = SummaryWriter(
-                    str(self.path / "tensorboard"),
-                    purge_step=step + 1 if self.resumed else None,
-                    filename_suffix=f".{step}.{os.getpid()}",
+                self._tensorboard = Events(
+                    self.path / "tensorboard",
+                    suffix=f".{step}.{os.getpid()}",
+                    purge=step + 1 if self.resumed else None,
                 )
         if self.settings.log.wandb:
             self._wandb = _wandb(self.path, self.settings)
@@ -157,13 +156,8 @@ class RunFolder:
         self._append("metrics.jsonl", [{"step": step, "time": round(time.time(), 3), **numbers}])
         finite = {name: value for name, value in numbers.items() if value is not None}
         if self._tensorboard is not None:
-            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-
-            # One event with every number: an event a number takes 3 to 5 ms a step.
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
             with writing(self.path):
-                self._tensorboard.file_writer.add_summary(Summary(value=values), step)
-                self._tensorboard.flush()
+                self._tensorboard.scalars(step, finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 
@@ -223,15 +217,18 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush the loggers and let other processes have the folder."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        try:
+            if tensorboard is not None:
+                with writing(self.path):
+                    tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+                self._wandb = None
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +245,11 @@ class RunFolder:
             except OSError as failure:
                 # The disk may be what failed; the error itself must still reach the user.
                 error.add_note(f"(the traceback could not be saved: {failure})")
-        self.close()
+        try:
+            self.close()
+        except RunFolderError:
+            if error is None:
+                raise  # otherwise what ended the run must reach the user, and it was the same disk most likely
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)

@@ -9,7 +9,17 @@ from pydantic.fields import FieldInfo
 
 from grpo_trainer.settings.schema import Settings
 
-__all__ = ["checked_keys", "explain", "field_of", "leaves", "refuse", "section_of", "shorten", "unknown_key"]
+__all__ = [
+    "checked_keys",
+    "config_error",
+    "explain",
+    "field_of",
+    "leaves",
+    "refuse",
+    "section_of",
+    "shorten",
+    "unknown_key",
+]
 
 _MOST_PROBLEMS = 20  # in one message
 _SHOWN = 200  # characters of a value in a message
@@ -18,10 +28,14 @@ _NEAR, _BEGINNING = 0.75, 4  # similarity, or letters of its beginning, that mak
 
 def refuse(message: str) -> NoReturn:
     """Raise a `ConfigError`, whose sentence stands alone: not chained to what was being handled."""
-    # Imported here: the error's root lives in grpo_contracts, whose numpy would double the time of --print-config.
+    raise config_error()(message) from None
+
+
+def config_error() -> type[Exception]:
+    """`ConfigError`, imported only now: its root lives beside numpy, which would double the time of --print-config."""
     from grpo_trainer.settings.errors import ConfigError
 
-    raise ConfigError(message) from None
+    return ConfigError
 
 
 def shorten(value: Any) -> str:

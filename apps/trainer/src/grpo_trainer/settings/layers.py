@@ -6,12 +6,23 @@ the key, the nearest valid one, and what was expected.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from grpo_trainer.settings.keys import checked_keys, explain, field_of, leaves, refuse, section_of, shorten, unknown_key
+from grpo_trainer.settings.keys import (
+    checked_keys,
+    config_error,
+    explain,
+    field_of,
+    leaves,
+    refuse,
+    section_of,
+    shorten,
+    unknown_key,
+)
 from grpo_trainer.settings.paths import path_fault
 from grpo_trainer.settings.schema import Settings
 from grpo_trainer.settings.strict_yaml import LONGEST_TEXT, parse_yaml, write_yaml
@@ -37,11 +48,15 @@ def load(task: Task, configs: Sequence[str] = (), sets: Sequence[str] = ()) -> S
         ConfigError: an unknown or repeated key, a wrong type or range, a contradiction, an unreadable file.
     """
     merged: dict[str, Any] = {}
-    for name in (DEFAULTS, *configs):
-        source, text = _read(name, preset_files(task))
-        _merge(merged, checked_keys(parse_yaml(text, source), source))
-    for assignment in sets:
-        _merge(merged, _assigned(assignment))
+    faults: list[str] = []
+    files = [partial(_from_file, name, preset_files(task)) for name in (DEFAULTS, *configs)]
+    for layer in [*files, *(partial(_assigned, assignment) for assignment in sets)]:
+        try:
+            _merge(merged, layer())
+        except config_error() as fault:
+            faults.append(str(fault))
+    if faults:
+        refuse("\n".join(dict.fromkeys(faults)))
     settings = _validated(_with_prompt(_with_rewards(merged, task), task))
     if settings.optimizer.decay_steps:
         return settings
@@ -62,8 +77,7 @@ def load_saved(file: Path) -> Settings:
     Raises:
         ConfigError: it cannot be read, or is not the settings of a run of this version.
     """
-    source, text = _read(str(file), {})
-    return _validated(checked_keys(parse_yaml(text, source), source))
+    return _validated(_from_file(str(file), {}))
 
 
 def dump(settings: Settings) -> str:
@@ -85,6 +99,11 @@ def changed_keys(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
 def preset_files(task: Task) -> dict[str, Path]:
     """Presets that `--config` takes by name."""
     return {file.stem: file for file in sorted((task.folder / "presets").glob("*.yaml"))}
+
+
+def _from_file(name: str, presets: Mapping[str, Path]) -> dict[str, Any]:
+    source, text = _read(name, presets)
+    return checked_keys(parse_yaml(text, source), source)
 
 
 def _read(name: str, presets: Mapping[str, Path]) -> tuple[str, str]:

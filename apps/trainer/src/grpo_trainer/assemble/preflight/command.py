@@ -164,10 +164,10 @@ def _measured_step(
     run: Run, state: TrainState, step: int
 ) -> tuple[Peak[Rollout], Peak[tuple[TrainState, dict[str, float]]]]:
     """Take one step of training, and measure its rollout and its updates."""
-    devices, asked = run.plan.mesh.local_devices, next(run.problems)
-    sampled = measure_peak(lambda: sample(run, state.params, asked, PolicyVersion(step, "")), devices)
+    devices, batch = run.plan.mesh.local_devices, next(run.problems)
+    sampled = measure_peak(lambda: sample(run, state.params, batch, PolicyVersion(step, "")), devices)
     rollout = sampled.result
-    scored = run.rewards.score(rollout, transcribe(rollout, asked.problems, run.tokenizer, run.settings.rollout.stop))
+    scored = run.rewards.score(rollout, transcribe(rollout, batch.problems, run.tokenizer, run.settings.rollout.stop))
 
     def update() -> tuple[TrainState, dict[str, float]]:
         return learn(run, state, make_batch(run, state.params, scored), step)

@@ -74,7 +74,7 @@ def measure(
     settings = load(task)
     test = task.problems("embedded", "test", problems)
     length, stop = settings.data.max_prompt_length, settings.rollout.stop
-    asked = tokenize(test, tokenizer, max_length=length, vocab_size=config.vocab_size).ask(range(len(test)))
+    batch = tokenize(test, tokenizer, max_length=length, vocab_size=config.vocab_size).take(range(len(test)))
     right, formed = {}, {}
     for temperature, group in ((0.0, 1), (1.0, 8)):
         sampler = Sampler(
@@ -82,11 +82,11 @@ def measure(
             SamplingParams(temperature=temperature, stop_ids=config.eos_ids),
             max_prompt_length=length,
             max_new_tokens=settings.rollout.max_new_tokens,
-            pad_id=asked.prompts.pad_id,
+            pad_id=batch.prompts.pad_id,
             stop_table_AV=stop_table(tokenizer, stop, config.vocab_size) if stop else None,
         )
-        rollout = sampler.generate(params, asked.prompts, group_size=group, seed=0, step=0)
-        judgements = transcribe(rollout, asked.problems, tokenizer, stop).judgements(task)
+        rollout = sampler.generate(params, batch.prompts, group_size=group, seed=0, step=0)
+        judgements = transcribe(rollout, batch.problems, tokenizer, stop).judgements(task)
         right[group] = np.array([judgement.strict for judgement in judgements], float).reshape(-1, group)
         formed[group] = np.mean([judgement.formed for judgement in judgements])
     hits = right[8].mean(axis=1)
