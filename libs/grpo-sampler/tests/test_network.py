@@ -132,7 +132,10 @@ def plain(tiny, request):
     return batch, [(r, at, part) for (r, at, _), part in zip(whole, parts)], gradients
 
 
-@pytest.mark.parametrize(("remat", "attention"), [(False, "xla"), (True, "xla"), (True, "splash")])
+@pytest.mark.parametrize(
+    ("remat", "attention"),
+    [(False, "xla"), (True, "xla"), pytest.param(True, "splash", marks=pytest.mark.slow)],
+)
 def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, remat, attention, monkeypatch):
     monkeypatch.setattr(_kernels, "splash_attention", partial(splash_attention, interpret=True))
     monkeypatch.setattr(_packed, "plan_packed", partial(_packed.plan_packed, interpret=True))

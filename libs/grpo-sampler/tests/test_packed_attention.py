@@ -33,9 +33,9 @@ def rows(blocks):
     return jnp.asarray(segment_RT), jnp.asarray(prompt_RC)
 
 
-def inputs(heads, dtype, random):
+def inputs(heads, dtype, random, *, rows=3, length=600):
     array = lambda *shape: jnp.asarray(random.standard_normal(shape), dtype)  # noqa: E731
-    (H, K), E, P, Tp, R, T = heads, 8, 4, 200, 3, 600
+    (H, K), E, P, Tp, R, T = heads, 8, 4, 200, rows, length
     return (array(P, Tp, K, E), array(P, Tp, K, E)), (array(R, T, H, E), array(R, T, K, E), array(R, T, K, E))
 
 
@@ -63,12 +63,21 @@ def attention(kernel, segment_RT, prompt_RC, length_P, *, heads):
     return partial(packed_attention, plan_packed(segment_RT, prompt_RC, length_P, **sizes, interpret=True))
 
 
-@pytest.mark.parametrize(("heads", "blocks"), [((4, 2), 3), ((3, 1), 1)])
+@pytest.mark.parametrize(
+    ("heads", "blocks", "part"),
+    [
+        pytest.param((2, 1), 1, (slice(0, 1), slice(100, 300)), id="small"),
+        pytest.param((4, 2), 3, (), marks=pytest.mark.slow),
+        pytest.param((3, 1), 1, (), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("small_tiles")
-def test_values_and_gradients_are_those_of_plain_attention(heads, blocks):
+def test_values_and_gradients_are_those_of_plain_attention(heads, blocks, part):
     segment_RT, prompt_RC = rows(blocks)
+    segment_RT, prompt_RC = segment_RT[part], prompt_RC[part[:1]]
     length_P = jnp.asarray([200, 1, 129, 0], jnp.int32)
-    arrays = inputs(heads, jnp.float32, np.random.default_rng(0))
+    R, T = segment_RT.shape
+    arrays = inputs(heads, jnp.float32, np.random.default_rng(0), rows=R, length=T)
     weight = (segment_RT > 0)[:, :, None, None]
     plain, ours = (
         values_and_gradients(attention(kernel, segment_RT, prompt_RC, length_P, heads=heads), arrays, weight)
@@ -78,6 +87,7 @@ def test_values_and_gradients_are_those_of_plain_attention(heads, blocks):
         assert distance(a, b) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tiles")
 def test_in_bf16_the_error_is_that_of_plain_attention_in_bf16():
     segment_RT, prompt_RC = rows(3)
@@ -121,6 +131,7 @@ def test_tiles_are_few_and_equal(length, padded, tile):
 def test_only_tiles_with_something_to_see_are_visited():
     random = np.random.default_rng(0)
     sizes = _tiles.TileSizes(block=256, keys=64, queries=32, prompt=192, prompt_keys=64)
+    plan_of = jax.jit(lambda *layout: plan_tiles(*layout, sizes, 2))
     for _ in range(20):
         segment_RT = np.zeros((2, 512), np.int32)
         for row in segment_RT:
@@ -130,7 +141,7 @@ def test_only_tiles_with_something_to_see_are_visited():
                 end = at + random.integers(1, 300)
                 row[at:end], at = segment, end
         slot_RC, length_P = random.integers(0, 3, (2, 2)), random.integers(0, 193, 3)
-        plan = plan_tiles(*(jnp.asarray(x, jnp.int32) for x in (segment_RT, slot_RC, length_P)), sizes, 2)
+        plan = plan_of(*(jnp.asarray(x, jnp.int32) for x in (segment_RT, slot_RC, length_P)))
         at = np.arange(512)
         mask = (segment_RT[:, :, None] == segment_RT[:, None]) & (segment_RT > 0)[:, None] & (at[:, None] >= at)
         sees_NJ = mask.reshape(2, 16, 32, 8, 64).any((2, 4)).reshape(32, 8)
