@@ -67,7 +67,7 @@ def test_no_tile_without_a_visible_key_is_visited(shape: PackShape, longest: int
     monkeypatch.setattr(_tiles, "_KEYS", 128)
     block = shape.row_length // shape.blocks
     sizes = tile_sizes(block=block, prompt=shape.prompt_length, group=2)
-    plan_of = jax.jit(lambda *layout: plan_tiles(*layout, sizes, group=2))
+    plan_of = jax.jit(partial(plan_tiles, sizes=sizes, group=2))
     for seed in range(10):
         micro = first_micro_batch(shape, seed, longest)
         inside = np.flatnonzero(np.arange(sizes.block * shape.blocks) % sizes.block < block)

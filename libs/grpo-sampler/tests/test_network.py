@@ -27,6 +27,7 @@ from grpo_sampler import (
 )
 from grpo_sampler._kernels import resolve_attention, self_attention, splash_attention
 from grpo_sampler._layout import leaves
+from grpo_sampler._packed_attention import plan_packed
 from grpo_sampler._rope import rope_constants, rope_tables
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "parity.npz")
@@ -138,7 +139,7 @@ def plain(tiny, request):
 )
 def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, remat, attention, monkeypatch):
     monkeypatch.setattr(_kernels, "splash_attention", partial(splash_attention, interpret=True))
-    monkeypatch.setattr(_packed, "plan_packed", partial(_packed.plan_packed, interpret=True))
+    monkeypatch.setattr(_packed, "plan_packed", partial(plan_packed, interpret=True))
     batch, parts, expected = plain
     graphdef, _ = abstract(TINY, remat=remat, attention=attention)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -135,7 +136,7 @@ def test_tiles_are_few_and_equal(length, padded, tile):
 def test_only_tiles_with_something_to_see_are_visited():
     random = np.random.default_rng(0)
     sizes = _tiles.TileSizes(block=256, keys=64, queries=32, prompt=192, prompt_keys=64)
-    plan_of = jax.jit(lambda *layout: plan_tiles(*layout, sizes, 2))
+    plan_of = jax.jit(partial(plan_tiles, sizes=sizes, group=2))
     for _ in range(20):
         segment_RT = np.zeros((2, 512), np.int32)
         for row in segment_RT:

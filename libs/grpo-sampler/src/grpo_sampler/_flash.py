@@ -236,7 +236,8 @@ def _by_key(
             if of_prompt:
                 mask = prompt_mask(j, scalars[4][a], kernels)
             else:
-                mask = row_mask(query_tile(a, j, s, *scalars) - a * per_row, j, *segment, kernels)
+                q_segment, k_segment = segment
+                mask = row_mask(query_tile(a, j, s, *scalars) - a * per_row, j, q_segment, k_segment, kernels)
             weight, d_logits = weights(kernels.scale, k[...], v[...], q[...], d_o[...], lse[...], row_sum[...], mask)
             v_sum[...] += dot(weight.astype(d_o.dtype), d_o[...], PLAIN)
             k_sum[...] += dot(d_logits.astype(q.dtype), q[...], PLAIN)

@@ -1,7 +1,8 @@
 """Attention of packed rows to their prompts and to themselves on TPUs, in memory linear in the length of a row."""
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,7 @@ def plan_packed(
     slot_RC, length_DP = prompt_RC, jnp.broadcast_to(prompt_length_P, (parts, P))
     if stay:
         slot_RC, length_DP = prompt_RC % (P // parts), prompt_length_P.reshape(parts, -1)
-    tiles = jax.vmap(lambda *part: plan_tiles(*part, sizes, group))(
+    tiles = jax.vmap(functools.partial(plan_tiles, sizes=sizes, group=group))(
         _padded(segment_RT, C, sizes.block).reshape(parts, R // parts, -1),
         slot_RC.reshape(parts, R // parts, C),
         length_DP,
@@ -113,7 +114,7 @@ def packed_attention(
             tuple(_padded(x, 1, sizes.prompt).swapaxes(1, 2) for x in prompt_kv),
             TilePlan(*(x[0] for x in tiles)),
         )
-        out = out.reshape(shape).transpose(0, 1, 4, 2, 3, 5).reshape(R, plan.blocks, sizes.block, K * G, E)
+        out = cast(Array, out).reshape(shape).transpose(0, 1, 4, 2, 3, 5).reshape(R, plan.blocks, sizes.block, K * G, E)
         return out[:, :, : T // plan.blocks].reshape(R, T, K * G, E)
 
     if plan.mesh is None:
