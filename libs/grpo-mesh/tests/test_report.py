@@ -111,6 +111,22 @@ ENTRY %main (p: (f32[8], (f32[4,4], f32[2]))) -> f32[4,4] {{
     assert (tally.flops, tally.traffic) == (2 * 4 * 4 * 4, 3 * 4 * 4 * 4)
 
 
+def test_kernels_are_counted_whether_or_not_they_declare_their_cost():
+    call = 'custom-call(%p), custom_call_target="tpu_custom_call"'
+    declared = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"96","bytes_accessed":"64"}}}'
+    text = f"""HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %flash.1 = f32[8]{{0}} {call}, {declared}
+  %flash.2 = f32[8]{{0}} {call}, {declared}
+  ROOT %splash.1 = f32[8]{{0}} {call}, backend_config={{}}
+}}
+"""
+    tally = Program(text).tally()
+    assert (tally.flops, tally.kernels, tally.undeclared) == (192, {"flash": 2, "splash": 1}, {"splash"})
+
+
 def test_a_program_from_a_cache_is_read_back():
     program = jax.jit(jnp.sin).lower(1.0).compile()
     assert compile_with_text(lambda compiler_options: program) == (program, program.as_text())

@@ -45,7 +45,11 @@ def test_splash_attention_compiles_for_a_v6e_slice():
     assert merge(graphdef, shapes).attention == "splash"
     for function, inputs in ((plain, (rows, rows)), (shared, (prompts, vector, rows, rows, rows, blocks))):
         compiled = jax.jit(jax.grad(function)).lower(params, *inputs).compile()
-        assert "tpu_custom_call" in str(compiled.as_text())
+        text = str(compiled.as_text())
+        assert "tpu_custom_call" in text
+        # Packed rows keep no logits: neither of a block nor of the whole row, against the prompt and the row.
+        assert ("packed_attention_dq" in text) == (function is shared)
+        assert not re.search(r"\[(\d+,)*(128|384),480\]", text)
 
 
 @pytest.mark.slow

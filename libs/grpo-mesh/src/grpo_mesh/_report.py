@@ -35,8 +35,9 @@ class CompileReport:
         flops: multiplications and additions of matrix products, loops multiplied out.
         traffic: bytes read from and written to main memory, loops multiplied out (an estimate from the text).
         collectives: by kind ("all-gather", ...).
-        kernels: calls of Mosaic kernels that declare no cost, by name, loops multiplied out; `flops` lacks theirs.
+        kernels: calls of Mosaic kernels, by name, loops multiplied out.
         unknown_loops: loops whose trip count is unknown when the program is compiled.
+        undeclared: the kernels that declare no cost; `flops` lacks theirs.
     """
 
     arguments: int
@@ -49,6 +50,7 @@ class CompileReport:
     collectives: dict[str, Collectives]
     kernels: dict[str, float]
     unknown_loops: int
+    undeclared: frozenset[str] = frozenset()
 
     @property
     def peak(self) -> int:
@@ -122,6 +124,7 @@ def compile_report(
         collectives={kind: Collectives(*figures) for kind, figures in sorted(tally.collectives.items())},
         kernels=dict(sorted(tally.kernels.items())),
         unknown_loops=tally.unknown_loops,
+        undeclared=frozenset(tally.undeclared),
     )
 
 

@@ -37,12 +37,14 @@ class Tally:
     traffic: float = 0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+    undeclared: set[str] = dataclasses.field(default_factory=set)
     unknown_loops: int = 0
 
     def add(self, other: Tally, times: float = 1) -> None:
         self.flops += times * other.flops
         self.traffic += times * other.traffic
         self.unknown_loops += other.unknown_loops
+        self.undeclared |= other.undeclared
         for name, count in other.kernels.items():
             self.kernels[name] = self.kernels.get(name, 0) + times * count
         for kind, (count, size) in other.collectives.items():
@@ -107,8 +109,9 @@ class Program:
         elif opcode in COLLECTIVES:
             self._add_collective(owner, it, opcode, total, channels)
         elif not it.opcode.endswith(("-done", "-update")) and it.opcode not in _FREE and _BITCAST not in it.rest:
-            if _KERNEL in it.rest and not _ESTIMATE.search(it.rest):
-                total.add(Tally(kernels={re.sub(r"\.\d+$", "", it.name): 1}))
+            if _KERNEL in it.rest:
+                name = re.sub(r"\.\d+$", "", it.name)
+                total.add(Tally(kernels={name: 1}, undeclared=set() if _ESTIMATE.search(it.rest) else {name}))
             total.flops += _flops(owner, it)
             total.traffic += 0 if fused else _traffic(owner, it)
 

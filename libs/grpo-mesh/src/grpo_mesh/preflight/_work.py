@@ -19,7 +19,7 @@ class Work:
         flops: multiplications and additions of matrix products and kernels.
         traffic: bytes read from and written to main memory.
         collectives: kind to (count, bytes).
-        kernels: name to calls, of kernels that declare no cost.
+        kernels: name to calls.
     """
 
     flops: float = 0.0
@@ -92,7 +92,7 @@ def read_work(
         )
 
     def flops(reading: CompileReport) -> float:
-        return reading.flops + sum(calls * kernel_flops(kernel, compiled) for kernel, calls in reading.kernels.items())
+        return reading.flops + sum(reading.kernels[name] * kernel_flops(name, compiled) for name in reading.undeclared)
 
     return report, Work(
         at_trips(flops),
