@@ -151,7 +151,7 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
     for r, at, part in parts:
         np.testing.assert_allclose(hidden[r, at], part, atol=5e-6)
     # Of hundreds of tokens float32 rounds more away, in one span as in four.
-    bound = 1e-6 if batch[2].shape[1] < 100 else 2e-6
+    bound = 2e-6 if batch[2].shape[1] < 100 else 4e-6
     assert relative(gradients, expected) <= (bound if attention == "xla" else 3e-6)
 
 
