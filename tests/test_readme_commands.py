@@ -113,7 +113,7 @@ RUN: dict[str, Small] = {
         "--print-config", {"PRESET": "qwen2.5-1.5b", "SLICE": "v5e-4"}
     ),
     "hatch run apps/gsm8k:preflight --config qwen2.5-7b --slice v5e-256 --set rollout.prompts=64 loss.rows=64": SETTINGS,  # noqa: E501
-    "hatch run tpu:memory --config qwen2.5-3b --slice v6e-8 --lengths 2048 8192 32256": HELP,
+    "hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1": HELP,
     "hatch run tpu:train": SETTINGS,
     "hatch run tpu:train --config qwen2.5-7b": SETTINGS,
     # -- the libraries

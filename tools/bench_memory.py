@@ -1,6 +1,6 @@
 """Memory of one policy update on a device of a TPU slice, by the limit on new tokens. Compiles; no TPU is needed.
 
-    hatch run tpu:memory --config qwen2.5-3b --slice v6e-8 --lengths 2048 8192 32256
+    hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1
 
 Each device has one row of a micro-batch, which holds one completion of that limit. 32,256 is the longest completion
 that a context of 32,768 leaves behind a prompt of 512.

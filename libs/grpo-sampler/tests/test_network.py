@@ -150,9 +150,8 @@ def test_shared_prompts_give_the_plain_hidden_states_and_gradients(tiny, plain, 
     (_, hidden), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny[1])
     for r, at, part in parts:
         np.testing.assert_allclose(hidden[r, at], part, atol=5e-6)
-    # Of hundreds of tokens float32 rounds more away, in one span as in four.
-    bound = 2e-6 if batch[2].shape[1] < 100 else 4e-6
-    assert relative(gradients, expected) <= (bound if attention == "xla" else 3e-6)
+    # Of hundreds of tokens float32 rounds more away, in one span as in four. jax 0.12 leaves 1.2e-6 of a short batch.
+    assert relative(gradients, expected) <= (2e-6 if batch[2].shape[1] < 100 else 4e-6)
 
 
 @pytest.mark.parametrize(("stretch", "queries"), [(1, 6), (22, 66), (44, 66)])
@@ -331,4 +330,5 @@ def test_splash_flops_are_the_products_of_its_kernels(length):
     assert len(counted) == 3
     for name, flops in counted.items():
         assert splash_flops(name, rows=rows, heads=heads, head_size=size, length=length) == flops / 2
-    assert splash_flops("another_kernel", rows=rows, heads=heads, head_size=size, length=length) == 0
+    for other in ("another_kernel", "packed_attention_fwd", "packed_attention_prompt_dkv"):
+        assert splash_flops(other, rows=rows, heads=heads, head_size=size, length=length) == 0

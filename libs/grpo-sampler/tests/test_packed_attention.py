@@ -29,7 +29,7 @@ def rows(blocks):
     for start, end, segment in ((0, 130, 1), (130, 131, 2), (131, 190, 3), (200, 399, 4), (400, 600, 5)):
         segment_RT[0, start:end] = segment
     segment_RT[1, :550] = 1
-    prompt_RC = np.asarray([[1, 2, 0], [0, 0, 0], [3, 3, 3]], np.int32)[:, :blocks]
+    prompt_RC = np.asarray([[2, 1, 0], [0, 0, 0], [3, 3, 3]], np.int32)[:, :blocks]
     return jnp.asarray(segment_RT), jnp.asarray(prompt_RC)
 
 
@@ -69,15 +69,17 @@ def attention(kernel, segment_RT, prompt_RC, length_P, *, heads):
 
 
 @pytest.mark.parametrize(
-    ("heads", "blocks", "part"),
+    ("heads", "blocks", "part", "tiles"),
     [
-        pytest.param((2, 1), 1, (slice(0, 1), slice(100, 300)), id="small"),
-        pytest.param((4, 2), 3, (), marks=pytest.mark.slow),
-        pytest.param((3, 1), 1, (), marks=pytest.mark.slow),
+        pytest.param((2, 1), 1, (slice(0, 1), slice(100, 300)), (128, 1024), id="small"),
+        pytest.param((4, 2), 3, (), (128, 1024), marks=pytest.mark.slow),
+        pytest.param((3, 1), 1, (), (128, 1024), marks=pytest.mark.slow),
+        pytest.param((4, 2), 1, (), (256, 256), marks=pytest.mark.slow, id="more keys than queries"),
     ],
 )
-@pytest.mark.usefixtures("small_tiles")
-def test_values_and_gradients_are_those_of_plain_attention(heads, blocks, part):
+def test_values_and_gradients_are_those_of_plain_attention(heads, blocks, part, tiles, monkeypatch):
+    monkeypatch.setattr(_tiles, "_KEYS", tiles[0])
+    monkeypatch.setattr(_tiles, "_QUERIES", tiles[1])
     segment_RT, prompt_RC = rows(blocks)
     segment_RT, prompt_RC = segment_RT[part], prompt_RC[part[:1]]
     length_P = jnp.asarray([200, 1, 129, 0], jnp.int32)

@@ -71,7 +71,7 @@ def windows(columns: int, *, fine: bool) -> tuple[int, ...]:
 
 
 def prefix_shares(columns: int, *, fine: bool) -> tuple[float, ...]:
-    """How often each of `windows` is read while rows that start together fill the ring."""
+    """Fractions of the steps that read each of `windows`, while rows that start together fill the ring."""
     lengths = windows(columns, fine=fine)
     return tuple((b - a) / columns for a, b in itertools.pairwise((0, *lengths)))
 

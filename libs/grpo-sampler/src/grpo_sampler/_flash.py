@@ -4,6 +4,8 @@ Queries are tiles of M rows: those of all the heads that share a key/value head,
 backward pass is the ordinary one: given the log-sum-exp over prompt and row together, each part has its gradient
 without knowing of the other.
 
+Additional suffixes: N query tiles, M queries of a tile.
+
 Source: arXiv:2307.08691 (FlashAttention-2).
 """
 
@@ -42,7 +44,7 @@ def flash_attention(
     """Attention of query tiles to what the plan lets them see.
 
     Args:
-        kernels: sizes of the tiles.
+        kernels: what they are compiled for.
         q_NKME: query tiles, all those of the first row before those of the second.
         row_kv: keys and values of the rows, whole tiles.
         prompt_kv: keys and values of the prompts, whole tiles.

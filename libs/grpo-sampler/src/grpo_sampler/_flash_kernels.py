@@ -21,7 +21,7 @@ class Kernels(NamedTuple):
     """What the kernels are compiled for.
 
     Args:
-        scale: factor of the logits.
+        scale: factor of the products of queries and keys.
         queries: positions of a query tile.
         keys: positions of a row's key tile.
         prompt_keys: positions of a prompt's key tile.

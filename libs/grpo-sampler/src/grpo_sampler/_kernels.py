@@ -185,7 +185,8 @@ def splash_flops(kernel: str, *, rows: int, heads: int, head_size: int, length: 
     Returns:
         The operations of its matrix products on the causal half of all pairs of tokens; 0 for any other kernel.
     """
-    products = next((count for name, count in _SPLASH_PRODUCTS.items() if name in kernel), 0)
+    ours = kernel.startswith("splash_")
+    products = next((count for name, count in _SPLASH_PRODUCTS.items() if ours and name in kernel), 0)
     tile = _splash_tile(length)
     padded = math.ceil(length / tile) * tile
     return float(products * rows * heads * head_size * padded**2)

@@ -68,13 +68,13 @@ def plan_packed(
     rows = None if mesh is None or jax.sharding.get_abstract_mesh().manual_axes else dividing(mesh, BATCH_AXES, R)
     parts = math.prod(mesh.shape[axis] for axis in rows) if mesh is not None and rows else 1
     stay = shards % parts == 0
-    slot_RC, length_DP = prompt_RC, jnp.broadcast_to(prompt_length_P, (parts, P))
+    slot_RC, length_ZP = prompt_RC, jnp.broadcast_to(prompt_length_P, (parts, P))
     if stay:
-        slot_RC, length_DP = prompt_RC % (P // parts), prompt_length_P.reshape(parts, -1)
+        slot_RC, length_ZP = prompt_RC % (P // parts), prompt_length_P.reshape(parts, -1)
     tiles = jax.vmap(functools.partial(plan_tiles, sizes=sizes, group=group))(
         _padded(segment_RT, C, sizes.block).reshape(parts, R // parts, -1),
         slot_RC.reshape(parts, R // parts, C),
-        length_DP,
+        length_ZP,
     )
     return PackedPlan(tiles, sizes, C, rows, rows if stay else None, mesh, interpret)
 

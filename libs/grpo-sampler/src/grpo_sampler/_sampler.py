@@ -203,8 +203,8 @@ class Sampler:
     def branch_shares(self) -> dict[str, tuple[float, ...]]:
         """How often a decode program takes each branch of a conditional, by the conditional's `jax.named_scope`.
 
-        Of rows that start together and run to their limit. It is what `grpo_mesh.compile_report` takes, which else
-        counts a read of the whole cache in every step.
+        Fractions of the steps of rows that start together and run to their limit, for `grpo_mesh.compile_report`, which
+        otherwise counts a read of the whole cache in every step.
         """
         return {PREFIX: prefix_shares(self._columns, fine=not self._unroll)}
 

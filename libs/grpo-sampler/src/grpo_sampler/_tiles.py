@@ -1,6 +1,9 @@
 """How packed rows and prompts are cut into tiles, and which tiles of keys each tile of queries sees.
 
 Tiles that a mask empties are not visited: the causal upper half, other segments, other prompts, and padding.
+
+Additional suffixes: Z devices; N query tiles of a device, I of a row, with q positions and M queries each; J key tiles
+of the rows, Jp of the prompts.
 """
 
 import math
@@ -32,7 +35,7 @@ class TileSizes(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """What the kernels look up. N counts query tiles, J the key tiles of all rows or of all prompts.
+    """What the kernels look up.
 
     Args:
         q_segment_N1M: segment of each query, repeated for the heads of a group.
@@ -52,21 +55,21 @@ class TilePlan(NamedTuple):
         row_steps: the most query tiles that see a row's key tile, likewise.
     """
 
-    q_segment_N1M: Int[Array, "*D N 1 M"]
-    k_segment_RT1: Int[Array, "*D R T 1"]
-    slot_N: Int[Array, "*D N"]
-    prompt_tiles_N: Int[Array, "*D N"]
-    first_N: Int[Array, "*D N"]
-    row_tiles_N: Int[Array, "*D N"]
-    length_P: Int[Array, "*D P"]
-    order_N: Int[Array, "*D N"]
-    prompt_first_J: Int[Array, "*D Jp"]
-    prompt_count_J: Int[Array, "*D Jp"]
-    row_first_J: Int[Array, "*D J"]
-    row_count_J: Int[Array, "*D J"]
-    query_steps: Int[Array, "*D 1"]
-    prompt_steps: Int[Array, "*D 1"]
-    row_steps: Int[Array, "*D 1"]
+    q_segment_N1M: Int[Array, "*Z N 1 M"]
+    k_segment_RT1: Int[Array, "*Z R T 1"]
+    slot_N: Int[Array, "*Z N"]
+    prompt_tiles_N: Int[Array, "*Z N"]
+    first_N: Int[Array, "*Z N"]
+    row_tiles_N: Int[Array, "*Z N"]
+    length_P: Int[Array, "*Z P"]
+    order_N: Int[Array, "*Z N"]
+    prompt_first_J: Int[Array, "*Z Jp"]
+    prompt_count_J: Int[Array, "*Z Jp"]
+    row_first_J: Int[Array, "*Z J"]
+    row_count_J: Int[Array, "*Z J"]
+    query_steps: Int[Array, "*Z 1"]
+    prompt_steps: Int[Array, "*Z 1"]
+    row_steps: Int[Array, "*Z 1"]
 
 
 def tile_sizes(*, block: int, prompt: int, group: int) -> TileSizes:
@@ -99,7 +102,7 @@ def plan_tiles(
         group: query heads that share a key/value head.
 
     Returns:
-        The plan, without the leading axis D.
+        The plan, without the leading axis Z.
     """
     R, T = segment_RT.shape
     P = length_P.shape[0]
@@ -142,8 +145,8 @@ def plan_tiles(
 
 def _whole_tiles(length: int) -> tuple[int, int]:
     """(padded length, length of a tile): as few tiles as may be, of equal size."""
-    count = math.ceil(length / _KEYS)
-    tile = math.ceil(length / count / _LANES) * _LANES
+    count = max(1, math.ceil(length / _KEYS))
+    tile = max(1, math.ceil(length / count / _LANES)) * _LANES
     return count * tile, tile
 
 
