@@ -67,6 +67,7 @@ RUN: dict[str, Small] = {
     "hatch run apps/gsm8k:train --set 'reward.functions=[my_rewards:short_and_right]'": BUILT,
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b": SETTINGS,
     "hatch run apps/gsm8k:train --config smollm2-135m": SETTINGS,
+    "hatch run apps/gsm8k:train --config smollm2-135m --set model.lora.rank=16 model.lora.alpha=32 optimizer.learning_rate=2e-4": SETTINGS,  # noqa: E501
     "hatch run apps/gsm8k:train --config NAME_OR_PATH --set KEY=VALUE ...": Small(
         "--print-config", {"NAME_OR_PATH": "laptop", "KEY=VALUE": "steps=3", " ...": ""}
     ),
