@@ -108,7 +108,8 @@ def rollout_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], o
 
     given = np.load(folder / "prompts.npz")
     config, params = load_pretrained(options.model, dtype="float32")
-    prompts = gc.Prompts(given["tokens"], given["length"], np.arange(len(given["length"])), config.vocab_size, 0)
+    prompt_id_P = np.arange(len(given["length"]), dtype=np.int32)
+    prompts = gc.Prompts(given["tokens"], given["length"], prompt_id_P, config.vocab_size, 0)
     sampler = Sampler(
         config,
         gc.SamplingParams(stop_ids=(int(given["end"]),)),
@@ -193,7 +194,7 @@ def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], ob
         packed = grpo_loss.pack(batch, shape=shape)
         state, metrics = update(state, packed)
         jax.block_until_ready((state, metrics))
-        (folder / "tokens").write_text(str(int(packed.count)))
+        (folder / "tokens").write_text(str(int(packed.micro.mask_RT.sum())))
 
     return call
 
@@ -207,7 +208,7 @@ def update_pytorch(options: argparse.Namespace, folder: Path) -> Callable[[int],
     batch = cast(gc.TrainBatch, gc.load_batch(folder / "batch.npz"))
     rollout = batch.scored.rollout
     tokens_BT = torch.from_numpy(np.asarray(rollout.tokens_BT).astype(np.int64))
-    mask_BT = torch.from_numpy(np.asarray(rollout.loss_mask_BT))
+    mask_BT = torch.from_numpy(np.array(rollout.loss_mask_BT))
     total_B = np.asarray(rollout.total_length_B)
     advantage_B = torch.from_numpy(np.asarray(batch.advantage))
     causal = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).train()
