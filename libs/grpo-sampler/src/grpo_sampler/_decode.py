@@ -33,7 +33,7 @@ class Weights(NamedTuple):
     """Parameters laid out for decoding: `layers` is a tuple of blocks (unrolled) or one stacked dictionary."""
 
     embed: Any
-    unembed: Any  # [D, V] if layers are unrolled, else [V, D]; None for the embedding
+    unembed: Any  # None for the embedding
     final_norm: Any
     layers: Any
 
@@ -54,8 +54,7 @@ def weights_from(
     Key/value heads are repeated up to the number that `config` has: those of the cache. `given` are the parameters'
     shardings where another mesh decodes: cast before they move, they move in the compute type.
 
-    Unrolling, the layout for CPUs, separates the layers and transposes the unembedding: a CPU multiplies a few rows
-    with a row-major matrix up to eight times as fast as with a column-major one. `fused` (unrolled only): see `fuse`.
+    Unrolling, the layout for CPUs, separates the layers. `fused` (unrolled only): see `fuse`.
     """
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), merge_adapters(params, config))
     if given is not None:
@@ -64,7 +63,6 @@ def weights_from(
     if unroll:
         layers = tuple({name: leaf[i] for name, leaf in layers.items()} for i in range(config.layers))
         layers = tuple(fuse(layer, config) for layer in layers) if fused else layers
-        unembed = (cast["embed"] if unembed is None else unembed).T
     return Weights(cast["embed"], unembed, cast["final_norm"], layers)
 
 
@@ -199,11 +197,8 @@ def decode(
         i, rows, cache, record = carry
         cos_Se, sin_Se = (table_ISe[i] for table_ISe in turns_ISe)
         hidden_SD, cache = _forward(weights, cache, rows, cos_Se, sin_Se, columns, prompt, config)
-        if isinstance(weights.layers, tuple):
-            logits_SV = jnp.einsum("SD,DV->SV", hidden_SD, weights.unembed, preferred_element_type=jnp.float32)
-        else:
-            unembed_VD = weights.embed if weights.unembed is None else weights.unembed
-            logits_SV = jnp.einsum("SD,VD->SV", hidden_SD, unembed_VD, preferred_element_type=jnp.float32)
+        unembed_VD = weights.embed if weights.unembed is None else weights.unembed
+        logits_SV = jnp.einsum("SD,VD->SV", hidden_SD, unembed_VD, preferred_element_type=jnp.float32)
         if tensor:
             # Gather once per step. If logits stayed split over the vocabulary, each of a filter's thirty comparisons
             # would reduce over the mesh, and latency dominates a step.

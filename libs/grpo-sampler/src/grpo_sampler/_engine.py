@@ -211,9 +211,7 @@ class Engine:
         names = split_adapters(self._params)[0]["layers"]
         single = {name: place(f"layers/{name}", drop=int(self.plan.unroll)) for name in names}
         layers: Any = (single,) * config.layers if self.plan.unroll else single
-        unembed: Any = None
-        if self.plan.unroll or not config.tied:
-            unembed = place("embed" if config.tied else "unembed", transposed=self.plan.unroll)
+        unembed = None if config.tied else place("unembed")
         return Weights(place("embed"), unembed, place("final_norm"), layers)
 
     def _weights_program(self, options: Options = None) -> Any:

@@ -63,18 +63,16 @@ class Placement:
         shardings = [self.given(leaf) for leaf in jax.tree.leaves(params)]
         return any(isinstance(one, NamedSharding) and one.mesh != self.mesh for one in shardings)
 
-    def weight(self, path: str, drop: int = 0, transposed: bool = False) -> Sharding:
+    def weight(self, path: str, drop: int = 0) -> Sharding:
         """Sharding of a weight for decoding: that of `PARTITION_RULES`, on the tensor axis only.
 
         Args:
             path: of the parameter, such as `layers/q`.
             drop: number of leading axes that the weight does not have.
-            transposed: whether the weight's two axes are swapped.
         """
         if self.mesh is None or self.tensor == 1:
             return self.replicated
-        axes = decoding_axes(path)[drop:]
-        return NamedSharding(self.mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
+        return NamedSharding(self.mesh, PartitionSpec(*decoding_axes(path)[drop:]))
 
     def split(self, function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         """Runs a function of one shard on every shard.
