@@ -67,6 +67,7 @@ RUN: dict[str, Small] = {
     "hatch run apps/gsm8k:train --set 'reward.functions=[my_rewards:short_and_right]'": BUILT,
     "hatch run apps/gsm8k:train --config qwen2.5-0.5b": SETTINGS,
     "hatch run apps/gsm8k:train --config smollm2-135m": SETTINGS,
+    "hatch run apps/gsm8k:train --config smollm2-135m --set model.lora.rank=16 model.lora.alpha=32 optimizer.learning_rate=2e-4": SETTINGS,  # noqa: E501
     "hatch run apps/gsm8k:train --config NAME_OR_PATH --set KEY=VALUE ...": Small(
         "--print-config", {"NAME_OR_PATH": "laptop", "KEY=VALUE": "steps=3", " ...": ""}
     ),
@@ -113,6 +114,7 @@ RUN: dict[str, Small] = {
         "--print-config", {"PRESET": "qwen2.5-1.5b", "SLICE": "v5e-4"}
     ),
     "hatch run apps/gsm8k:preflight --config qwen2.5-7b --slice v5e-256 --set rollout.prompts=64 loss.rows=64": SETTINGS,  # noqa: E501
+    "hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1": HELP,
     "hatch run tpu:train": SETTINGS,
     "hatch run tpu:train --config qwen2.5-7b": SETTINGS,
     # -- the libraries

@@ -83,6 +83,7 @@ def main() -> None:
 
 def train_with_clock(clock: Path, app: str, arguments: list[str]) -> None:
     """Be the app, with a clock that is as many seconds off as the file says."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a run heeds that
     with clock.open("r+b") as file:
         offset = mmap.mmap(file.fileno(), 8)
     now, now_ns = time.time, time.time_ns

@@ -31,7 +31,7 @@ from grpo_trainer.settings.schema import Settings
 state = {f"w{i}": jnp.arange(2.0**16) for i in range(24)}  # one write fails, and the others after it
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=1, versions={})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
     checkpoints.save(LoopState(state, step=1), {}, Settings())
     checkpoints.wait()
@@ -145,9 +145,10 @@ def test_the_loops_state_comes_back_from_its_notes(run: Run) -> None:
     assert LoopState.from_notes(run.state, loop.notes()) == loop
 
 
-def test_a_write_that_fails_is_said_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [20_000, 100])
+def test_a_write_that_fails_is_said_once(limit: int, tmp_path: Path) -> None:
     """orbax and asyncio would print hundreds of lines of tracebacks beside the sentence."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert "could not be written" in done.stdout or "writing a checkpoint" in done.stdout

@@ -130,10 +130,23 @@ def test_tensorboard_events_survive_a_clock_that_is_set(config, tmp_path, monkey
         for step, by in enumerate(hours, 1):
             monkeypatch.setattr(time, "time", lambda by=by: clock() + 3600 * by)
             folder.log(step, {"reward": step, "entropy": 0.5})
-            # On the disk at once, not after a thread's patience.
+            # In the file at once.
             assert [event.step for event in events_of(tmp_path / "run") if event.summary.value][-1] == step
     values = [{value.tag: value.simple_value for value in event.summary.value} for event in events_of(tmp_path / "run")]
     assert [value for value in values if value] == [{"reward": step, "entropy": 0.5} for step in (1, 2, 3)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_tensorboard_on_a_full_disk_ends_the_run_in_a_sentence(config, tmp_path):
+    with RunFolder(config("log.tensorboard=true"), VERSIONS) as folder:
+        folder.start(0)
+        folder.log(1, {"reward": 1})
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, folder._tensorboard._file)
+        os.close(full)
+        with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
+            folder.log(2, {"reward": 2})
+    assert [event.step for event in events_of(tmp_path / "run") if event.summary.value] == [1]
 
 
 def test_other_settings_are_refused(config):

@@ -79,6 +79,18 @@ def test_one_step_is_that_of_the_whole_batch_at_once(data, batch):
     assert (int(state.step), int(state.skipped), float(metrics["finite"])) == (1, 0, 1.0)
 
 
+def test_without_jit_an_update_names_a_target_outside_the_vocabulary(batch):
+    micro = batch.micro
+    first = tuple(np.argwhere(micro.mask_RT)[0])
+    target_RT = np.array(micro.target_RT)
+    target_RT[first] = 99
+    damaged = replace(batch, micro=replace(micro, target_RT=target_RT))
+    UPDATE(fresh(), damaged)  # only the device knows
+    where = rf"target_RT must be in \[0, 24\), the vocabulary: got 99 at \[{first[1]}, {first[2]}\]"
+    with jax.disable_jit(), pytest.raises(LossError, match=where):
+        UPDATE(fresh(), damaged)
+
+
 @pytest.mark.parametrize(
     ("objective", "aggregation", "per_token"),
     [

@@ -112,6 +112,7 @@ def test_a_kernel_that_declares_no_cost_is_listed():
 
     report = compile_report(jax.jit(repeated).trace(x, x, x).lower(lowering_platforms=("tpu",)).compile())
     assert list(report.kernels.values()) == [5]
+    assert report.undeclared == set(report.kernels)
     assert report.peak >= 3 * x.size * 2
 
 

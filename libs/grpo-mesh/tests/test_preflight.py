@@ -104,11 +104,12 @@ def test_what_a_program_leaves_can_lie_beside_the_next():
 
 
 def test_kernels_that_declare_no_cost_are_counted_by_the_caller(monkeypatch):
-    kernels = CompileReport(0, 0, 0, 0, 0, 100.0, 0.0, {}, {"flash": 4.0, "other": 1.0}, 0)
+    calls = {"flash": 4.0, "other": 1.0, "declared": 3.0}
+    kernels = CompileReport(0, 0, 0, 0, 0, 100.0, 0.0, {}, calls, 0, frozenset({"flash", "other"}))
     monkeypatch.setattr("grpo_mesh.preflight._work.compile_report", lambda compiled, **settings: kernels)
-    (program,) = measure([product(8, runs=2, kernel_flops=lambda kernel, compiled: 10.0 if kernel == "flash" else 0)])
+    (program,) = measure([product(8, runs=2, kernel_flops=lambda kernel, compiled: 0.0 if kernel == "other" else 10.0)])
     assert program.work.flops == 2 * (100 + 4 * 10)
-    assert program.work.kernels == {"flash": 8, "other": 2}
+    assert program.work.kernels == {"flash": 8, "other": 2, "declared": 6}
 
 
 # libtpu 0.0.42.1 writes the second of a program with too many arguments as well (8 GiB of them, 10 GiB of temporaries).

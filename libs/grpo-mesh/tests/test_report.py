@@ -61,6 +61,29 @@ def test_the_costlier_branch_counts():
     assert report.flops == 2 * 2 * 8 * 64 * 64
 
 
+@pytest.mark.parametrize(
+    ("shares", "products"),
+    [
+        pytest.param({"choice": (0.5, 0.25, 0.25)}, 0.5 + 2 * 0.25 + 3 * 0.25 + 3, id="in the scope"),
+        pytest.param({"choi": (1, 0, 0)}, 6, id="of another scope"),
+        pytest.param({"choice": (0.5, 0.5)}, 6, id="of another number of branches"),
+    ],
+)
+def test_branches_count_as_often_as_they_are_taken(shares, products):
+    """One, two or three products, in the scope and once more outside it."""
+
+    def switches(x, w):
+        choose = lambda x: jax.lax.switch(  # noqa: E731
+            x[0, 0].astype(int), [lambda: x @ w, lambda: x @ w @ w, lambda: x @ w @ w @ w]
+        )
+        with jax.named_scope("choice"):
+            x = choose(x)
+        return choose(x)
+
+    program = compiled(switches, (8, 64), (64, 64))
+    assert compile_report(program, branch_shares=shares).flops == products * 2 * 8 * 64 * 64
+
+
 def test_the_text_that_the_compiler_writes_tells_the_same():
     def loss(w, x):
         return (jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0] ** 2).sum()
@@ -86,6 +109,22 @@ ENTRY %main (p: (f32[8], (f32[4,4], f32[2]))) -> f32[4,4] {{
 """
     tally = Program(text).tally()
     assert (tally.flops, tally.traffic) == (2 * 4 * 4 * 4, 3 * 4 * 4 * 4)
+
+
+def test_kernels_are_counted_whether_or_not_they_declare_their_cost():
+    call = 'custom-call(%p), custom_call_target="tpu_custom_call"'
+    declared = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"96","bytes_accessed":"64"}}}'
+    text = f"""HloModule m
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %flash.1 = f32[8]{{0}} {call}, {declared}
+  %flash.2 = f32[8]{{0}} {call}, {declared}
+  ROOT %splash.1 = f32[8]{{0}} {call}, backend_config={{}}
+}}
+"""
+    tally = Program(text).tally()
+    assert (tally.flops, tally.kernels, tally.undeclared) == (192, {"flash": 2, "splash": 1}, {"splash"})
 
 
 def test_a_program_from_a_cache_is_read_back():

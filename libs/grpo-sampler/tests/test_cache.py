@@ -1,10 +1,11 @@
 """Attention over the cache: what it reads, against a softmax written out in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_sampler._cache import attend_cached, seen, windows, write
+from grpo_sampler._cache import attend_cached, prefix_shares, seen, windows, write
 from grpo_sampler._table import Rows
 
 COLUMNS, PROMPT, K, M, E, U, G = 600, 8, 2, 2, 4, 2, 2
@@ -34,17 +35,19 @@ def exact(q, rows, shared, own, column) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("emitted", "column", "reads"),
+    ("emitted", "column", "reads", "fine"),
     [
-        pytest.param([0, 0, 0, 0], 0, 152, id="first step"),
-        pytest.param([151, 3, 0, 20], 151, 152, id="shortest prefix full"),
-        pytest.param([152, 3, 0, 20], 152, 304, id="one more"),
-        pytest.param([299, 299, 1, 5], 299, 304, id="second prefix"),
-        pytest.param([400, 0, 0, 0], 420, 600, id="whole"),
-        pytest.param([30, 2, 0, 7], 10, 600, id="gone round"),
+        pytest.param([0, 0, 0, 0], 0, 152, 152, id="first step"),
+        pytest.param([151, 3, 0, 20], 151, 152, 152, id="shortest prefix full"),
+        pytest.param([152, 3, 0, 20], 152, 304, 232, id="one more"),
+        pytest.param([299, 299, 1, 5], 299, 304, 304, id="second prefix"),
+        pytest.param([400, 0, 0, 0], 420, 600, 456, id="less than whole"),
+        pytest.param([500, 0, 0, 0], 520, 600, 600, id="whole"),
+        pytest.param([30, 2, 0, 7], 10, 600, 600, id="gone round"),
     ],
 )
-def test_attention_reads_the_live_prefix_and_no_more(emitted, column, reads):
+@pytest.mark.parametrize("at", [(), (1,)])
+def test_attention_reads_the_live_prefix_and_no_more(emitted, column, reads, fine, at):
     """Columns past the prefix hold NaN: one that was read, even under a mask, would show."""
     rng = np.random.default_rng(0)
     q = rng.normal(size=(S, K * M, E)).astype(np.float32)
@@ -52,22 +55,39 @@ def test_attention_reads_the_live_prefix_and_no_more(emitted, column, reads):
     own = tuple(rng.normal(size=shape).astype(np.float32) for shape in ((S, K, E, COLUMNS), (S, K, COLUMNS, E)))
     rows = rows_at(emitted, column)
     want = exact(q, rows, shared, own, column)
+    reads = fine if at else reads
     own[0][..., reads:], own[1][:, :, reads:] = np.nan, np.nan
-    visible = seen(rows, jnp.int32(column), COLUMNS, PROMPT)
-    assert windows(COLUMNS)[int(visible.window)] == reads
+    if at:  # a layer among others
+        own = tuple(np.stack([np.full_like(side, np.nan), side]) for side in own)
+    visible = seen(rows, jnp.int32(column), COLUMNS, PROMPT, fine=bool(at))
+    assert windows(COLUMNS, fine=bool(at))[int(visible.window)] == reads
     got = attend_cached(
         jnp.asarray(q),
         rows,
         visible,
         (jnp.asarray(shared[0]), jnp.asarray(shared[1])),
         (jnp.asarray(own[0]), jnp.asarray(own[1])),
+        at,
     )
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_a_short_ring_is_one_prefix():
-    assert windows(256) == (256,)
-    assert windows(1024) == (256, 512, 1024)
+    assert windows(256, fine=False) == windows(256, fine=True) == (256,)
+    assert windows(1024, fine=False) == (256, 512, 1024)
+    assert windows(1024, fine=True) == (256, 384, 512, 768, 1024)
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("columns", [8, 256, 600, 1024])
+def test_prefixes_are_read_as_often_as_their_shares_say(columns, fine):
+    rows = rows_at([0] * S, 0)
+
+    def chosen(step):
+        return seen(rows._replace(emitted_S=jnp.full(S, step)), step, columns, PROMPT, fine=fine).window
+
+    counts = np.bincount(jax.vmap(chosen)(jnp.arange(columns)), minlength=len(windows(columns, fine=fine)))
+    np.testing.assert_allclose(counts / columns, prefix_shares(columns, fine=fine))
 
 
 @pytest.mark.parametrize("at", [(), (1,)])

@@ -1,5 +1,7 @@
 """Network and rollout programs compiled for a TPU slice that is not there: splash attention under a mesh."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,11 @@ def test_splash_attention_compiles_for_a_v6e_slice():
     assert merge(graphdef, shapes).attention == "splash"
     for function, inputs in ((plain, (rows, rows)), (shared, (prompts, vector, rows, rows, rows, blocks))):
         compiled = jax.jit(jax.grad(function)).lower(params, *inputs).compile()
-        assert "tpu_custom_call" in str(compiled.as_text())
+        text = str(compiled.as_text())
+        assert "tpu_custom_call" in text
+        # Packed rows keep no logits: neither of a block nor of the whole row, against the prompt and the row.
+        assert ("packed_attention_dq" in text) == (function is shared)
+        assert not re.search(r"\[(\d+,)*(128|384),480\]", text)
 
 
 @pytest.mark.slow
@@ -79,8 +85,14 @@ def test_rollout_programs_compile_for_a_v6e_slice(shape):
 
     sampler = Sampler(config, SamplingParams(), max_prompt_length=512, max_new_tokens=512, slots=256, mesh=mesh)
     for name, compile_now in sampler.programs(jax.tree.map_with_path(place, shapes), group_size=8).items():
-        memory = compile_now().memory_analysis()
+        compiled = compile_now()
+        memory = compiled.memory_analysis()
         assert memory is not None
+        if name == "decode":
+            # Each prefix of a layer's ring is read by itself, as are the prompts (512), and no ring is copied.
+            slices = re.findall(r"dynamic_slice_sizes=\{1,\d+,\d+,64,(\d+)\}", str(compiled.as_text()))
+            assert sorted(map(int, slices)) == [256, 384, 512, 512]
+            assert not re.search(r"= bf16\[24,\d+,\d+,(64,512|512,64)\]\S* copy\(", str(compiled.as_text()))
         arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
         peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         print(

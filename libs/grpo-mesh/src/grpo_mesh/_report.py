@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -35,8 +35,9 @@ class CompileReport:
         flops: multiplications and additions of matrix products, loops multiplied out.
         traffic: bytes read from and written to main memory, loops multiplied out (an estimate from the text).
         collectives: by kind ("all-gather", ...).
-        kernels: calls of Mosaic kernels that declare no cost, by name, loops multiplied out; `flops` lacks theirs.
+        kernels: calls of Mosaic kernels, by name, loops multiplied out.
         unknown_loops: loops whose trip count is unknown when the program is compiled.
+        undeclared: the kernels that declare no cost; `flops` lacks theirs.
     """
 
     arguments: int
@@ -49,6 +50,7 @@ class CompileReport:
     collectives: dict[str, Collectives]
     kernels: dict[str, float]
     unknown_loops: int
+    undeclared: frozenset[str] = frozenset()
 
     @property
     def peak(self) -> int:
@@ -80,13 +82,21 @@ def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]
         return compiled, written[-1].read_text() if written else _read_back(compiled)
 
 
-def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips: float = 1) -> CompileReport:
+def compile_report(
+    compiled: Compiled,
+    *,
+    text: str | None = None,
+    unknown_trips: float = 1,
+    branch_shares: Mapping[str, Sequence[float]] | None = None,
+) -> CompileReport:
     """Reads memory, arithmetic and collectives from a compiled program.
 
     Args:
         compiled: `jax.jit(f).lower(...).compile()`, for devices at hand or for `slice_devices`.
         text: the program's, from `compile_with_text`; None asks `compiled.as_text()`.
         unknown_trips: iterations to assume for loops with a data-dependent end, such as decoding.
+        branch_shares: name of a `jax.named_scope` to how often each branch of the conditionals in it is taken, in
+            [0, 1]; of every other conditional, the costliest branch counts.
 
     Returns:
         The figures of one device.
@@ -102,7 +112,7 @@ def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips
         text = _read_back(compiled)
     if memory is None or not text:
         raise MeshError(f"compile_report needs a program's memory and text: {jax.default_backend()} reports neither.")
-    tally = Program(text, unknown_trips).tally()
+    tally = Program(text, unknown_trips, branch_shares).tally()
     return CompileReport(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -114,6 +124,7 @@ def compile_report(compiled: Compiled, *, text: str | None = None, unknown_trips
         collectives={kind: Collectives(*figures) for kind, figures in sorted(tally.collectives.items())},
         kernels=dict(sorted(tally.kernels.items())),
         unknown_loops=tally.unknown_loops,
+        undeclared=frozenset(tally.undeclared),
     )
 
 

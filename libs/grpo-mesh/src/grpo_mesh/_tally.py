@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from grpo_mesh._hlo import Array, Computation, Instruction, parse_program
 
@@ -18,6 +18,7 @@ _WRAPPED = re.compile(r"called_computations=\{%?([\w.\-]+)\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_SCOPES = re.compile(r'op_name="([^"]*)"')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -36,12 +37,14 @@ class Tally:
     traffic: float = 0
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+    undeclared: set[str] = dataclasses.field(default_factory=set)
     unknown_loops: int = 0
 
     def add(self, other: Tally, times: float = 1) -> None:
         self.flops += times * other.flops
         self.traffic += times * other.traffic
         self.unknown_loops += other.unknown_loops
+        self.undeclared |= other.undeclared
         for name, count in other.kernels.items():
             self.kernels[name] = self.kernels.get(name, 0) + times * count
         for kind, (count, size) in other.collectives.items():
@@ -56,11 +59,12 @@ class Program:
     Args:
         text: `compiled.as_text()`.
         unknown_trips: iterations to assume for a loop whose trip count is unknown.
+        branch_shares: of the conditionals in a `jax.named_scope`, how often each branch is taken.
     """
 
-    def __init__(self, text: str, unknown_trips: float = 1):
+    def __init__(self, text: str, unknown_trips: float = 1, branch_shares: Mapping[str, Sequence[float]] | None = None):
         self.computations, self.entry = parse_program(text)
-        self.unknown_trips = unknown_trips
+        self.unknown_trips, self.branch_shares = unknown_trips, branch_shares or {}
         self._tallies: dict[tuple[str, bool], Tally] = {}
 
     def tally(self) -> Tally:
@@ -88,7 +92,12 @@ class Program:
         elif it.opcode == "conditional":
             listed = _BRANCHES.search(it.rest)
             names = re.findall(r"[\w.\-]+", listed[1].replace("%", "")) if listed else called
-            total.add(max((self._tally(name, fused) for name in names), key=lambda t: (t.flops, t.traffic)))
+            tallies = [self._tally(name, fused) for name in names]
+            if shares := self._shares(it, len(tallies)):
+                for tally, share in zip(tallies, shares):
+                    total.add(tally, share)
+            else:
+                total.add(max(tallies, key=lambda t: (t.flops, t.traffic)))
         elif it.opcode == "fusion":
             self._add_fusion(it, called[0], total, channels)
             total.traffic += 0 if fused else self._fusion_traffic(owner, it, self.computations[called[0]])
@@ -100,10 +109,17 @@ class Program:
         elif opcode in COLLECTIVES:
             self._add_collective(owner, it, opcode, total, channels)
         elif not it.opcode.endswith(("-done", "-update")) and it.opcode not in _FREE and _BITCAST not in it.rest:
-            if _KERNEL in it.rest and not _ESTIMATE.search(it.rest):
-                total.add(Tally(kernels={re.sub(r"\.\d+$", "", it.name): 1}))
+            if _KERNEL in it.rest:
+                name = re.sub(r"\.\d+$", "", it.name)
+                total.add(Tally(kernels={name: 1}, undeclared=set() if _ESTIMATE.search(it.rest) else {name}))
             total.flops += _flops(owner, it)
             total.traffic += 0 if fused else _traffic(owner, it)
+
+    def _shares(self, it: Instruction, branches: int) -> Sequence[float]:
+        """How often each branch is taken, where that is known."""
+        scopes = found[1].split("/") if (found := _SCOPES.search(it.rest)) else []
+        known = (shares for scope, shares in self.branch_shares.items() if scope in scopes and len(shares) == branches)
+        return next(known, ())
 
     def _on_another_core(self, it: Instruction) -> str | None:
         """The computation that a TPU's SparseCore runs for this instruction, such as an embedding lookup."""

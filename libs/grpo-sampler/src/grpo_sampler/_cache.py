@@ -8,19 +8,24 @@ its live columns are a prefix, and attention reads the shortest of a few prefixe
 Additional suffixes: U units, g rows per unit, C columns of the ring, M query heads per key/value head.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._table import Rows
 
 _MASKED = -1e30
+PREFIX = "ring_prefix"  # the scope in which a program chooses one of `windows`
 # Rings of at most so many columns are always read whole: a shorter prefix saves less than its copy costs.
 _WHOLE = 256
+_LANES = 128  # of a TPU's vector registers
 
 
 class Cache(NamedTuple):
@@ -51,15 +56,27 @@ def empty_cache(
     return Cache(*(jnp.zeros((config.layers, *shape), dtype) for shape in shapes))
 
 
-def windows(columns: int) -> tuple[int, ...]:
-    """Lengths of the prefixes of a ring that attention may read, shortest first; the last one is the whole ring."""
+def windows(columns: int, *, fine: bool) -> tuple[int, ...]:
+    """Lengths of the prefixes of a ring that attention may read, shortest first; the last one is the whole ring.
+
+    Args:
+        columns: of the ring.
+        fine: also those in the middle between two; for layers that share one program, where another prefix is cheap.
+    """
     lengths = [columns]
     while lengths[0] > _WHOLE:
         lengths.insert(0, -(-lengths[0] // 16) * 8)
-    return tuple(lengths)
+    between = [-(-(a + b) // 16) * 8 for a, b in itertools.pairwise(lengths)] if fine else []
+    return tuple(sorted(lengths + between))
 
 
-def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
+def prefix_shares(columns: int, *, fine: bool) -> tuple[float, ...]:
+    """Fractions of the steps that read each of `windows`, while rows that start together fill the ring."""
+    lengths = windows(columns, fine=fine)
+    return tuple((b - a) / columns for a, b in itertools.pairwise((0, *lengths)))
+
+
+def seen(rows: Rows, column: Array, columns: int, prompt: int, *, fine: bool) -> Seen:
     """What each row sees in the step that writes `column`.
 
     Args:
@@ -67,6 +84,7 @@ def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
         column: column of the ring.
         columns: columns of the whole ring.
         prompt: padded prompt length.
+        fine: as of `windows`.
     Returns:
         Masks, and the prefix of the ring that contains every live column.
     """
@@ -76,7 +94,7 @@ def seen(rows: Rows, column: Array, columns: int, prompt: int) -> Seen:
     return Seen(
         jnp.arange(prompt) < rows.shared_length_U[:, None],
         age_C <= rows.emitted_S[:, None],
-        jnp.searchsorted(jnp.asarray(windows(columns)), used),
+        jnp.searchsorted(jnp.asarray(windows(columns, fine=fine)), used),
     )
 
 
@@ -85,10 +103,25 @@ def write(own: tuple[Array, Array], k_SKE: Array, v_SKE: Array, column: Array, a
     lead, zero = (None,) * len(at), jnp.int32(0)
     keys = lax.dynamic_update_slice(own[0], k_SKE[(*lead, ..., None)], (*at, zero, zero, zero, column))
     values = lax.dynamic_update_slice(own[1], v_SKE[(*lead, ..., None, slice(None))], (*at, zero, zero, column, zero))
-    return keys, values
+    return lax.platform_dependent(keys, values, tpu=_pinned, default=lambda *own: own) if at else (keys, values)
 
 
-def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Array], own: tuple[Array, Array]) -> Array:
+def _pinned(keys: Array, values: Array) -> tuple[Array, Array]:
+    """Gives all layers' rings the layout that attention reads on TPUs.
+
+    Left to itself, XLA gives them another one here than where it chooses a prefix, and copies them for every layer.
+    Lanes hold 128 numbers: the columns of the ring fill them where an entry of 64 would not.
+    """
+    last = values.shape[-1] % _LANES == 0
+    return (
+        with_layout_constraint(keys, Layout((0, 1, 2, 3, 4))),
+        with_layout_constraint(values, Layout((0, 1, 2, 3, 4) if last else (0, 1, 2, 4, 3))),
+    )
+
+
+def attend_cached(
+    q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Array], own: tuple[Array, Array], at: tuple
+) -> Array:
     """One softmax over a row's shared prompt and its own ring, without copying either or repeating key/value heads.
 
     Args:
@@ -96,7 +129,8 @@ def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Arr
         rows: which row belongs to which unit.
         seen: from `seen`.
         shared: keys and values of the units.
-        own: keys and values of the rows, including this step's.
+        own: keys and values of the rows, including this step's; of all layers where `at` says which one.
+        at: as of `write`.
     Returns:
         Mixed values, in q's type.
     """
@@ -119,17 +153,27 @@ def attend_cached(q_SHE: Array, rows: Rows, seen: Seen, shared: tuple[Array, Arr
         return x_PKM if U * g == S else jnp.take(x_PKM, rows.place_S, 0, mode="clip")
 
     def from_ring(length: int) -> tuple[Array, Array, Array]:
-        keys, values, mask_SC = own[0][..., :length], own[1][:, :, :length], seen.own_SC[:, :length]
-        return _part("SKME,SKEC->SKMC", "SKMC,SKCE->SKME", q_SKME, keys, values, mask_SC, scale)
+        # The layer is taken here: taken outside, its whole ring would be read before XLA chooses a prefix.
+        S, K, E, _ = own[0].shape[len(at) :]
+        keys, values = _prefix(own[0], (S, K, E, length), at), _prefix(own[1], (S, K, length, E), at)
+        return _part("SKME,SKEC->SKMC", "SKMC,SKCE->SKME", q_SKME, keys, values, seen.own_SC[:, :length], scale)
 
-    prefixes = [lambda length=length: from_ring(length) for length in windows(own[0].shape[-1])]
+    prefixes = [lambda length=length: from_ring(length) for length in windows(own[0].shape[-1], fine=bool(at))]
     top_s, sum_s, mixed_s = (to_rows(x) for x in from_prompt)
-    top_o, sum_o, mixed_o = prefixes[0]() if len(prefixes) == 1 else lax.switch(seen.window, prefixes)
+    with jax.named_scope(PREFIX):
+        top_o, sum_o, mixed_o = prefixes[0]() if len(prefixes) == 1 else lax.switch(seen.window, prefixes)
     top_o, sum_o = top_o[..., None], sum_o[..., None]
     top = jnp.maximum(top_s, top_o)
     share_s, share_o = jnp.exp(top_s - top), jnp.exp(top_o - top)
     mixed = (mixed_s * share_s + mixed_o * share_o) / (sum_s * share_s + sum_o * share_o)
     return mixed.reshape(S, H, E).astype(q_SHE.dtype)
+
+
+def _prefix(leaf: Array, shape: tuple[int, ...], at: tuple) -> Array:
+    """The first elements of a layer's array along every axis, by one slice: of two, the first would copy all layers."""
+    if not at:
+        return lax.slice(leaf, [0] * len(shape), shape)
+    return lax.dynamic_slice(leaf, (at[0], *[0] * len(shape)), (1, *shape))[0]
 
 
 def _part(

@@ -254,14 +254,14 @@ def _forward(
     weights: Weights, cache: Cache, rows: Rows, cos: Array, sin: Array, columns: int, prompt: int, config: ModelConfig
 ) -> tuple[Array, Cache]:
     """Hidden states of one token per row, after the final norm, and the cache including that token."""
-    visible = seen(rows, rows.column, columns, prompt)
+    visible = seen(rows, rows.column, columns, prompt, fine=not isinstance(weights.layers, tuple))
 
     def block(x: Array, layer: Layer, shared: tuple, own: tuple, at: tuple) -> tuple[Array, tuple]:
         """`at` is () for the arrays of one layer, (layer index,) for stacked arrays."""
         q, k, v = qkv(layer, x, cos, sin, config)
         own = write(own, k, v, rows.column, at)
-        shared_here, own_here = (tuple(leaf[at[0]] if at else leaf for leaf in pair) for pair in (shared, own))
-        x = attention_out(layer, x, attend_cached(q, rows, visible, shared_here, own_here), config)
+        shared = tuple(leaf[at[0]] if at else leaf for leaf in shared)
+        x = attention_out(layer, x, attend_cached(q, rows, visible, shared, own, at), config)
         return mlp(layer, x, config), own
 
     x = weights.embed[rows.token_S]

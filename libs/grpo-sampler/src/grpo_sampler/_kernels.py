@@ -90,7 +90,7 @@ def masked_attention(
     v_BSKE: Float[Array, "B S K E"],
     mask_BTS: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H E"]:
-    """Attention under any mask; splash cannot take such masks, so XLA computes it instead.
+    """Attention under any mask, by cuDNN or plain XLA; splash cannot take such masks.
 
     Args:
         choice: from `resolve_attention`.
@@ -158,8 +158,8 @@ def splash_attention(
     segment = jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, extra)))
     if mesh is not None:
         manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-        rows = None if manual else _dividing(mesh, BATCH_AXES, B)
-        heads = _dividing(mesh, (TENSOR_AXIS,), k_BTKE.shape[2])
+        rows = None if manual else dividing(mesh, BATCH_AXES, B)
+        heads = dividing(mesh, (TENSOR_AXIS,), k_BTKE.shape[2])
         spec = PartitionSpec(rows, None, heads, None)
         local = jax.shard_map(
             local,
@@ -185,7 +185,8 @@ def splash_flops(kernel: str, *, rows: int, heads: int, head_size: int, length: 
     Returns:
         The operations of its matrix products on the causal half of all pairs of tokens; 0 for any other kernel.
     """
-    products = next((count for name, count in _SPLASH_PRODUCTS.items() if name in kernel), 0)
+    ours = kernel.startswith("splash_")
+    products = next((count for name, count in _SPLASH_PRODUCTS.items() if ours and name in kernel), 0)
     tile = _splash_tile(length)
     padded = math.ceil(length / tile) * tile
     return float(products * rows * heads * head_size * padded**2)
@@ -206,7 +207,7 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")[:, :T]
 
 
-def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+def dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """The axes that the mesh has, if together they divide the dimension."""
     present = tuple(axis for axis in axes if axis in mesh.shape)
     return present if present and size % math.prod(mesh.shape[axis] for axis in present) == 0 else None

@@ -1,20 +1,24 @@
 """Packed completions whose prompts are computed once: how rows find their prompts, and what each query sees.
 
-The queries of a row attend in spans, each of one block of the row. What a span sees ends where the span ends, so the
-later part of the row is not multiplied in vain.
+On TPUs a kernel visits the tiles of keys that a tile of queries sees. Elsewhere the queries of a row attend in spans,
+each of one block of the row. What a span sees ends where the span ends, so the later part of the row is not multiplied
+in vain.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_sampler._attention import causal_mask
 from grpo_sampler._config import ModelConfig
 from grpo_sampler._errors import SamplerError
 from grpo_sampler._kernels import Attention, masked_attention
+from grpo_sampler._packed_attention import packed_attention, plan_packed
 from grpo_sampler._rope import rope_constants
 
 # The queries of a block attend in up to four spans of at least this length: in shorter matrix products the overhead
@@ -23,6 +27,8 @@ _SHORTEST_SPAN = 64
 
 OfPrompt = Callable[[Array, int], Array]
 """Given an array by prompt and a block, the part that each row's block continues."""
+PackedAttention = Callable[[tuple[Array, Array], tuple[Array, Array, Array]], Array]
+"""Given keys and values of the prompts, and queries, keys and values of the rows: mixed values of the rows."""
 Angles = tuple[Array, Array]
 """Cosines and sines."""
 
@@ -84,6 +90,46 @@ def packed_angles(
     # A position beyond the table gives NaN. Padding may hold one, and NaN times 0 would spoil what attends around it.
     place_RT = jnp.where(segment_RT > 0, positions_RT, 0)
     return of_prompts, (cos[place_RT], sin[place_RT])
+
+
+def plan_attention(
+    attention: Attention,
+    segment_RT: Int[Array, "R T"],
+    prompt_RC: Int[Array, "R C"],
+    prompt_length_P: Int[Array, "P"],
+    *,
+    prompt_length: int,
+    group: int,
+    shards: int,
+    mesh: Mesh | None,
+) -> PackedAttention:
+    """Works out once what the attention of every layer needs.
+
+    Args:
+        attention: the kernel.
+        segment_RT: segment of each of the rows' tokens; 0 is padding.
+        prompt_RC: the prompt that each block continues.
+        prompt_length_P: lengths of the prompts.
+        prompt_length: padded length of the prompts.
+        group: query heads that share a key/value head.
+        shards: equal parts of rows and prompts, where rows use only prompts of their own part.
+        mesh: the devices; None for one.
+
+    Returns:
+        Attention of packed rows to their prompts and to themselves.
+    """
+    if attention == "splash":
+        plan = plan_packed(
+            segment_RT, prompt_RC, prompt_length_P, prompt_length=prompt_length, group=group, shards=shards, mesh=mesh
+        )
+        return functools.partial(packed_attention, plan)
+    of_prompt = prompt_gather(prompt_RC, len(prompt_length_P), shards)
+    live_PT = jnp.arange(prompt_length, dtype=jnp.int32) < prompt_length_P[:, None]
+    # cuDNN takes each block whole.
+    spans = query_spans(segment_RT.shape[1], prompt_RC.shape[1], divide=attention == "xla")
+    return functools.partial(
+        attend_in_spans, attention, spans, span_masks(spans, of_prompt, live_PT, segment_RT), of_prompt
+    )
 
 
 def query_spans(length: int, blocks: int, *, divide: bool) -> list[Span]:

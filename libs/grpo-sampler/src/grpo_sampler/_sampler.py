@@ -12,6 +12,7 @@ from jax.stages import Compiled
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams
 from grpo_sampler._arguments import brief, check_floating, check_int
+from grpo_sampler._cache import PREFIX, prefix_shares
 from grpo_sampler._completions import Completions, FinishedSequence
 from grpo_sampler._config import ModelConfig, check_config
 from grpo_sampler._engine import Engine, Plan
@@ -207,6 +208,15 @@ class Sampler:
         engine = self._engine(params, self._buckets[-1])
         filtered = is_filtered(self.sampling if sampling is None else sampling, self.min_new_tokens)
         return engine.programs(self._shapes(engine, group_size, streaming), filtered=filtered)
+
+    @property
+    def branch_shares(self) -> dict[str, tuple[float, ...]]:
+        """How often a decode program takes each branch of a conditional, by the conditional's `jax.named_scope`.
+
+        Fractions of the steps of rows that start together and run to their limit, for `grpo_mesh.compile_report`, which
+        otherwise counts a read of the whole cache in every step.
+        """
+        return {PREFIX: prefix_shares(self._columns, fine=not self._unroll)}
 
     def allocation(self, params: Any, *, group_size: int, streaming: bool = False) -> tuple[Any, Any]:
         """What a call that fills all slots allocates for its whole length, to plan memory before anything is compiled.

@@ -40,8 +40,11 @@ _READING = (ValueError, OSError, KeyError, TypeError)
 # Only a missing part proves damage. Permissions, stale mounts, failing disks and too few descriptors may pass.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _OS_ERROR = re.compile(r"OS error (\d+)|\[Errno (\d+)\]")
-# What orbax logs, with tracebacks, of a write that failed: of `save` and `wait` it is raised besides.
-_FAILED_WRITE = re.compile(r"raised an exception|Failed to run \d+ Handler Commit|Finalize thread \(\S+\) failed")
+# What orbax logs, with tracebacks, of a write that failed; `save` and `wait` raise it as well.
+_FAILED_WRITE = re.compile(
+    r"raised an exception|Failed to run \d+ Handler Commit|Finalize thread \(\S+\) failed|Failed to \w+ metadata"
+    "|Checkpointer failed: one or more"
+)
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 from jax.stages import Compiled
@@ -39,6 +39,7 @@ class Program:
         trips: iterations of its outer loop whose end depends on the data, and of the loop inside that one.
         kernel_flops: (kernel name, compiled program) to the FLOPs of one call on one device, for Mosaic kernels that
             declare no cost.
+        branch_shares: as of `compile_report`.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Program:
     runs: float | Callable[[Compiled], float] = 1
     trips: tuple[float, float] = (1, 1)
     kernel_flops: Callable[[str, Compiled], float] = _no_flops
+    branch_shares: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,6 @@ def _compile(program: Program, beside: int) -> Measured:
         needed = int(float(refusal[1]) * _UNITS[refusal[2]])
         return Measured(program.name, program.phase, beside, time.process_time() - start, None, needed, Work())
     seconds = time.process_time() - start
-    report, work = read_work(compiled, text, program.trips, program.kernel_flops)
+    report, work = read_work(compiled, text, program.trips, program.kernel_flops, program.branch_shares)
     runs = program.runs(compiled) if callable(program.runs) else program.runs
     return Measured(program.name, program.phase, beside, seconds, report, 0, work.times(runs))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from jax.stages import Compiled
 
@@ -18,7 +19,7 @@ class Work:
         flops: multiplications and additions of matrix products and kernels.
         traffic: bytes read from and written to main memory.
         collectives: kind to (count, bytes).
-        kernels: name to calls, of kernels that declare no cost.
+        kernels: name to calls.
     """
 
     flops: float = 0.0
@@ -50,7 +51,11 @@ class Work:
 
 
 def read_work(
-    compiled: Compiled, text: str, trips: tuple[float, float], kernel_flops: Callable[[str, Compiled], float]
+    compiled: Compiled,
+    text: str,
+    trips: tuple[float, float],
+    kernel_flops: Callable[[str, Compiled], float],
+    branch_shares: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[CompileReport, Work]:
     """Reads the work of one run, with its own trip count for each of two nested loops whose ends depend on the data.
 
@@ -62,14 +67,16 @@ def read_work(
         text: its text.
         trips: iterations of the outer loop, and of the inner loop in each of them.
         kernel_flops: FLOPs of one call of a kernel that declares no cost.
+        branch_shares: as of `compile_report`.
 
     Returns:
         The compiler's report, without these loops, and the work.
     """
-    report = compile_report(compiled, text=text, unknown_trips=0)
+    read = functools.partial(compile_report, compiled, text=text, branch_shares=branch_shares)
+    report = read(unknown_trips=0)
     readings = [report]
     if report.unknown_loops:
-        readings += [compile_report(compiled, text=text, unknown_trips=count) for count in (1, 2)]
+        readings += [read(unknown_trips=count) for count in (1, 2)]
     outer, inner = trips
 
     def at_trips(figure: Callable[[CompileReport], float]) -> float:
@@ -85,7 +92,7 @@ def read_work(
         )
 
     def flops(reading: CompileReport) -> float:
-        return reading.flops + sum(calls * kernel_flops(kernel, compiled) for kernel, calls in reading.kernels.items())
+        return reading.flops + sum(reading.kernels[name] * kernel_flops(name, compiled) for name in reading.undeclared)
 
     return report, Work(
         at_trips(flops),

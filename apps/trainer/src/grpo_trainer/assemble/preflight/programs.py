@@ -150,7 +150,9 @@ def _decoding(
                 yield Program(label, compile_now, phase, beside=held, runs=prefills, kernel_flops=prefill_flops)
             case "decode":
                 steps = sampler.max_new_tokens * refills
-                yield Program(label, compile_now, phase, beside=held, trips=(steps, 1))
+                # Refilled rows start anywhere in the ring, so that most steps read all of it: counted as all steps.
+                shares = sampler.branch_shares if refills == 1 else {}
+                yield Program(label, compile_now, phase, beside=held, trips=(steps, 1), branch_shares=shares)
             case _:
                 yield Program(label, compile_now, phase, beside=held)
 
