@@ -271,6 +271,7 @@ KL = ["loss.kl_coefficient=0.1", "loss.reference=initial"]
         (["rollout.top_k=1"], ["rollout.top_k"]),
         (["loss.minibatches=3"], ["loss.minibatches", "rollout.prompts"]),
         (["loss.row_length=10"], ["loss.row_length", "rollout.max_new_tokens"]),
+        (["loss.sizes=3", "loss.prompt_sizes=2"], ["loss.sizes=3", "loss.prompt_sizes=1"]),
         (["loss.row_length=70"], ["loss.row_length", "loss.blocks", "rows of 72 tokens"]),
         (["optimizer.warmup_steps=60", "steps=60"], ["optimizer.warmup_steps", "60 optimizer updates"]),
         (["cpu_devices=2", "slices=[v5e-1]"], ["cpu_devices", "slices"]),

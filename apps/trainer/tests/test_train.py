@@ -134,6 +134,21 @@ def test_prompt_slots_fit_the_prompts_of_a_batch(toy_policy: Path, tmp_path: Pat
         np.testing.assert_allclose(fitted[name], padded[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_sizes_of_micro_batches_change_nothing_but_the_padding(toy_policy: Path, tmp_path: Path) -> None:
+    def steps(name: str, *sets: str) -> list[dict[str, Any]]:
+        few = ("steps=2", "data.max_prompt_length=96", "loss.rows=4", "eval.before=false", "eval.after=false")
+        assert train(settings(toy_policy, tmp_path / name, *few, *sets), TASK) == 0
+        return metrics(tmp_path / name)
+
+    one, several = steps("one"), steps("several", "loss.sizes=3")
+    for before, after in zip(one, several, strict=True):
+        assert after["packing/positions_per_token"] < before["packing/positions_per_token"]
+        for name in ("rows", "prompts", "head"):
+            assert after[f"packing/positions_per_token/{name}"] >= 1
+        for name in ("loss", "grad_norm", "entropy", "update_norm"):
+            np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_a_kl_term_learns_from_every_group(toy_policy: Path, tmp_path: Path) -> None:
     sets = ("reward.functions=[sevens]", "loss.reference=initial", "loss.kl_coefficient=0.1", "steps=1")
     assert train(settings(toy_policy, tmp_path / "kl", *sets), TASK) == 0

@@ -25,7 +25,7 @@ def main():
     results = {}
     for dtype in ("float32", "float64"):
         for rows in options.rows:
-            for layout in ("packed", "blocks", "padded"):
+            for layout in ("packed", "blocks", "sizes", "padded"):
                 for name, value in gradients(dtype, rows, layout, options.devices).items():
                     results[f"{dtype}/{layout}/{rows}/{name}"] = value
     if options.rank == 0:
@@ -42,8 +42,12 @@ def gradients(dtype, rows, layout, devices=1):
     data = ragged(seed=5, groups=5, group_size=4, longest_prompt=6, longest=12, dtype=getattr(np, dtype))
     sizes = {"sequences": 20, "groups": 5, "max_prompt_length": 6, "max_new_tokens": 12, "row_length": 16}
     shape = grpo_loss.PackShape.for_rollout(
-        rows=rows, shards=devices, blocks=4 if layout == "blocks" else 1, prompts=rows, **sizes
+        rows=rows, shards=devices, blocks=4 if layout in ("blocks", "sizes") else 1, prompts=rows, **sizes
     )
+    if layout == "sizes":
+        half = -(-rows // devices // 2) * devices
+        smaller = (grpo_loss.MicroSize(rows, 12, half, 5), grpo_loss.MicroSize(half, 12, devices, 3))
+        shape = dataclasses.replace(shape, smaller=smaller, micro_batches=2 * shape.micro_batches)
     batch = data.pad(rows) if layout == "padded" else data.pack(shape)
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -54,7 +58,8 @@ def gradients(dtype, rows, layout, devices=1):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     micro = jax.tree.map(partial(place, sharding=by_row), batch.micro)
-    batch = dataclasses.replace(batch, micro=micro, count=place(batch.count, replicated))
+    size_M = None if batch.size_M is None else place(batch.size_M, replicated)
+    batch = dataclasses.replace(batch, micro=micro, count=place(batch.count, replicated), size_M=size_M)
     params = jax.tree.map(partial(place, sharding=replicated), toy_params(dtype))
 
     def divided(params, batch):

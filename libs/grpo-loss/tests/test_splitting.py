@@ -1,6 +1,7 @@
 """The same batch gives the same loss and gradient however it is split: one table.
 
-Micro-batch size × packed (a row of one prompt, or of several) or padded × 1, 2, 4, 8 devices × 1, 2 processes.
+Micro-batch size × packed (a row of one prompt, or of several; micro-batches of several sizes) or padded × 1, 2, 4, 8
+devices × 1, 2 processes.
 """
 
 import socket
@@ -32,7 +33,7 @@ def exact():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("layout", ["packed", "blocks", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "blocks", "sizes", "padded"])
 def test_micro_batch_size_and_layout_do_not_matter(exact, rows, layout):
     with jax.enable_x64(True):
         assert difference(gradients("float64", rows, layout), exact) <= BOUND["float64"]
@@ -47,7 +48,7 @@ def test_nothing_about_the_split_matters(exact, tmp_path):
         run_workers(devices, processes, sizes, out)
         stored = np.load(out)
         for dtype, bound in BOUND.items():
-            for layout in ("packed", "blocks", "padded"):
+            for layout in ("packed", "blocks", "sizes", "padded"):
                 worst = max(
                     difference({name: stored[f"{dtype}/{layout}/{rows}/{name}"] for name in exact}, exact)
                     for rows in sizes

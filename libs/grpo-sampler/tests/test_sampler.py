@@ -217,7 +217,7 @@ def _rows(rollout: Rollout, rows: Any) -> Rollout:
 @pytest.mark.parametrize("batches", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_warm_up(params, batches):
     many = {"sizes": 4, "slots": 32} if batches == 500 else {}
-    sampler = sampler_of(max_new_tokens=6, prompt_buckets=(6, 12), **many)
+    sampler = sampler_of(max_new_tokens=6, prompt_buckets=(6, 12), prefill_sizes=2, **many)
     sampler.warmup(params, group_sizes=(4, 1))
     warm, rng = sampler.compile_count, np.random.default_rng(0)
     print(f"programs compiled by warm-up: {warm}")
@@ -238,6 +238,23 @@ def test_nothing_compiles_after_warm_up(params, batches):
                 max_new_tokens=rng.integers(1, 7, len(lengths)),
             )
     assert sampler.compile_count == warm
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_prefill_pads_prompts_to_the_shortest_length_that_holds_them(model, params, unroll):
+    """Few slots: units are used again, by shorter prompts too, and nothing of the longer one before may be seen."""
+    few = {"max_prompt_length": 32, "max_new_tokens": 6, "slots": 8, "sizes": 1, "unroll": unroll}
+    one, several = sampler_of(**few), sampler_of(prefill_sizes=4, **few)
+    prompts = prompts_of([32, 7, 30, 3, 17, 9, 25, 1])
+    counts = [np.array(sampler.prefill_positions) for sampler in (one, several)]
+    same(generate(one, params, prompts), rollout := generate(several, params, prompts), atol=3e-6)
+    logp_BT = scored(model, rollout)
+    np.testing.assert_allclose(rollout.logp_BT[rollout.completion_BT], logp_BT[rollout.completion_BT], atol=1e-5)
+    computed, live = (np.array(sampler.prefill_positions) - count for sampler, count in zip((one, several), counts))
+    assert computed[1] == live[1] == sum(prompts.length_P - 1)
+    # Half as many prompts at once, each at 8, 16, 24 or 32 tokens instead of 32.
+    assert live[1] <= live[0] < computed[0] / 1.5
+    assert live[0] % 8 == 0
 
 
 class _no_compilation:

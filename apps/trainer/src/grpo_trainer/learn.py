@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpo_contracts import FinishReason, Scored, TrainBatch
 from grpo_loss import (
     PackedBatch,
     TrainState,
+    computed_positions,
     drop_truncated,
     gdpo_advantage,
     group_advantage,
@@ -149,14 +150,22 @@ def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[Tr
         computed += int(packed.micro.mask_RT.sum())
     counted = int((batch.scored.rollout.loss_mask_BT & batch.scored.scored_B[:, None]).sum())
     idle = 1 - computed / max(1, counted * run.settings.loss.epochs)
-    return state, _merge([_measured(*result) for result in jax.device_get(results)]) | {"packing/idle": idle}
+    vocabulary = run.plan.model.vocab_size
+    measured = [_measured(*result, vocabulary=vocabulary) for result in jax.device_get(results)]
+    return state, _merge(measured) | {"packing/idle": idle}
 
 
-def _measured(metrics: Mapping[str, Any], packed: PackedBatch) -> dict[str, Any]:
+def _measured(metrics: Mapping[str, Any], packed: PackedBatch, *, vocabulary: int) -> dict[str, Any]:
     if not packed.count:
         return {name: metrics[name] for name in _WITHOUT_TOKENS}
-    positions, tokens = packed.positions
-    return {**metrics, "packing/fill": packed.fill, "packing/positions_per_token": positions / tokens}
+    parts = computed_positions(packed, vocabulary=vocabulary)
+    computed, live = (sum(parts[name][i] for name in ("rows", "prompts")) for i in (0, 1))
+    return {
+        **metrics,
+        "packing/fill": packed.fill,
+        "packing/positions_per_token": computed / live,
+        **{f"packing/positions_per_token/{name}": part[0] / part[1] for name, part in parts.items() if part[1]},
+    }
 
 
 def updates(run: Run, params: Any, batch: TrainBatch, step: int) -> Iterator[PackedBatch]:
@@ -194,7 +203,7 @@ def place(run: Run, packed: PackedBatch) -> PackedBatch:
     return to_global(packed, run.plan.rows_sharding)
 
 
-def _merge(results: list[Mapping[str, Any]]) -> dict[str, float]:
+def _merge(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
         name: float(max(values) if name.endswith("/max") else np.mean(values))
         for name in dict.fromkeys(name for result in results for name in result)

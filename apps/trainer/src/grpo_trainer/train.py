@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_contracts import PolicyVersion, Rollout, Scored, validate
 from grpo_mesh import EXIT_PREEMPTED, Preemption, check_agreement, digest, preemption
@@ -129,8 +130,9 @@ def _steps(
         progress.note(f"before: {result}")
 
     for step in range(loop.step, settings.steps):
-        clock = _clock(run, progress, loop)
+        clock, prefilled = _clock(run, progress, loop), run.plan.sampler.prefill_positions
         scored, transcript, drawn = _draw(run, loop.train.params, step, clock, health)
+        computed, live = np.subtract(run.plan.sampler.prefill_positions, prefilled)
         judgements = transcript.judgements(run.task)
         with clock.phase("advantage"):
             batch = make_batch(run, loop.train.params, scored)
@@ -141,6 +143,8 @@ def _steps(
         loop.step = done = step + 1
         last = done == settings.steps
         metrics = step_metrics(batch, judgements, learned, clock.seconds)
+        if live:
+            metrics["rollout/prefill_positions_per_token"] = float(computed / live)
         if settings.rollout.refills:
             metrics["rollout/drawn_groups"] = float(drawn)
         metrics["learning_rate"] = float(jnp.asarray(run.plan.learning_rate(loop.train.step)))

@@ -18,7 +18,7 @@ from grpo_loss._aggregate import (
 from grpo_loss._errors import LossError
 from grpo_loss._importance import Correction, drop_outside, importance_weight, truncate
 from grpo_loss._kl import KL, kl_estimate
-from grpo_loss._layout import Forward, MicroBatch, PackedBatch, pack_tokens, unpack_tokens
+from grpo_loss._layout import Forward, MicroBatch, MicroSize, PackedBatch, pack_tokens, unpack_tokens
 from grpo_loss._minibatches import iterate_minibatches, split_minibatches
 from grpo_loss._objectives import (
     Objective,
@@ -32,7 +32,7 @@ from grpo_loss._objectives import (
     sapo,
 )
 from grpo_loss._pack import abstract_batch, pack, pad
-from grpo_loss._plan import PackShape
+from grpo_loss._padding import computed_positions
 from grpo_loss._policy_loss import make_loss, policy_loss
 from grpo_loss._returns import (
     gae,
@@ -40,6 +40,7 @@ from grpo_loss._returns import (
     reinforce_plus_plus_baseline_advantage,
     token_reward,
 )
+from grpo_loss._shape import PackShape
 from grpo_loss._terms import Loss, LossTerms
 from grpo_loss._token_logp import logit_chunks, token_logp
 from grpo_loss._token_masks import drop_truncated, top_entropy_mask
@@ -55,6 +56,7 @@ __all__ = [
     "LossError",
     "LossTerms",
     "MicroBatch",
+    "MicroSize",
     "Moments",
     "Objective",
     "PackShape",
@@ -68,6 +70,7 @@ __all__ = [
     "accumulate",
     "aggregate",
     "cispo",
+    "computed_positions",
     "drop_outside",
     "drop_truncated",
     "fixed",

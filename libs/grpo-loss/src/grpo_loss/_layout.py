@@ -9,12 +9,16 @@ Rows and prompt slots are cut into `shards` equal parts, and a row uses only pro
 prompts sharded over the data axes of a mesh, the prompt keys and values that a row attends to are therefore on the
 row's own device: gather them as `[shards, ...]` parts with `prompt_RC - part * prompts_per_part`, and the partitioner
 needs no communication.
+
+Micro-batches may have several sizes. All are stored in arrays of the largest one; `apply_to_micro` cuts each to its own
+size before it is computed, in a branch of the program for each size.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,6 +28,21 @@ from grpo_loss._errors import LossError, as_array, check_integers, check_shape, 
 
 # numpy.ndarray on the host, jax.Array in a compiled function. No common base lets arithmetic type-check.
 Array: TypeAlias = Any
+Result = TypeVar("Result")
+
+
+class MicroSize(NamedTuple):
+    """Sizes of a micro-batch, over all shards: rows and their tokens, prompt slots and their tokens."""
+
+    rows: int
+    row_length: int
+    prompts: int
+    prompt_length: int
+
+    @property
+    def positions(self) -> int:
+        """Token positions computed."""
+        return self.rows * self.row_length + self.prompts * self.prompt_length
 
 
 @jax.tree_util.register_dataclass
@@ -90,25 +109,104 @@ class PackedBatch:
         micro: all micro-batches: every array has a leading axis M.
         count: live micro-batches, a scalar; the others are padding and are never computed.
         idle: what sequences that `pack` left out, because all their advantages are 0, add to the loss's denominator.
+        size_M: of each micro-batch, which of `sizes` it has; None where all have the arrays' own.
+        sizes: that a micro-batch may have; empty without `size_M`. The compiler sees them.
+        shards: equal blocks that rows and prompts are cut into, each of which has its part of a size.
     """
 
     micro: MicroBatch
     count: Int[Array, ""]
     idle: Float[Array, ""] = _NOTHING
+    size_M: Int[Array, "M"] | None = None
+    sizes: tuple[MicroSize, ...] = field(default=(), metadata={"static": True})
+    shards: int = field(default=1, metadata={"static": True})
+
+    @property
+    def live_sizes(self) -> list[MicroSize]:
+        """The size of each live micro-batch; on the host."""
+        count = int(self.count)
+        if self.size_M is None:
+            return [MicroSize(*self.micro.tokens_RT.shape[1:], *self.micro.prompt_tokens_PT.shape[1:])] * count
+        return [self.sizes[index] for index in np.asarray(self.size_M)[:count]]
 
     @property
     def fill(self) -> float:
         """Share of the live micro-batches' row positions that hold a token."""
-        live = np.asarray(self.micro.segment_RT)[: int(self.count)]
-        return float((live > 0).mean()) if live.size else 0.0
+        cells = sum(size.rows * size.row_length for size in self.live_sizes)
+        return float(np.count_nonzero(np.asarray(self.micro.segment_RT)[: int(self.count)])) / cells if cells else 0.0
 
     @property
     def positions(self) -> tuple[int, int]:
         """Token positions computed, in rows and prompt slots, and how many of them hold a token."""
         count = int(self.count)
-        rows, prompts = self.micro.segment_RT[:count], self.micro.prompt_tokens_PT[:count]
-        tokens = int((np.asarray(rows) > 0).sum()) + int(np.asarray(self.micro.prompt_length_P[:count]).sum())
-        return rows.size + prompts.size, tokens
+        rows = np.count_nonzero(np.asarray(self.micro.segment_RT)[:count])
+        tokens = int(rows) + int(np.asarray(self.micro.prompt_length_P)[:count].sum())
+        return sum(size.positions for size in self.live_sizes), tokens
+
+
+def apply_to_micro(function: Callable[[MicroBatch], Result], batch: PackedBatch, i: Array) -> Result:
+    """`function` of micro-batch i, cut to its own size.
+
+    Args:
+        function: its result has the same shapes for every size of a micro-batch.
+        batch: the batch.
+        i: which micro-batch; may be traced.
+
+    Returns:
+        What `function` returns.
+    """
+    micro = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch.micro)
+    if batch.size_M is None:
+        return function(micro)
+    branches = [partial(_of_size, function, size=size, shards=batch.shards) for size in batch.sizes]
+    return jax.lax.switch(batch.size_M[i], branches, micro)
+
+
+def _of_size(function: Callable[[MicroBatch], Result], micro: MicroBatch, *, size: MicroSize, shards: int) -> Result:
+    return function(_cut(micro, size, shards))
+
+
+def _cut(micro: MicroBatch, size: MicroSize, shards: int) -> MicroBatch:
+    """The first rows and prompts of every shard, and the first tokens of each."""
+
+    def cut(x: Array, count: int, length: int) -> Array:
+        blocks = x.reshape(shards, -1, *x.shape[1:])[:, : count // shards]
+        return blocks.reshape(count, *x.shape[1:])[:, :length]
+
+    prompts = micro.prompt_tokens_PT.shape[0]
+    rows = {
+        name: cut(value, size.rows, size.row_length)
+        for name, value in vars(micro).items()
+        if name.endswith("_RT") and value is not None
+    }
+    # One slot a shard is every block's: the row is then one block, which needs one copy of the prompt.
+    slot_RC = cut(micro.prompt_RC, size.rows, 1 if size.prompts == shards else micro.prompt_RC.shape[1])
+    shard_R1 = jax.numpy.arange(size.rows, dtype=slot_RC.dtype)[:, None] // (size.rows // shards)
+    return replace(
+        micro,
+        prompt_tokens_PT=cut(micro.prompt_tokens_PT, size.prompts, size.prompt_length),
+        prompt_length_P=cut(micro.prompt_length_P[:, None], size.prompts, 1)[:, 0],
+        prompt_RC=slot_RC - shard_R1 * ((prompts - size.prompts) // shards),
+        **rows,
+    )
+
+
+def in_rows(x_RT: Array, shape: tuple[int, int], shards: int) -> Array:
+    """Values of a micro-batch of any size at their place in the arrays of the largest one; 0 elsewhere.
+
+    Args:
+        x_RT: one value for each position of the micro-batch.
+        shape: rows and row length of the arrays.
+        shards: equal blocks of rows.
+
+    Returns:
+        Array of that shape.
+    """
+    if x_RT.shape == shape:
+        return x_RT
+    blocks = x_RT.reshape(shards, -1, x_RT.shape[1])
+    missing = shape[0] // shards - blocks.shape[1]
+    return jax.numpy.pad(blocks, [(0, 0), (0, missing), (0, shape[1] - x_RT.shape[1])]).reshape(shape)
 
 
 def pack_tokens(array_BT: Array, source_RT: Array) -> Array:

@@ -13,7 +13,7 @@ from grpo_loss._aggregate import Aggregation
 from grpo_loss._errors import LossError, check_integers, check_shape
 from grpo_loss._layout import PackedBatch, unpack_tokens
 from grpo_loss._pack import pack
-from grpo_loss._plan import PackShape
+from grpo_loss._shape import PackShape
 
 
 def iterate_minibatches(

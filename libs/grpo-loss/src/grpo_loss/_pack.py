@@ -21,7 +21,8 @@ from grpo_loss._aggregate import Aggregation, token_weights
 from grpo_loss._batch_arrays import BatchArrays, check_groups
 from grpo_loss._errors import LossError
 from grpo_loss._layout import MicroBatch, PackedBatch
-from grpo_loss._plan import PackShape, Plan, make_plan
+from grpo_loss._plan import Plan, make_plan
+from grpo_loss._shape import PackShape
 
 
 def pack(
@@ -160,7 +161,10 @@ def abstract_batch(
         reference_logp_RT=tokens(dtype=np.float32) if reference else None,
     )
     count, idle = (jax.ShapeDtypeStruct((), dtype, sharding=count_sharding) for dtype in (np.int32, np.float32))
-    return PackedBatch(micro, count, idle)
+    if not shape.smaller:
+        return PackedBatch(micro, count, idle, shards=shape.shards)
+    size_M = jax.ShapeDtypeStruct((shape.micro_batches,), np.int32, sharding=count_sharding)
+    return PackedBatch(micro, count, idle, size_M, shape.sizes, shape.shards)
 
 
 def _build(arrays: BatchArrays, plan: Plan) -> PackedBatch:
@@ -179,7 +183,7 @@ def _build(arrays: BatchArrays, plan: Plan) -> PackedBatch:
             prompt_length[at * slots + slot] = shared
         for r, row in enumerate(box.rows, at * rows):
             # A row that was filled as one block has the one slot in every block.
-            used = np.asarray(row.slots, np.int32).repeat(row.block * shape.blocks // shape.row_length)
+            used = np.asarray(row.slots, np.int32).repeat(row.block * shape.blocks // row.length)
             prompt_RC[r, : len(used)] += used
             placed.extend(
                 (b, r * shape.row_length + start, segment) for segment, (b, start) in enumerate(row.placed, 1)
@@ -198,7 +202,7 @@ def _build(arrays: BatchArrays, plan: Plan) -> PackedBatch:
         return out.reshape(shape.micro_batches, shape.rows, shape.row_length)
 
     flat_tokens = arrays.tokens_BT.reshape(-1)
-    return arrays.packed(
+    packed = arrays.packed(
         micro_batches=plan.count,
         prompt_tokens_PT=prompt_tokens.reshape(shape.micro_batches, shape.prompts, shape.prompt_length),
         prompt_length_P=prompt_length.reshape(shape.micro_batches, shape.prompts),
@@ -211,3 +215,8 @@ def _build(arrays: BatchArrays, plan: Plan) -> PackedBatch:
         sequence_RT=scattered(b_N, -1),
         mask_RT=scattered(arrays.loss_mask_BT.reshape(-1)[source_N], 0, np.bool_),
     )
+    if not shape.smaller:
+        return replace(packed, shards=shape.shards)
+    size_M = np.zeros(shape.micro_batches, np.int32)
+    size_M[: plan.count] = plan.sizes
+    return replace(packed, size_M=size_M, sizes=shape.sizes, shards=shape.shards)

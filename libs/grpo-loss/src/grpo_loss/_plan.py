@@ -5,100 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from grpo_loss._errors import LossError
+from grpo_loss._layout import MicroSize
+from grpo_loss._shape import PackShape
 
-
-@dataclass(frozen=True)
-class PackShape:
-    """Sizes of a packed batch. The compiler sees them, so use few different ones.
-
-    Args:
-        row_length: token positions of a row; at least the longest completion.
-        rows: rows of a micro-batch, over all shards.
-        prompts: prompt slots of a micro-batch, over all shards. A slot is computed whether used or not.
-        prompt_length: token positions of a prompt slot; at least the longest prompt less one.
-        micro_batches: most micro-batches a batch may need.
-        shards: equal blocks that rows and prompts are cut into: the product of the mesh's data axes.
-        blocks: equal parts of a row that may each continue another prompt. More of them fill rows better, and let
-            attention leave out what lies behind a part; each costs the network a copy of a prompt's keys and values.
-
-    Raises:
-        LossError: a size is below 1, or does not divide as it must.
-    """
-
-    row_length: int
-    rows: int
-    prompts: int
-    prompt_length: int
-    micro_batches: int
-    shards: int = 1
-    blocks: int = 1
-
-    def __post_init__(self) -> None:
-        if self.blocks < 1 or self.row_length % self.blocks:
-            raise LossError(
-                f"PackShape.blocks must divide row_length={self.row_length}: got {self.blocks}. Use 1 for one prompt "
-                "per row."
-            )
-        for name in ("row_length", "rows", "prompts", "prompt_length", "micro_batches", "shards"):
-            if (value := getattr(self, name)) < 1:
-                raise LossError(f"PackShape.{name} must be at least 1: got {value}.")
-        for name in ("rows", "prompts"):
-            if (value := getattr(self, name)) % self.shards:
-                raise LossError(
-                    f"PackShape.{name} must be a multiple of shards={self.shards}: got {value}. "
-                    f"Use {-(-value // self.shards) * self.shards}."
-                )
-
-    @classmethod
-    def for_rollout(
-        cls,
-        *,
-        sequences: int,
-        groups: int,
-        max_prompt_length: int,
-        max_new_tokens: int,
-        rows: int,
-        row_length: int | None = None,
-        prompts: int | None = None,
-        shards: int = 1,
-        blocks: int = 1,
-    ) -> "PackShape":
-        """A shape with room for every outcome of a rollout.
-
-        Args:
-            sequences: sequences of the rollout, B.
-            groups: groups of the rollout; each has at most `ceil(sequences / groups)` sequences.
-            max_prompt_length: longest prompt, in tokens.
-            max_new_tokens: longest completion, in tokens.
-            rows: rows of a micro-batch.
-            row_length: tokens of a row; None: `max_new_tokens`.
-            prompts: prompt slots of a micro-batch; None: half its rows, for groups that need two rows or more.
-            shards: product of the mesh's data axes.
-            blocks: parts of a row that may each continue another prompt; must divide `row_length`.
-
-        Returns:
-            The shape, with enough micro-batches for all completions at their limit.
-
-        Raises:
-            LossError: a size is below 1, does not divide by the shards, or a completion cannot fit a row.
-        """
-        row_length = max_new_tokens if row_length is None else row_length
-        if row_length < max_new_tokens:
-            raise LossError(f"row_length must be at least max_new_tokens={max_new_tokens}: got {row_length}.")
-        if rows % shards:
-            raise LossError(f"rows must be a multiple of shards={shards}: got {rows}.")
-        shard_rows = rows // shards
-        prompts = shards * max(1, -(-shard_rows // 2)) if prompts is None else prompts
-        # A row is opened only when no other has room, so at most one row of a group holds fewer completions than this.
-        completions_per_row = row_length // max_new_tokens
-        group_size = -(-sequences // groups)
-        group_rows = -(-group_size // completions_per_row)
-        full_boxes = -(-groups * group_rows // shard_rows)
-        shard_prompts = max(1, prompts // shards)
-        # Boxes closed for want of a prompt slot: a group takes one box, plus one for every box it filled up.
-        slot_boxes = 0 if shard_prompts >= shard_rows else -(-(groups + full_boxes) // shard_prompts)
-        micro_batches = -(-(full_boxes + slot_boxes) // shards)
-        return cls(row_length, rows, prompts, max(1, max_prompt_length - 1), micro_batches, shards, blocks)
+# What a micro-batch costs besides its positions, as a part of the largest one's: reading weights, adding gradients.
+_FIXED_COST = 1 / 16
 
 
 @dataclass
@@ -139,15 +50,21 @@ class Plan:
 
     shape: PackShape
     boxes: list[Box]
+    chosen: list[int] | None = None  # of each micro-batch, which of the shape's sizes; None: the largest
 
     @property
     def count(self) -> int:
         return -(-len(self.boxes) // self.shape.shards)
 
     @property
+    def sizes(self) -> list[int]:
+        """Of each micro-batch, which of the shape's sizes it has."""
+        return [0] * self.count if self.chosen is None else self.chosen
+
+    @property
     def cost(self) -> int:
         """Token positions computed."""
-        return self.count * (self.shape.rows * self.shape.row_length + self.shape.prompts * self.shape.prompt_length)
+        return sum(self.shape.sizes[size].positions for size in self.sizes)
 
 
 def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[np.ndarray], shape: PackShape) -> Plan:
@@ -163,6 +80,17 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
     # Longest first, among groups and within a group.
     groups = [sorted(group.tolist(), key=lambda b: (-length_B[b], b)) for group in members]
     groups.sort(key=lambda group: (-int(length_B[group].sum()), group[0]))
+    plain = _plan_largest(length_B, groups, shape)
+    if not shape.smaller:
+        return plain
+    fitted = _plan_sizes(length_B, prompt_length_B, groups, shape)
+    fixed = _FIXED_COST * shape.largest.positions
+    plans = [fitted, plain] if fitted.count <= shape.micro_batches else [plain]
+    return min(plans, key=lambda plan: plan.cost + fixed * plan.count)
+
+
+def _plan_largest(length_B: np.ndarray, groups: list[list[int]], shape: PackShape) -> Plan:
+    """Micro-batches of the largest size, as few as there can be."""
     tokens = sum(int(length_B[group].sum()) for group in groups)
     fewest = max(-(-tokens // (shape.rows * shape.row_length)), -(-len(groups) // shape.prompts))
     # First without splitting a group over micro-batches, if that costs no further one. The last plan is the one that
@@ -203,6 +131,57 @@ def _fill_boxes(
                 break
         boxes.append(box)
     return boxes
+
+
+def _plan_sizes(length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[list[int]], shape: PackShape) -> Plan:
+    """Micro-batches in turn, each of the size that costs least for a token it holds, of the groups that are left."""
+    left, boxes, chosen = list(groups), [], []
+    fixed = _FIXED_COST * shape.largest.positions
+    while left:
+        tries = []
+        for index, size in enumerate(shape.sizes):
+            filled, rest = _fill_size(length_B, prompt_length_B, left, size, shape)
+            held = [b for box in filled for row in box.rows for b, _ in row.placed]
+            prompts = sum(int(prompt_length_B[b]) - 1 for box in filled for b in box.prompts)
+            if held:
+                tries.append(((size.positions + fixed) / (int(length_B[held].sum()) + prompts), index, filled, rest))
+        _, index, filled, left = min(tries, key=lambda choice: choice[:2])
+        boxes += filled
+        chosen.append(index)
+    return Plan(shape, boxes, chosen)
+
+
+def _fill_size(
+    length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[list[int]], size: MicroSize, shape: PackShape
+) -> tuple[list[Box], list[list[int]]]:
+    """The boxes of one micro-batch of this size, with groups that fit whole; and the groups that are left.
+
+    Only the largest size takes a part of a group, the first, where no box would hold all of it.
+    """
+    shards, left, boxes = shape.shards, list(groups), []
+    block = size.row_length // (shape.blocks if size.prompts > shards else 1)
+    for _ in range(shards):
+        box = Box([], [Row(size.row_length, block) for _ in range(size.rows // shards)])
+        room, kept = size.rows // shards * size.row_length, []
+        for group in left:
+            tokens = int(length_B[group].sum())
+            fits = tokens <= room and int(length_B[group[0]]) <= size.row_length
+            if (
+                fits
+                and len(box.prompts) < size.prompts // shards
+                and prompt_length_B[group[0]] - 1 <= size.prompt_length
+            ):
+                rows, rest = _with_group(length_B, group, box)
+                if not rest:
+                    box, room = Box([*box.prompts, group[0]], rows), room - tokens
+                    continue
+            kept.append(group)
+        if kept and not box.prompts and size == shape.largest:
+            rows, rest = _with_group(length_B, kept[0], box)
+            box, kept[0] = Box([kept[0][0]], rows), rest
+        left = kept
+        boxes.append(box)
+    return boxes, left
 
 
 def _with_group(length_B: np.ndarray, group: list[int], box: Box) -> tuple[list[Row], list[int]]:

@@ -82,7 +82,7 @@ def token_logp(
     if isinstance(temperature, int | float) and not temperature > 0:
         raise LossError(f"temperature must be positive: got {temperature}. Score greedy rollouts at 1.0.")
     tokens = rows // shards * length
-    chunk = min(tokens, chunk or _default_chunk(tokens, unembed_VD.shape[0]))
+    chunk = min(tokens, chunk or default_chunk(tokens, unembed_VD.shape[0]))
     padded = -(-tokens // chunk) * chunk
 
     def blocks(array: Array) -> Array:
@@ -121,7 +121,7 @@ def logit_chunks(tokens: int, vocabulary: int) -> int:
     return -(-tokens // max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128))
 
 
-def _default_chunk(tokens: int, vocabulary: int) -> int:
+def default_chunk(tokens: int, vocabulary: int) -> int:
     """Tokens of a chunk: all of them, or the fewest 128s that make no more chunks, so that the last one is full."""
     chunks = logit_chunks(tokens, vocabulary)
     return tokens if chunks == 1 else -(-tokens // (128 * chunks)) * 128

@@ -4,6 +4,7 @@ The number of live micro-batches is read at run time, so one compiled program se
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from grpo_loss._errors import LossError
-from grpo_loss._layout import Forward, FrozenForward, MicroBatch, PackedBatch, Params
+from grpo_loss._layout import Forward, FrozenForward, MicroBatch, PackedBatch, Params, apply_to_micro, in_rows
 from grpo_loss._terms import Loss, LossTerms
 
 
@@ -138,8 +139,7 @@ def accumulate(
 
     def body(i: Array, carry: tuple[Params, LossTerms]) -> tuple[Params, LossTerms]:
         gradient, terms = carry
-        micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batch.micro)
-        new_gradient, new_terms = jax.grad(numerator, has_aux=True)(params, micro)
+        new_gradient, new_terms = apply_to_micro(partial(jax.grad(numerator, has_aux=True), params), batch, i)
         gradient = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradient, new_gradient)
         return pinned(gradient), terms + new_terms
 
@@ -248,9 +248,14 @@ def make_score(forward: Forward | FrozenForward) -> Score:
     """
 
     def score(params: Params, batch: PackedBatch, *frozen: Params) -> tuple[Array, Array]:
+        shape = batch.micro.tokens_RT.shape[1:]
+
+        def scored(micro: MicroBatch) -> tuple[Array, Array]:
+            logp_RT, entropy_RT = _forward(forward, params, micro, *frozen)
+            return in_rows(logp_RT, shape, batch.shards), in_rows(entropy_RT, shape, batch.shards)
+
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            micro = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), batch.micro)
-            new = _forward(forward, params, micro, *frozen)
+            new = apply_to_micro(scored, batch, i)
             logp_MRT, entropy_MRT = (
                 lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in zip(carry, new, strict=True)
             )

@@ -88,8 +88,8 @@ def prefill(
     Args:
         weights: from `weights_from`.
         cache: the cache to write to; donated.
-        prompts_Pn: right-padded tokens, then how many of them to store (all but the last), then the unit; rows for the
-            unit after the last one are dropped.
+        prompts_Pn: right-padded tokens, as many as the cache has columns or fewer, then how many of them to store (all
+            but the last), then the unit; rows for the unit after the last one are dropped.
         config: the model.
         attention: kernel of the prompt's own attention.
         mesh: a mesh with a tensor axis, to split the kernel's heads over; None if there is nothing to split.
@@ -97,7 +97,7 @@ def prefill(
         The cache.
     """
     tokens_PT, length_P, unit_P = prompts_Pn[:, :-2], prompts_Pn[:, -2], prompts_Pn[:, -1]
-    position_T = jnp.arange(tokens_PT.shape[1])
+    position_T, columns = jnp.arange(tokens_PT.shape[1]), slice(tokens_PT.shape[1])
     segment_PT = (position_T < length_P[:, None]).astype(jnp.int32)
     cos, sin = rope_tables(position_T[None], config)
 
@@ -112,12 +112,14 @@ def prefill(
         for layer in weights.layers:
             x, pair = block(x, layer)
             fresh.append(pair)
-        keys = tuple(old.at[unit_P].set(k, mode="drop") for old, (k, _) in zip(cache.shared_keys, fresh))
-        values = tuple(old.at[unit_P].set(v, mode="drop") for old, (_, v) in zip(cache.shared_values, fresh))
+        keys = tuple(old.at[unit_P, :, :, columns].set(k, mode="drop") for old, (k, _) in zip(cache.shared_keys, fresh))
+        values = tuple(
+            old.at[unit_P, :, columns].set(v, mode="drop") for old, (_, v) in zip(cache.shared_values, fresh)
+        )
     else:
         _, (k, v) = lax.scan(block, x, weights.layers)
-        keys = cache.shared_keys.at[:, unit_P].set(k, mode="drop")
-        values = cache.shared_values.at[:, unit_P].set(v, mode="drop")
+        keys = cache.shared_keys.at[:, unit_P, :, :, columns].set(k, mode="drop")
+        values = cache.shared_values.at[:, unit_P, :, columns].set(v, mode="drop")
     return cache._replace(shared_keys=keys, shared_values=values)
 
 

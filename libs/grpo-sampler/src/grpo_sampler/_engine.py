@@ -22,7 +22,7 @@ from grpo_sampler._slots import Fill, Finished, Shape, Slots
 from grpo_sampler._table import CALL_SIZE, table_size, write_call, write_table
 
 CHUNK = 32  # steps before the host reads the results
-PREFILL = 4  # prompts per shard computed at once
+PREFILL = 4  # prompts per shard computed at once; half of them where they may have several lengths, to pad less
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Plan:
     config: ModelConfig
     dtype: Any
     unroll: bool
-    prompt: int  # padded prompt length
+    prompt: int  # padded prompt length, in the cache
+    prefills: tuple[int, ...]  # padded prompt lengths of prefill, ascending; the last is `prompt`
     columns: int
     attention: (
         Attention  # of whole prompts; decoding uses plain XLA, because it is bound by memory and not by arithmetic
@@ -60,6 +61,7 @@ class Engine:
         shapes = jax.eval_shape(self._weights_function, self._params)
         self._weights = jax.tree.map(_abstract, shapes, self._weight_shardings())
         leaves, tree = jax.tree.flatten(self._params)
+        self.prefilled = np.zeros(2, np.int64)  # token positions of prompts: computed, and stored
         self._floors: dict[int, jax.Array] = {}
         self._key = (plan, placement.mesh, tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
 
@@ -73,7 +75,7 @@ class Engine:
         return [
             self._weights_program(),
             self._decode_program(shape, filtered),
-            self._prefill_program(shape),
+            *(self._prefill_program(shape, length) for length in self.plan.prefills),
             self._empty_program(shape),
         ]
 
@@ -93,7 +95,7 @@ class Engine:
         starts: dict[str, Callable[..., Any]] = {
             "weights": self._weights_program,
             "cache": partial(self._empty_program, largest),
-            "prefill": partial(self._prefill_program, largest),
+            "prefill": partial(self._prefill_program, largest, self.plan.prompt),
             "decode": partial(self._decode_program, largest, filtered),
         }
         if len(shapes) > 1:
@@ -179,18 +181,25 @@ class Engine:
         return self._floors[floor]
 
     def _fill(self, weights: Weights, cache: Cache, fills: list[Fill], shape: Shape, request: Request) -> Cache:
+        count_P, lengths = request.length_P - 1, self.plan.prefills
+        if len(lengths) > 1:  # prompts of about one length together
+            fills = sorted(fills, key=lambda fill: int(count_P[fill.prompt]))
         by_shard = [[fill for fill in fills if fill.shard == shard] for shard in range(self.placement.shards)]
         width = self._prefill_width(shape)
         for begin in range(0, max(map(len, by_shard)), width):
-            prompts = np.zeros((self.placement.shards, width, self.plan.prompt + 2), np.int32)
+            longest = max(count_P[fill.prompt] for mine in by_shard for fill in mine[begin : begin + width])
+            length = next(length for length in lengths if length >= longest)
+            prompts = np.zeros((self.placement.shards, width, length + 2), np.int32)
             prompts[..., -1] = shape.units
             for shard, mine in enumerate(by_shard):
                 for i, fill in enumerate(mine[begin : begin + width]):
-                    count = request.length_P[fill.prompt] - 1
+                    count = count_P[fill.prompt]
+                    self.prefilled[1] += count
                     prompts[shard, i, :count] = request.tokens_PT[fill.prompt, :count]
                     prompts[shard, i, -2:] = count, fill.unit
-            sent = self._send(prompts.reshape(-1, self.plan.prompt + 2), split=True)
-            cache = self._prefill_program(shape).result()(weights, cache, sent)
+            self.prefilled[0] += prompts[..., :-2].size
+            sent = self._send(prompts.reshape(-1, length + 2), split=True)
+            cache = self._prefill_program(shape, length).result()(weights, cache, sent)
         return cache
 
     # Programs: each is a pure function of `_decode`, split over the shards, with fixed shapes and shardings.
@@ -253,9 +262,9 @@ class Engine:
         return self._programs.start(("empty", self._key, shape), lower, options)
 
     def _prefill_width(self, shape: Shape) -> int:
-        return min(PREFILL, shape.units)
+        return min(PREFILL if len(self.plan.prefills) == 1 else PREFILL // 2, shape.units)
 
-    def _prefill_program(self, shape: Shape, options: Options = None) -> Any:
+    def _prefill_program(self, shape: Shape, length: int, options: Options = None) -> Any:
         def lower() -> Any:
             cache, count = self._cache(shape), self.placement.shards * self._prefill_width(shape)
             axes = self._cache_axes(cache)
@@ -270,9 +279,9 @@ class Engine:
                 axes,
             )
             jitted = jax.jit(function, donate_argnums=1, out_shardings=_shardings(cache))
-            return jitted.lower(self._weights, cache, self._ints((count, self.plan.prompt + 2), split=True))
+            return jitted.lower(self._weights, cache, self._ints((count, length + 2), split=True))
 
-        return self._programs.start(("prefill", self._key, shape), lower, options)
+        return self._programs.start(("prefill", self._key, shape, length), lower, options)
 
     def _keep_program(self, old: Shape, new: Shape, options: Options = None) -> Any:
         def lower() -> Any:

@@ -48,7 +48,9 @@ class Sampler:
         pad_id: token id of the padding in rollouts.
         min_new_tokens: tokens before which stop ids are forbidden and the distribution is renormalized.
         prompt_buckets: padded prompt lengths, the longest at least `max_prompt_length`; a batch uses the shortest that
-            its longest prompt fits in. None for one bucket.
+            its longest prompt fits in. None for one bucket. Each has programs of its own, for decoding too.
+        prefill_sizes: lengths that prompts are padded to while they are computed, equal steps up to the bucket; a few
+            prompts of about one length are computed together, at the shortest that holds them. Each is one program.
         compute_dtype: type of weights, cache and activations while decoding; None for the type of the parameters.
         unroll: unroll the layers instead of looping over them: about twice as fast on a CPU, slower to compile. None
             for True on a CPU.
@@ -73,6 +75,7 @@ class Sampler:
         pad_id: int = 0,
         min_new_tokens: int = 0,
         prompt_buckets: Sequence[int] | None = None,
+        prefill_sizes: int = 1,
         compute_dtype: Any = None,
         unroll: bool | None = None,
         attention: str = "auto",
@@ -85,6 +88,7 @@ class Sampler:
             ("max_new_tokens", max_new_tokens),
             ("slots", slots),
             ("sizes", sizes),
+            ("prefill_sizes", prefill_sizes),
         ):
             check_int(name, value, 1)
         check_int("pad_id", pad_id, 0, config.vocab_size - 1)
@@ -119,7 +123,7 @@ class Sampler:
         )
         self.slots, self.sizes, self.pad_id, self.mesh = slots, sizes, pad_id, mesh
         self._buckets = tuple(-(-bucket // 8) * 8 for bucket in buckets)
-        self._columns = -(-max_new_tokens // 8) * 8
+        self._prefill_sizes, self._columns = prefill_sizes, -(-max_new_tokens // 8) * 8
         self.compute_dtype = None if compute_dtype is None else check_floating("compute_dtype", compute_dtype)
         self._attention = attention
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -132,6 +136,12 @@ class Sampler:
     def compile_count(self) -> int:
         """Programs compiled so far."""
         return self._programs.count
+
+    @property
+    def prefill_positions(self) -> tuple[int, int]:
+        """Token positions of prompts that all calls so far have computed, and how many of them hold a token."""
+        computed, live = sum((engine.prefilled for engine in self._engines.values()), np.zeros(2, np.int64)).tolist()
+        return computed, live
 
     def warmup(
         self,
@@ -330,7 +340,9 @@ class Sampler:
             if attention == "cudnn" and placement.tensor > 1:
                 attention = "xla"  # cuDNN's kernel cannot be split over heads
             repeated = replace(self.config, kv_heads=decoding_kv_heads(self.config, placement.tensor))
-            plan = Plan(repeated, jnp.dtype(dtype), self._unroll, bucket, self._columns, attention)
+            parts = (-(-bucket * part // self._prefill_sizes) for part in range(1, self._prefill_sizes + 1))
+            prefills = tuple(sorted({-(-part // 8) * 8 for part in parts}))
+            plan = Plan(repeated, jnp.dtype(dtype), self._unroll, bucket, prefills, self._columns, attention)
             self._engines[key] = Engine(plan, placement, self._programs, params, self._stop_table_AV)
         return self._engines[key]
 

@@ -109,6 +109,8 @@ class Blueprint:
     def pack_shapes(self) -> list[PackShape]:
         """The sizes a packed batch may have, smaller prompt slots first; the last is `pack_shape`."""
         count, longest = self.settings.loss.prompt_sizes, self.pack_shape.prompt_length
+        if count == 1:
+            return [self.pack_shape]
         lengths = [-(-longest * part // count) for part in range(1, count + 1)]
         return [replace(self.pack_shape, prompt_length=min(longest, length + -length % 8)) for length in lengths]
 
@@ -196,6 +198,7 @@ def blueprint(
         sampling,
         max_prompt_length=data.max_prompt_length,
         pad_id=pad_id,
+        prefill_sizes=rollout.prefill_sizes,
         compute_dtype=compute_dtype,
         mesh=rollout_mesh,
         stop_table_AV=stop_table_AV,
@@ -226,6 +229,7 @@ def blueprint(
             prompts=loss.prompts or None,
             blocks=loss.blocks,
             shards=shards,
+            sizes=loss.sizes,
         ),
         start=jax.jit(start, out_shardings=state_placed, donate_argnums=0),
         update=make_update(

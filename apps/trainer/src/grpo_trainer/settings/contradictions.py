@@ -86,6 +86,11 @@ def contradictions(settings: Settings) -> Iterator[str]:
             f"loss.blocks must divide loss.row_length={loss.row_length}: got {loss.blocks}. "
             f"Use rows of {settings.row_length + -settings.row_length % loss.blocks} tokens"
         )
+    if loss.sizes > 1 and loss.prompt_sizes > 1:
+        yield (
+            f"loss.sizes={loss.sizes} and loss.prompt_sizes={loss.prompt_sizes} must not both be above 1: sizes of "
+            "micro-batches differ in their prompt slots too. Set loss.prompt_sizes=1"
+        )
     updates = settings.updates
     if optimizer.warmup_steps >= updates:
         yield (

@@ -166,6 +166,11 @@ class RolloutSettings(_Section):
         description="texts that end a completion, besides its end tokens; rewards see the text before them",
     )
     slots: Count = Field(default=0, description="sequences decoded at once; 0: all of a step")
+    prefill_sizes: Positive = Field(
+        default=1,
+        description="lengths that prompts are padded to while they are computed, up to data.max_prompt_length; each is "
+        "a program of its own",
+    )
     mesh: str = Field(
         default="",
         description="axis sizes while completions are sampled, spelled as mesh: weights move there once a rollout, "
@@ -264,6 +269,11 @@ class LossSettings(_Section):
         default=1,
         description="sizes of a prompt slot, up to data.max_prompt_length: a batch uses the smallest that holds its "
         "prompts. Each one is a program of its own, compiled when it is first used",
+    )
+    sizes: Annotated[int, Field(ge=1, le=7)] = Field(
+        default=1,
+        description="sizes of a micro-batch, up to that above: each has the one that leaves least padding. Each is a "
+        "branch of one program, which takes longer to compile with each",
     )
     blocks: Positive = Field(
         default=4,
