@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_loss import LossError, logit_chunks, token_logp
-from grpo_loss._token_logp import _default_chunk
+from grpo_loss._token_logp import default_chunk
 
 
 def plain(hidden_RTD, unembed_VD, target_RT, temperature):
@@ -167,7 +167,7 @@ def test_logits_that_make_one_chunk_are_computed_once(problem, chunk, products):
 @pytest.mark.parametrize("vocabulary", [48, 32_000, 151_936, 500_000])
 @pytest.mark.parametrize("tokens", [1, 511, 700, 1024, 1100, 5000, 100_000])
 def test_chunks_are_few_and_the_last_is_hardly_emptier(tokens, vocabulary):
-    chunk = _default_chunk(tokens, vocabulary)
+    chunk = default_chunk(tokens, vocabulary)
     chunks = logit_chunks(tokens, vocabulary)
     assert chunks == -(-tokens // chunk)
     assert chunk <= 512 or chunk * vocabulary <= 2**26
