@@ -7,6 +7,8 @@ Additional suffixes: U units, g rows per unit, C columns of the ring, I steps of
 a head, A states of the stop strings' automaton.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +22,9 @@ from grpo_sampler._config import ModelConfig
 from grpo_sampler._kernels import Attention, self_attention
 from grpo_sampler._layers import Layer, attention_out, fuse, mlp, qkv, rms_norm
 from grpo_sampler._lora import merge_adapters
+from grpo_sampler._partition import TENSOR_AXIS
 from grpo_sampler._rope import rope_tables
-from grpo_sampler._sampling import draw
+from grpo_sampler._sampling import Draw, SamplingArrays, draw
 from grpo_sampler._table import Rows, read_call, read_table, renew_table
 
 # Steps after which the shards agree on how many rows are live.
@@ -163,7 +166,7 @@ def decode(
     capacity: int,
     filtered: bool,
     shard_axes: tuple[str, ...] = (),
-    tensor: bool = False,
+    tensor: int = 1,
 ) -> tuple[Cache, Array, Array]:
     """Decodes until some steps are done or few rows are live, without leaving the device.
 
@@ -179,8 +182,8 @@ def decode(
         capacity: steps that the record has room for; static.
         filtered: see `draw`; static.
         shard_axes: mesh axes of the shards, which agree every few steps whether to continue.
-        tensor: whether products are split over devices: steps then contain collectives, so all shards must take equally
-            many.
+        tensor: devices that each product is split over: if several, steps contain collectives, so all shards must take
+            equally many.
     Returns:
         The cache, the table, and the bits of the `Emitted` as int32 [3, I, S].
     """
@@ -195,22 +198,20 @@ def decode(
     fold = jax.vmap(jax.random.fold_in)
     bits_IS2 = jax.random.key_data(jax.vmap(lambda emitted_S: fold(keys_S, emitted_S))(emitted_IS))
 
+    pick = partial(draw, filtered=filtered)
+    if tensor > 1:
+        pick = _split_draw(pick, rows.token_S.shape[0] % tensor == 0)
+
     def one(carry: tuple) -> tuple:
         i, rows, cache, record = carry
         cos_Se, sin_Se = (table_ISe[i] for table_ISe in turns_ISe)
         hidden_SD, cache = _forward(weights, cache, rows, cos_Se, sin_Se, columns, prompt, config)
         unembed_VD = weights.embed if weights.unembed is None else weights.unembed
         logits_SV = jnp.einsum("SD,VD->SV", hidden_SD, unembed_VD, preferred_element_type=jnp.float32)
-        if tensor:
-            # Gather once per step. If logits stayed split over the vocabulary, each of a filter's thirty comparisons
-            # would reduce over the mesh, and latency dominates a step.
-            logits_SV = lax.with_sharding_constraint(logits_SV, PartitionSpec(None, None))
-        forbid_S = rows.emitted_S < call.min_new if filtered else None
-        drawn = draw(logits_SV, bits_IS2[i], call.sampling, forbid_S, filtered=filtered)
-        fresh = (
-            jnp.where(rows.live_S, drawn.token_B, -1),
-            *(lax.bitcast_convert_type(x, jnp.int32) for x in (drawn.logp_B, drawn.policy_logp_B)),
-        )
+        forbid_S = rows.emitted_S < call.min_new if filtered else jnp.zeros(len(logits_SV), bool)
+        drawn = pick(logits_SV, bits_IS2[i], call.sampling, forbid_S)
+        token_S, *logps = _as_ints(drawn)
+        fresh = jnp.stack([jnp.where(rows.live_S, token_S, -1), *logps])
         emitted_S = rows.emitted_S + 1
         stopped_S = (drawn.token_B[:, None] == call.sampling.stop_ids).any(-1)
         if next_AV is not None:
@@ -223,7 +224,7 @@ def decode(
             live_S=rows.live_S & ~stopped_S & (emitted_S < rows.limit_S),
             column=(rows.column + 1) % columns,
         )
-        return i + 1, rows, cache, record.at[:, i].set(jnp.stack(fresh))
+        return i + 1, rows, cache, record.at[:, i].set(fresh)
 
     def run(carry: tuple, last: Array, at: Array | int) -> tuple:
         return lax.while_loop(lambda c: (c[0] < last) & (c[1].live_S.sum() > at), one, carry)
@@ -237,12 +238,46 @@ def decode(
         def stride(state: tuple) -> tuple:
             begun, _, carry = state
             last = jnp.minimum(begun + STRIDE, steps)
-            carry = run(carry, last, -1 if tensor else 0)
+            carry = run(carry, last, -1 if tensor > 1 else 0)
             return last, lax.pmax(carry[1].live_S.sum(), shard_axes), (last, *carry[1:])
 
         state = jnp.int32(0), lax.pmax(rows.live_S.sum(), shard_axes), carry
         _, _, (_, rows, cache, record_3IS) = lax.while_loop(lambda s: (s[0] < steps) & (s[1] > floor), stride, state)
     return cache, renew_table(table_n, rows), record_3IS
+
+
+def _split_draw(pick: Callable[..., Draw], divides: bool) -> Callable[..., Draw]:
+    """Draws from logits that are split over the vocabulary, each device for some of the rows, or each for all of them.
+
+    Logits move once per step. If they stayed split, each of a filter's thirty comparisons would reduce over the mesh,
+    and latency dominates a step.
+    """
+
+    def of_some_rows(logits_Sv: Array, bits_S2: Array, sampling: SamplingArrays, forbid_S: Array) -> Draw:
+        logits_sV = lax.all_to_all(logits_Sv, TENSOR_AXIS, 0, 1, tiled=True)
+        count = len(logits_sV)
+        mine = partial(lax.dynamic_slice_in_dim, start_index=lax.axis_index(TENSOR_AXIS) * count, slice_size=count)
+        drawn = pick(logits_sV, mine(bits_S2), sampling, mine(forbid_S))
+        bits_3S = lax.all_gather(jnp.stack(_as_ints(drawn)), TENSOR_AXIS, axis=1, tiled=True)
+        token_S, *logps = bits_3S
+        return Draw(token_S, *(lax.bitcast_convert_type(logp_S, jnp.float32) for logp_S in logps))
+
+    def of_all_rows(logits_Sv: Array, *rest: Any) -> Draw:
+        return pick(lax.all_gather(logits_Sv, TENSOR_AXIS, axis=1, tiled=True), *rest)
+
+    # All but the logits is whole on every device: whatever is split by rows here would split the rows of all layers.
+    return jax.shard_map(
+        of_some_rows if divides else of_all_rows,
+        in_specs=(PartitionSpec(None, TENSOR_AXIS), PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={TENSOR_AXIS},
+        check_vma=False,
+    )
+
+
+def _as_ints(drawn: Draw) -> list[Array]:
+    """The token, and the bits of both log-probabilities."""
+    return [drawn.token_B, *(lax.bitcast_convert_type(logp_B, jnp.int32) for logp_B in drawn[1:])]
 
 
 def _forward(

@@ -306,7 +306,7 @@ class Engine:
                     capacity=CHUNK,
                     filtered=filtered,
                     shard_axes=placement.row_axes if placement.shards > 1 else (),
-                    tensor=placement.tensor > 1,
+                    tensor=placement.tensor,
                 ),
                 (jax.tree.map(lambda _: None, self._weights), axes, 0, None, None, *[None for _ in stops]),
                 (axes, 0, 2),

@@ -165,14 +165,14 @@ def _greedy(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: Sampl
 
 
 def _tempered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
-    token_B, logp_B = _invert(logits_BV / sampling.temperature, bits_B2)
+    token_B, logp_B = _invert(logits_BV, sampling.temperature, bits_B2)
     policy_logp_B = lax.cond(sampling.temperature == 1, lambda: logp_B, lambda: _policy_logp(logits_BV, token_B))
     return Draw(token_B, logp_B, policy_logp_B)
 
 
 def _filtered(logits_BV: Array, allowed_BV: Array, bits_B2: Array, sampling: SamplingArrays) -> Draw:
     scaled_BV, weight_BV = _kept_weights(allowed_BV, sampling)
-    token_B, logp_B = _invert(jnp.where(weight_BV > 0, scaled_BV, -jnp.inf), bits_B2)
+    token_B, logp_B = _invert(jnp.where(weight_BV > 0, scaled_BV, -jnp.inf), 1.0, bits_B2)
     return Draw(token_B, logp_B, _policy_logp(logits_BV, token_B))
 
 
@@ -223,14 +223,15 @@ def _largest(holds: Callable[[Array], Array], like_B: Array) -> Array:
     return lax.bitcast_convert_type(bits_B, jnp.float32)
 
 
-def _invert(scaled_BV: Array, bits_B2: Array) -> tuple[Array, Array]:
-    """Draws from softmax(scaled) by inverting its cumulative distribution; the token and its log-probability."""
-    top_B1 = scaled_BV.max(-1, keepdims=True)
-    blocks_BNC = _blocks(scaled_BV, -jnp.inf)
-    mass_BN = jnp.exp(blocks_BNC - top_B1[..., None]).sum(-1)
+def _invert(logits_BV: Array, temperature: Array | float, bits_B2: Array) -> tuple[Array, Array]:
+    """Draws from softmax(logits / temperature) by inverting its cumulative distribution; token and log-probability."""
+    # Divided where they are used: a quotient of all logits would be written to memory and read again.
+    top_B1 = logits_BV.max(-1, keepdims=True) / temperature
+    blocks_BNC = _blocks(logits_BV, -jnp.inf)
+    mass_BN = jnp.exp(blocks_BNC / temperature - top_B1[..., None]).sum(-1)
     uniform_B2 = (bits_B2 >> 8).astype(jnp.float32) * jnp.float32(2**-24)
     block_B = _first_past(mass_BN, uniform_B2[:, 0])
-    inside_BC = _pick(blocks_BNC, block_B) - top_B1
+    inside_BC = _pick(blocks_BNC, block_B) / temperature - top_B1
     place_B = _first_past(jnp.exp(inside_BC), uniform_B2[:, 1])
     token_B = block_B * blocks_BNC.shape[-1] + place_B
     logp_B = jnp.take_along_axis(inside_BC, place_B[:, None], -1)[:, 0] - jnp.log(mass_BN.sum(-1))
@@ -247,8 +248,7 @@ def _first_past(mass_BN: Array, uniform_B: Array) -> Array:
 
 
 def _policy_logp(logits_BV: Array, token_B: Array) -> Array:
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(logits_BV, -1)
+    return _pick(logits_BV[..., None], token_B)[:, 0] - jax.nn.logsumexp(logits_BV, -1)
 
 
 def _blocks(values_BV: Array, fill: float) -> Array:
@@ -267,5 +267,15 @@ def _block_size(vocabulary: int) -> int:
     return min(divisors, key=lambda size: abs(size - root)) if divisors else root
 
 
-def _pick(blocks_BNC: Array, block_B: Array) -> Array:
-    return jnp.take_along_axis(blocks_BNC, block_B[:, None, None], 1)[:, 0]
+def _pick(values_BNC: Array, index_B: Array) -> Array:
+    """The entry of each row that its index names."""
+
+    def gather(values_BNC: Array, index_B: Array) -> Array:
+        return jnp.take_along_axis(values_BNC, index_B[:, None, None], 1)[:, 0]
+
+    def mask(values_BNC: Array, index_B: Array) -> Array:
+        here_BN1 = jnp.arange(values_BNC.shape[1])[:, None] == index_B[:, None, None]
+        return jnp.where(here_BN1, values_BNC, -jnp.inf).max(1)
+
+    # A gather on a TPU wants another layout than sums over the vocabulary do: all logits would be copied for it.
+    return lax.platform_dependent(values_BNC, index_B, tpu=mask, default=gather)
