@@ -15,11 +15,13 @@ import pytest
 
 from grpo_mesh import CompileReport, MeshError, find_slice, make_mesh, shardings
 from grpo_mesh.preflight import EFFICIENCY, GIB, Measured, Work
-from grpo_sampler import abstract
+from grpo_sampler import ModelConfig, abstract
 from grpo_trainer.assemble.blueprint import RULES, blueprint
 from grpo_trainer.assemble.policy import model_config
+from grpo_trainer.assemble.preflight import search
 from grpo_trainer.assemble.preflight.advice import advice
 from grpo_trainer.assemble.preflight.command import preflight, report
+from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
 from grpo_trainer.assemble.preflight.programs import judge_step, programs
 from grpo_trainer.assemble.preflight.search import Candidate, candidates
 from grpo_trainer.settings.errors import ConfigError
@@ -189,23 +191,60 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(plan):
 def test_candidates_divide():
     settings = qwen(model={"path": "Qwen/Qwen2.5-7B"})
     found = list(candidates(settings, model_config(settings.model.path, {}), 16))
+    assert len(found) == len(set(found))
     assert {candidate.tp for candidate in found} == {1, 2, 4}  # four key/value heads
     assert {candidate.rollout_tp for candidate in found} == {1, 2, 4}  # 8 does not divide 28 query heads
-    assert found[0] == Candidate(1, 16, 1, 16, 1)
+    assert {candidate.slots for candidate in found} == {0, 64, 32}  # in one, two or four waves
+    assert found[0] == Candidate(1, 16, 1, 16, False, 1)
     assert "rollout.mesh" not in str(found[0])
-    assert str(found[1]) == "mesh=dp:1,fsdp:16,tp:1 loss.rows=16 rollout.mesh=dp:8,tp:2"
+    assert str(found[1]) == "mesh=dp:1,fsdp:16,tp:1 loss.rows=16 model.remat=false rollout.mesh=dp:8,tp:2"
     for candidate in found:
         assert candidate.dp * candidate.fsdp * candidate.tp == 16
         assert candidate.rows % (candidate.dp * candidate.fsdp) == 0
-        assert candidate.apply(settings).mesh == candidate.mesh
-        assert candidate.apply(settings).rollout.mesh == candidate.rollout_mesh
+        applied = candidate.apply(settings)
+        assert applied.mesh == candidate.mesh
+        assert (applied.rollout.mesh, applied.rollout.slots) == (candidate.rollout_mesh, candidate.slots)
+        assert (applied.loss.rows, applied.model.remat) == (candidate.rows, candidate.remat)
 
 
 def test_candidates_of_rollouts_divide_the_slots_and_may_repeat_heads():
-    settings = qwen(model={"path": "Qwen/Qwen2.5-3B"}, rollout=QWEN["rollout"] | {"slots": 4})
+    settings = qwen(model={"path": "Qwen/Qwen2.5-3B"}, eval={"slots": 4})
     found = list(candidates(settings, model_config(settings.model.path, {}), 8))
     assert {candidate.rollout_tp for candidate in found if candidate.tp == 1} == {1, 2, 4, 8}  # 1 is that of training
     assert {candidate.rollout_tp for candidate in found if candidate.tp == 2} == {2, 4, 8}
+
+
+def test_the_floor_of_a_step_in_closed_form():
+    """Two layers of width 8: every figure by hand."""
+    model = ModelConfig(
+        family="llama", vocab_size=100, width=8, mlp_width=16, layers=2, query_heads=4, kv_heads=2, head_size=2
+    )
+    settings = qwen(
+        model={"remat": True},
+        data={"max_prompt_length": 5},
+        rollout={"prompts": 3, "group_size": 2, "max_new_tokens": 10},
+        loss={"row_length": 10, "rows": 4},
+    )
+    target, chip = find_slice("v5e-4"), find_slice("v5e-4").chip
+    layers = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    down, head = 2 * 8 * 16, 800
+    rollout = least_rollout(settings, model, target, tp=4)
+    # 60 tokens and 12 of prompts, these in one of two layers; a token attends to 4 + 5 keys of 4 heads of 2.
+    assert rollout.work.flops == (2 * (layers + head) * 60 + 2 * layers * 6 + 4 * 2 * 8 * 9 * 60) / 4
+    # Two heads are stored as four, one on each device; 3 prompts of 4 and 6 completions of 5 on average.
+    assert rollout.work.traffic == 10 * 2 * ((layers + head) / 4 + 2 * 2 * 1 * 2 * (3 * 4 + 6 * 5))
+    assert rollout.work.network == 10 * 2 * (2 * 2 * 8 * 6)
+    update = least_update(settings, model, target, dp=1, fsdp=2, tp=2)
+    assert (
+        update.work.flops == (2 * (60 + 6) * (4 * layers - down) + 2 * 60 * 3 * head + 16 * 60 * 9 * 2 * 8) / 4
+    )  # forward, again, and backward twice; attention backward as two passes
+    # Six rows in two micro-batches, weights three times in each; parameter and two moments read and written.
+    assert update.work.traffic == 2 * 2 * (3 * layers + 2 * head) / 2 + 2 * 12 * (layers + head) / 4
+    assert update.work.network == 2 * 2 * (3 * layers + 2 * head) / 2 + 5 * 2 * 8 * 2 * 60 / 2
+    assert update.compute == update.work.flops / chip.flops
+    one = least_update(settings, model, find_slice("v5e-1"), dp=1, fsdp=1, tp=1)
+    assert (one.work.network, one.work.flops) == (0, 4 * update.work.flops)
+    assert least_activations(settings, model, shards=2, tp=2) == 2 * 10 * 2 * 8 * 2
 
 
 def test_tp_that_does_not_divide_the_heads_is_refused():
@@ -235,22 +274,65 @@ def test_a_small_run_is_compiled_for_a_slice(slice_name, toy, capsys):
         assert f"compiled {name} in" in printed
 
 
+def test_a_search_stops_when_no_other_layout_can_be_faster(monkeypatch, capsys):
+    """Every program takes 1.3 times its floor, and what holds many rows without remat does not fit."""
+    settings = qwen(slices=["v5e-4"])
+    tried: list[tuple[Candidate, float]] = []
+
+    def try_layout(self, layout):
+        assert layout not in [one for one, _ in tried]
+        for key in (layout.learning, layout.decoding):
+            self.seconds[key] = 1.3 * floors[key]
+        fits = layout.remat or layout.rows < 8
+        tried.extend([(layout, self.bound(layout))] if fits else [])
+        return SimpleNamespace(fits=fits, seconds=self.bound(layout), best=0.0, peak=GIB)
+
+    model, target = model_config(settings.model.path, {}), find_slice("v5e-4")
+    every = list(candidates(settings, model, target.chips))
+    floors = search._floors(settings, model, target, every)
+    monkeypatch.setattr(search, "slice_devices", lambda name: [])
+    monkeypatch.setattr(search._Search, "try_layout", try_layout)
+    assert search.search_layouts(settings, model, "v5e-4") == 0
+    printed = capsys.readouterr().out
+    fastest = min(seconds for _, seconds in tried)
+    assert 0 < len(tried) < len(every) / 2
+    assert "left out" in printed
+    for layout in every:
+        floor = 1.3 * (floors[layout.learning] + floors[layout.decoding])
+        assert floor >= fastest or not (layout.remat or layout.rows < 8)
+    ranked = [float(found) for found in re.findall(r"^ +([\d.]+) s, at best", printed, re.MULTILINE)]
+    assert ranked == sorted(ranked)
+    assert len(ranked) == len(tried)
+
+
 @pytest.mark.slow
 @needs_compiler
-def test_a_search_ranks_the_layouts_that_fit(toy, capsys):
+def test_a_search_compiles_programs_once_and_none_is_below_its_floor(toy, monkeypatch, capsys):
     rollout = {"prompts": 2, "group_size": 4, "max_new_tokens": 64}
     settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8}})
+    compiled: list[str] = []
+    seen: list[search._Search] = []
+
+    def measure(programs):
+        compiled.extend(program.name for program in programs)
+        return measure_once(programs)
+
+    def try_layout(self, layout):
+        seen.append(self)
+        return try_once(self, layout) if len(seen) <= 4 else None
+
+    measure_once, try_once = search.measure, search._Search.try_layout
+    monkeypatch.setattr(search, "measure", measure)
+    monkeypatch.setattr(search._Search, "try_layout", try_layout)
     assert preflight(settings, TASK, search=True) == 0
-    tried, _, ranked = capsys.readouterr().out.partition("layouts fit v5e-4, fastest first")
-    pattern = r"^ +fits +mesh=(dp:\d,fsdp:\d,tp:1) loss\.rows=(\d)(?: rollout\.mesh=([\w:,]+))?: peak"
-    layouts = re.findall(pattern, tried, re.MULTILINE)
-    # One key/value head, so no tp in training; eight sequences, so at most eight rows.
-    assert {mesh for mesh, _, _ in layouts} == {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}
-    assert {rows for _, rows, _ in layouts} == {"4", "8"}
-    assert {rollout for _, _, rollout in layouts} == {"", "dp:2,tp:2"}
-    seconds = [float(found) for found in re.findall(r"^ +([\d.]+) s +[\d.]+ GiB  mesh=", ranked, re.MULTILINE)]
-    assert len(seconds) == len(layouts) == 12
-    assert seconds == sorted(seconds)
+    found = re.findall(r"^ +fits +mesh=(\S+) .*peak", capsys.readouterr().out, re.MULTILINE)
+    assert found
+    assert set(found) <= {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}  # one key/value head
+    layouts = list(candidates(settings, model_config(settings.model.path, {}), 4))
+    floors = search._floors(settings, model_config(settings.model.path, {}), find_slice("v5e-4"), layouts)
+    changed = {key: seconds for key, seconds in seen[0].seconds.items() if seconds != floors[key]}
+    assert compiled.count("update") + compiled.count("decode") == len(changed) > 1
+    assert all(seconds >= floors[key] for key, seconds in changed.items())
 
 
 @pytest.mark.slow
@@ -260,5 +342,5 @@ def test_a_search_tells_that_nothing_fits(monkeypatch, capsys):
     monkeypatch.setattr("grpo_trainer.assemble.preflight.search.find_slice", lambda name: small)
     assert preflight(qwen(), TASK, search=True) == 1
     printed = capsys.readouterr().out
-    assert "skipped  mesh=dp:1,fsdp:1,tp:1 loss.rows=1: parameters and optimizer alone take 5.5 GiB" in printed
+    assert "skipped  mesh=dp:1,fsdp:1,tp:1 loss.rows=16 model.remat=false: parameters, optimizer and what" in printed
     assert "nothing fits v5e-1" in printed

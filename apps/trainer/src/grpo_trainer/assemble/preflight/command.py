@@ -23,6 +23,7 @@ from grpo_sampler import ModelConfig
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
 from grpo_trainer.assemble.policy import model_config
 from grpo_trainer.assemble.preflight.advice import advice
+from grpo_trainer.assemble.preflight.floor import least_rollout, least_update
 from grpo_trainer.assemble.preflight.programs import judge_step, memory_rows, programs
 from grpo_trainer.assemble.preflight.search import search_layouts
 from grpo_trainer.assemble.run import Run, assemble
@@ -104,9 +105,14 @@ def _compile_for(settings: Settings, model: ModelConfig, slice_name: str) -> int
     print(
         f"shapes   {rollout.prompts} prompts x {rollout.group_size} samples, {settings.data.max_prompt_length} + "
         f"{rollout.max_new_tokens} tokens, {plan.sampler.slots} slots; micro-batches of {shape.rows} rows x "
-        f"{shape.row_length} and {shape.prompts} prompts",
-        flush=True,
+        f"{shape.row_length} and {shape.prompts} prompts"
     )
+    least = [
+        least_update(settings, plan.model, target, **{axis: plan.mesh.shape[axis] for axis in ("dp", "fsdp", "tp")}),
+        least_rollout(settings, plan.model, target, tp=plan.rollout_mesh.shape["tp"]),
+    ]
+    parts = ", ".join(f"{phase.name} {phase.bound:.2f} s ({phase.limit})" for phase in least)
+    print(f"floor    {sum(phase.bound for phase in least):.2f} s a step at best, by arithmetic: {parts}", flush=True)
     measured = []
     for program in measure(programs(plan)):
         measured.append(program)

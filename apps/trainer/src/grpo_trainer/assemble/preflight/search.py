@@ -1,24 +1,31 @@
-"""Other meshes and micro-batches for a run: those that may fit are compiled, those that fit ranked by their time."""
+"""Other layouts of a run: compiled in the order of what arithmetic promises, until no other can be faster.
+
+Branch and bound: the least that a layout's step can take is known at once (`floor`), what its programs take once they
+are compiled. The most promising layout is compiled next; layouts share programs, so what was measured tells of many.
+When the fastest that fits beats the bound of all others, it is the fastest of all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from grpo_contracts import GrpoError
 from grpo_mesh import Slice, bytes_per_device, find_slice, make_mesh, slice_devices
-from grpo_mesh.preflight import GIB, Measured, Verdict, measure
+from grpo_mesh.preflight import GIB, Measured, Verdict, judge, measure
 from grpo_sampler import ModelConfig, decoding_sizes
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
 from grpo_trainer.assemble.preflight.programs import judge_step, programs
 from grpo_trainer.settings.schema import Settings
 
 __all__ = ["Candidate", "candidates", "search_layouts"]
 
-_ROWS_OF_A_SHARD = (1, 2, 4, 8)
+_ROWS_OF_A_SHARD = (1, 2, 4, 8, 16)
+_WAVES = (1, 2, 4)  # in which the sequences of a step are decoded
 _DECODING = ("rollout", "evaluation")  # phases that run on the rollout mesh
 
 
@@ -29,20 +36,25 @@ class Candidate:
     Args:
         dp, fsdp, tp: sizes of the mesh's axes.
         rows: of a micro-batch.
+        remat: whether activations are computed again.
         rollout_tp: of the rollout mesh, whose other devices spread the sequences.
+        slots: sequences decoded at once; 0: all of a step.
     """
 
     dp: int
     fsdp: int
     tp: int
     rows: int
+    remat: bool
     rollout_tp: int
+    slots: int = 0
 
     def apply(self, settings: Settings) -> Settings:
         """The settings with this layout."""
         loss = settings.loss.model_copy(update={"rows": self.rows})
-        rollout = settings.rollout.model_copy(update={"mesh": self.rollout_mesh})
-        return settings.model_copy(update={"mesh": self.mesh, "rollout": rollout, "loss": loss})
+        rollout = settings.rollout.model_copy(update={"mesh": self.rollout_mesh, "slots": self.slots})
+        model = settings.model.model_copy(update={"remat": self.remat})
+        return settings.model_copy(update={"mesh": self.mesh, "rollout": rollout, "loss": loss, "model": model})
 
     @property
     def mesh(self) -> str:
@@ -56,13 +68,27 @@ class Candidate:
             return ""
         return f"dp:{self.dp * self.fsdp * self.tp // self.rollout_tp},tp:{self.rollout_tp}"
 
+    @property
+    def learning(self) -> tuple[str, bool, int]:
+        """What the programs of an update depend on; more rows need more memory."""
+        return self.mesh, self.remat, self.rows
+
+    @property
+    def decoding(self) -> tuple[int, int]:
+        """What the programs of a rollout depend on."""
+        return self.rollout_tp, self.slots
+
     def __str__(self) -> str:
-        rollout = f" rollout.mesh={self.rollout_mesh}" if self.rollout_mesh else ""
-        return f"mesh={self.mesh} loss.rows={self.rows}{rollout}"
+        parts = f"mesh={self.mesh}", f"loss.rows={self.rows}", f"model.remat={str(self.remat).lower()}"
+        rollout = [f"rollout.mesh={self.rollout_mesh}"] if self.rollout_mesh else []
+        return " ".join([*parts, *rollout, *([f"rollout.slots={self.slots}"] if self.slots else [])])
 
 
 def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[Candidate]:
     """List the layouts whose sizes divide: fsdp before dp, few rows before many, small `tp` of rollouts before large.
+
+    `loss.prompts` and `loss.blocks` stay as they are: which of them is best depends on the lengths of completions, and
+    a step is judged with every completion at its limit.
 
     Args:
         settings: of the run; a micro-batch never holds more rows than a step has sequences.
@@ -73,20 +99,29 @@ def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[C
         Candidates, grouped by mesh.
     """
     sequences = settings.rollout.prompts * settings.rollout.group_size
-    slots = (settings.rollout.slots or sequences, settings.eval.slots)
-    rollouts = [n for n in decoding_sizes(model, chips) if all(count % (chips // n) == 0 for count in slots)]
+    waves = [count for count in _WAVES if sequences % count == 0 and sequences // count >= settings.rollout.group_size]
+    decodings = [
+        (tp, 0 if count == 1 else sequences // count)
+        for count in waves
+        for tp in range(1, chips + 1)
+        if chips % tp == 0 and _spreads(chips // tp, sequences // count, settings.eval.slots)
+    ]
+    repeated = decoding_sizes(model, chips)
     for tp in (n for n in range(1, chips + 1) if chips % n == 0 and model.kv_heads % n == 0):
         shards = chips // tp
+        sampling = [(size, slots) for size, slots in decodings if size in repeated]
+        sampling += [(tp, 0)] if (tp, 0) not in sampling else []  # the training mesh pads what does not divide
         for dp in (n for n in range(1, shards + 1) if shards % n == 0):
             if model.width % (shards // dp):
                 continue
             for rows in (shards * n for n in _ROWS_OF_A_SHARD if shards * n <= max(sequences, shards)):
-                for rollout_tp in sorted({tp, *rollouts}):
-                    yield Candidate(dp, shards // dp, tp, rows, rollout_tp)
+                for remat in (False, True):
+                    for rollout_tp, slots in sorted(sampling, key=lambda pair: (pair[1] > 0, -pair[1], pair[0])):
+                        yield Candidate(dp, shards // dp, tp, rows, remat, rollout_tp, slots)
 
 
 def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> int:
-    """Compile every candidate that may fit and print those that do, fastest first.
+    """Find the fastest layout that fits, and print what was compiled, fastest first.
 
     Args:
         settings: resolved.
@@ -96,64 +131,176 @@ def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> i
     Returns:
         0 if any fits, 1 if none does.
     """
-    target, devices = find_slice(slice_name), slice_devices(slice_name)
+    target = find_slice(slice_name)
     layouts = list(candidates(settings, model, target.chips))
-    meshes = len({layout.mesh for layout in layouts})
+    search = _Search(settings, model, target, slice_devices(slice_name), _floors(settings, model, target, layouts))
+    meshes, updates = len({layout.mesh for layout in layouts}), len({layout.learning for layout in layouts})
     print(
-        f"search   {len(layouts)} layouts of {meshes} meshes for {target.name}; scoring and update are compiled once "
-        "for each mesh and size of its micro-batch, decoding once for each tp of rollouts",
+        f"search   {len(layouts)} layouts of {meshes} meshes for {target.name}, {updates} updates and "
+        f"{len({layout.decoding for layout in layouts})} rollouts; most promising first, each program compiled once",
         flush=True,
     )
-    fitting = list(_fitting(settings, model, target, devices, layouts))
+    fitting: list[tuple[Candidate, Verdict]] = []
+    while layouts:
+        layout = min(layouts, key=search.bound)
+        fastest = min((verdict.seconds for _, verdict in fitting), default=float("inf"))
+        if search.bound(layout) >= fastest:
+            print(f"left out {len(layouts)} layouts: at least {search.bound(layout):.1f} s by arithmetic", flush=True)
+            break
+        layouts.remove(layout)
+        if (verdict := search.try_layout(layout)) and verdict.fits:
+            fitting.append((layout, verdict))
     if not fitting:
         print(f"nothing fits {target.name}: take more chips, fewer rollout.slots, or a smaller model")
         return 1
     print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
     for candidate, verdict in sorted(fitting, key=lambda pair: pair[1].seconds):
-        print(f"  {verdict.seconds:7.1f} s  {verdict.peak / GIB:6.2f} GiB  {candidate}")
+        print(f"  {verdict.seconds:7.1f} s, at best {verdict.best:.1f} s  {verdict.peak / GIB:6.2f} GiB  {candidate}")
     return 0
 
 
-def _fitting(
-    settings: Settings, model: ModelConfig, target: Slice, devices: Sequence[Any], layouts: Sequence[Candidate]
-) -> Iterator[tuple[Candidate, Verdict]]:
-    """Try each layout, print a line on it, and yield it if it fits."""
-    compiled: dict[tuple, Measured] = {}
-    hopeless: set[tuple] = set()
-    for candidate in layouts:
-        of_mesh, of_rollout = (candidate.mesh,), (candidate.mesh, candidate.rollout_tp)
-        if hopeless & {of_mesh, of_rollout}:
-            print(f"  skipped  {candidate}: less did not fit already", flush=True)
-            continue
+@dataclass
+class _Search:
+    """What is known of a run's layouts.
+
+    Args:
+        settings: of the run.
+        model: dimensions of the policy.
+        target: the slice.
+        devices: of the slice.
+        seconds: that a `Candidate.learning` or `.decoding` takes of a step: the least by arithmetic, and as expected
+            once its programs are compiled.
+        compiled: programs measured so far.
+        hopeless: each finds the layouts that share the reason for which one was given up.
+    """
+
+    settings: Settings
+    model: ModelConfig
+    target: Slice
+    devices: Sequence[Any]
+    seconds: dict[tuple, float]
+    compiled: dict[tuple, Measured] = field(default_factory=dict)
+    hopeless: list[Callable[[Candidate], bool]] = field(default_factory=list)
+
+    def bound(self, layout: Candidate) -> float:
+        """Seconds that a step is expected to take; of what is not compiled yet, the least."""
+        return self.seconds[layout.learning] + self.seconds[layout.decoding]
+
+    def try_layout(self, layout: Candidate) -> Verdict | None:
+        """Compile what is new in a layout, and print a line on it.
+
+        Args:
+            layout: to try.
+
+        Returns:
+            The verdict; None where it was not compiled.
+        """
+        if any(more(layout) for more in self.hopeless):
+            return None
         try:
-            plan = blueprint(candidate.apply(settings), model, make_mesh(candidate.mesh, devices))
+            plan = blueprint(layout.apply(self.settings), self.model, make_mesh(layout.mesh, self.devices))
         except GrpoError as error:
-            print(f"  skipped  {candidate}: {error}", flush=True)
-            continue
-        for what, held, those in (
-            ("parameters and optimizer", bytes_per_device(plan.state), of_mesh),
-            ("parameters, optimizer, decoding weights and cache", _rollout_bytes(plan), of_rollout),
-        ):
-            if held > target.chip.usable_bytes:
-                print(f"  skipped  {candidate}: {what} alone take {held / GIB:.1f} GiB", flush=True)
-                hopeless.add(those)
-                break
-        else:
-            try:
-                verdict = judge_step(plan, _measured(plan, candidate, compiled), target)
-            except jax.errors.JaxRuntimeError as error:
-                # A layout that the compiler fails at is no reason to give up the others.
-                print(f"  failed   {candidate}: {str(error).splitlines()[0]}", flush=True)
-                continue
+            print(f"  skipped  {layout}: {error}", flush=True)
+            return None
+        if needed := self._too_much(plan, layout):
+            print(f"  skipped  {layout}: {needed}", flush=True)
+            return None
+        try:
+            measured = self._measured(plan, layout)
+        except jax.errors.JaxRuntimeError as error:
+            # A layout that the compiler fails at is no reason to give up the others.
+            print(f"  failed   {layout}: {str(error).splitlines()[0]}", flush=True)
+            return None
+        verdict = judge_step(plan, measured, self.target)
+        peak = f"peak {verdict.peak / GIB:.2f} GiB during {verdict.fullest.name}"
+        if verdict.fits:
             print(
-                f"  {'fits' if verdict.fits else 'too big':7}  {candidate}: peak {verdict.peak / GIB:.2f} GiB during "
-                f"{verdict.fullest.name}, step {verdict.seconds:.1f} s, at best {verdict.best:.1f} s",
-                flush=True,
+                f"  fits     {layout}: {peak}, step {verdict.seconds:.1f} s, at best {verdict.best:.1f} s", flush=True
             )
-            if verdict.fits:
-                yield candidate, verdict
+        else:
+            print(f"  too big  {layout}: {peak}", flush=True)
+            self.hopeless.append(_at_least(layout, decoding=verdict.fullest.phase in _DECODING))
+        return verdict
+
+    def _too_much(self, plan: Blueprint, layout: Candidate) -> str:
+        """What alone is larger than a device's memory; empty if nothing is."""
+        state = bytes_per_device((plan.state, plan.frozen, plan.reference))
+        kept = least_activations(plan.settings, self.model, shards=plan.shards, tp=plan.tensor)
+        for what, held, decoding in (
+            ("parameters, optimizer and what a micro-batch keeps for the backward pass", state + kept, False),
+            ("parameters, optimizer, decoding weights and cache", _rollout_bytes(plan), True),
+        ):
+            if held > self.target.chip.usable_bytes:
+                self.hopeless.append(_at_least(layout, decoding=decoding))
+                return f"{what} take {held / GIB:.1f} GiB alone"
+        return ""
+
+    def _measured(self, plan: Blueprint, layout: Candidate) -> list[Measured]:
+        """A run's programs, up to one that does not fit; those that other layouts compiled are taken from there."""
+        measured: dict[str, Measured] = {}
+        for program in programs(plan):
+            if program.phase == "start":
+                key: tuple = (program.name, layout.mesh)
+            elif program.name == "weights":
+                key = (program.name, layout.mesh, layout.rollout_tp)
+            elif program.phase in _DECODING:
+                key = (program.name, *layout.decoding)
             else:
-                hopeless.add(of_rollout if verdict.fullest.phase in _DECODING else of_mesh)
+                key = (program.name, *layout.learning)
+            beside = program.beside(measured) if callable(program.beside) else program.beside
+            if key not in self.compiled:
+                try:
+                    [self.compiled[key]] = measure([replace(program, beside=beside)])
+                except jax.errors.JaxRuntimeError:
+                    self.hopeless.append(_sharing(layout, program.phase))
+                    raise
+            measured[program.name] = replace(self.compiled[key], beside=beside)
+            if measured[program.name].peak > self.target.chip.usable_bytes and program.phase != "start":
+                return list(measured.values())
+        for key, phases in ((layout.learning, ("scoring", "update")), (layout.decoding, ("rollout",))):
+            self.seconds[key] = judge(list(measured.values()), self.target, phases=phases).seconds
+        return list(measured.values())
+
+
+def _floors(settings: Settings, model: ModelConfig, target: Slice, layouts: Sequence[Candidate]) -> dict[tuple, float]:
+    """Least expected seconds of every `Candidate.learning` and `.decoding`."""
+    floors: dict[tuple, float] = {}
+    for layout in layouts:
+        of = layout.apply(settings)
+        if layout.learning not in floors:
+            least = least_update(of, model, target, dp=layout.dp, fsdp=layout.fsdp, tp=layout.tp)
+            floors[layout.learning] = least.expected
+        if layout.decoding not in floors:
+            floors[layout.decoding] = least_rollout(of, model, target, tp=layout.rollout_tp).expected
+    return floors
+
+
+def _spreads(shards: int, *slots: int) -> bool:
+    return all(count % shards == 0 for count in slots)
+
+
+def _sharing(layout: Candidate, phase: str) -> Callable[[Candidate], bool]:
+    """Finds the layouts that need a program of this layout's phase."""
+
+    def shares(other: Candidate) -> bool:
+        if phase in _DECODING:
+            return other.decoding == layout.decoding
+        return other.mesh == layout.mesh if phase == "start" else other.learning == layout.learning
+
+    return shares
+
+
+def _at_least(layout: Candidate, *, decoding: bool) -> Callable[[Candidate], bool]:
+    """Finds the layouts that need no less memory than one that does not fit, for decoding or for an update."""
+
+    def more(other: Candidate) -> bool:
+        if other.mesh != layout.mesh:
+            return False
+        if decoding:
+            return other.rollout_tp == layout.rollout_tp and (not other.slots or 0 < layout.slots <= other.slots)
+        return other.rows >= layout.rows and layout.remat >= other.remat
+
+    return more
 
 
 def _rollout_bytes(plan: Blueprint) -> int:
@@ -162,22 +309,3 @@ def _rollout_bytes(plan: Blueprint) -> int:
     streaming = rollout.prompts * rollout.group_size > plan.sampler.slots
     decoding = plan.sampler.allocation(network, group_size=rollout.group_size, streaming=streaming)
     return bytes_per_device((plan.state, plan.frozen, plan.reference, decoding))
-
-
-def _measured(plan: Blueprint, candidate: Candidate, compiled: dict[tuple, Measured]) -> list[Measured]:
-    """A run's programs; those that other candidates compiled already are taken from there."""
-    measured: dict[str, Measured] = {}
-    for program in programs(plan):
-        if program.phase == "start":
-            key: tuple = (program.name, candidate.mesh)
-        elif program.name == "weights":
-            key = (program.name, candidate.mesh, candidate.rollout_tp)
-        elif program.phase in _DECODING:
-            key = (program.name, candidate.rollout_tp)
-        else:
-            key = (program.name, candidate.mesh, candidate.rows)
-        beside = program.beside(measured) if callable(program.beside) else program.beside
-        if key not in compiled:
-            [compiled[key]] = measure([replace(program, beside=beside)])
-        measured[program.name] = replace(compiled[key], beside=beside)
-    return list(measured.values())
