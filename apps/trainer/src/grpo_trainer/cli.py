@@ -268,7 +268,7 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
             command.add_argument(
                 "--search",
                 action="store_true",
-                help="try meshes, rollout meshes and micro-batches, rank those that fit",
+                help="find the fastest layout: meshes, micro-batches, remat and slots (takes hours)",
             )
     for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
