@@ -2,6 +2,7 @@
 
 Counted are matrix products, weights and live keys and values read from memory once for each use, and the collectives
 that a mesh cannot do without; not activations, logits, or what a compiler adds. Every completion runs to its limit.
+Weights are taken to be larger than a chip's on-chip memory, which could keep those of a toy from step to step.
 """
 
 from __future__ import annotations
