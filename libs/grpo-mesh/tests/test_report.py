@@ -174,3 +174,46 @@ ENTRY %main (f: f32[1024]) -> f32[1024] {
 }
 """
     assert Program(text).tally().traffic == 2 * 4 * 1024  # read once, written once
+
+
+@pytest.mark.parametrize(("outside", "times"), [(True, 1), (False, 28)])
+def test_a_collective_that_overlaps_a_loop_is_counted_where_it_starts(outside, times):
+    """As the TPU compiler writes it: the same channel in the fusions of its start, middle and end."""
+    gather = "all-gather(%a), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}"
+    trips = 'backend_config={"known_trip_count":{"n":"28"}}'
+    start = "  %started = f32[64]{0} fusion(%x), kind=kCustom, calls=%start\n"
+    text = f"""HloModule overlapped
+
+%start (a: f32[16]) -> f32[64] {{
+  %a = f32[16]{{0}} parameter(0)
+  ROOT %gathered = f32[64]{{0}} {gather}
+}}
+
+%async_collective_fusion.1 (a: f32[16]) -> f32[64] {{
+  %a = f32[16]{{0}} parameter(0)
+  ROOT %going = f32[64]{{0}} {gather}
+}}
+
+%done (a: f32[16]) -> f32[64] {{
+  %a = f32[16]{{0}} parameter(0)
+  ROOT %gathered = f32[64]{{0}} {gather}
+}}
+
+%body (x: f32[16]) -> f32[16] {{
+  %x = f32[16]{{0}} parameter(0)
+{"" if outside else start}  %middle = f32[64]{{0}} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %next = f32[16]{{0}} negate(%x)
+}}
+
+%condition (x: f32[16]) -> pred[] {{
+  %x = f32[16]{{0}} parameter(0)
+  ROOT %more = pred[] constant(true)
+}}
+
+ENTRY %main (x: f32[16]) -> f32[64] {{
+  %x = f32[16]{{0}} parameter(0)
+{start if outside else ""}  %loop = f32[16]{{0}} while(%x), condition=%condition, body=%body, {trips}
+  ROOT %end = f32[64]{{0}} {"fusion(%x), kind=kCustom, calls=%done" if outside else "broadcast(%loop), dimensions={}"}
+}}
+"""
+    assert Program(text).tally().collectives == {"all-gather": [times, times * 4 * 64]}

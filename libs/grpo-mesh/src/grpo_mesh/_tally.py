@@ -22,6 +22,7 @@ _SCOPES = re.compile(r'op_name="([^"]*)"')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_OVERLAPPED = "async_collective_fusion"  # computations in which a collective goes on beside arithmetic
 _KERNEL, _BITCAST = 'custom_call_target="tpu_custom_call"', 'custom_call_target="ConcatBitcast"'
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -66,6 +67,13 @@ class Program:
         self.computations, self.entry = parse_program(text)
         self.unknown_trips, self.branch_shares = unknown_trips, branch_shares or {}
         self._tallies: dict[tuple[str, bool], Tally] = {}
+        self._started = {
+            key
+            for name, computation in self.computations.items()
+            if not name.startswith(_OVERLAPPED)
+            for it in computation.instructions.values()
+            if (key := _channel(it))
+        }
 
     def tally(self) -> Tally:
         """Adds up the whole program."""
@@ -165,11 +173,10 @@ class Program:
         total.add(nested)
 
     def _add_collective(self, owner: Computation, it: Instruction, kind: str, total: Tally, channels: set[str]) -> None:
-        channel = _CHANNEL.search(it.rest)
-        if channel:
-            # A collective overlapped with arithmetic appears in the fusions of its start, middle and end.
-            key = f"{kind} {channel[1]}"
-            if key in channels:
+        if key := _channel(it):
+            # A collective overlapped with arithmetic appears in the fusions of its start, middle and end. A middle in
+            # the body of a loop goes on with what started outside.
+            if key in channels or (owner.name.startswith(_OVERLAPPED) and key in self._started):
                 return
             channels.add(key)
         given = sum(array.bytes for name in it.operands for array in owner.arrays(name))
@@ -226,6 +233,12 @@ class Program:
         if it.opcode == "dynamic-update-slice":
             return sum(array.bytes for array in inner.arrays(it.operands[1]))
         return sum(array.bytes for array in results)
+
+
+def _channel(it: Instruction) -> str:
+    """What tells the parts of one collective: its kind and channel; empty if it has none."""
+    kind, channel = it.opcode.removesuffix("-start"), _CHANNEL.search(it.rest)
+    return f"{kind} {channel[1]}" if kind in COLLECTIVES and channel else ""
 
 
 def _slot(owner: Computation, name: str) -> int | None:
