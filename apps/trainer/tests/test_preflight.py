@@ -195,7 +195,7 @@ def test_candidates_divide():
     assert len(found) == len(set(found))
     assert {candidate.tp for candidate in found} == {1, 2, 4}  # four key/value heads
     assert {candidate.rollout_tp for candidate in found} == {1, 2, 4}  # 8 does not divide 28 query heads
-    assert {candidate.slots for candidate in found} == {0, 64, 32}  # in one, two or four waves
+    assert {candidate.slots for candidate in found} == {0, 64, 32, 16, 8}  # a group has eight
     assert found[0] == Candidate(1, 16, 1, 16, False, 1)
     assert "rollout.mesh" not in str(found[0])
     assert str(found[1]) == "mesh=dp:1,fsdp:16,tp:1 loss.rows=16 model.remat=false rollout.mesh=dp:8,tp:2"
@@ -206,6 +206,15 @@ def test_candidates_divide():
         assert applied.mesh == candidate.mesh
         assert (applied.rollout.mesh, applied.rollout.slots) == (candidate.rollout_mesh, candidate.slots)
         assert (applied.loss.rows, applied.model.remat) == (candidate.rows, candidate.remat)
+
+
+def test_the_slots_that_are_set_are_tried():
+    settings = qwen(model={"path": "Qwen/Qwen2.5-7B"}, rollout=QWEN["rollout"] | {"slots": 6})
+    found = list(candidates(settings, model_config(settings.model.path, {}), 4))
+    assert {candidate.slots for candidate in found} == {0, 64, 32, 16, 8, 6}
+    # On the training mesh 6 are padded; on another they must divide.
+    assert {candidate.rollout_tp for candidate in found if candidate.slots == 6 and candidate.tp == 1} == {1, 2, 4}
+    assert {candidate.rollout_tp for candidate in found if candidate.slots == 6 and candidate.tp == 4} == {2, 4}
 
 
 def test_candidates_of_rollouts_divide_the_slots_and_may_repeat_heads():
@@ -241,7 +250,7 @@ def test_the_floor_of_a_step_in_closed_form():
     )  # forward, again, and backward twice; attention backward as two passes
     # Six rows in two micro-batches, weights three times in each; parameter and two moments read and written.
     assert update.work.traffic == 2 * 2 * (3 * layers + 2 * head) / 2 + 2 * 12 * (layers + head) / 4
-    assert update.work.network == 2 * 2 * (3 * layers + 2 * head) / 2 + 5 * 2 * 8 * 2 * 60 / 2
+    assert update.work.network == 2 * (2 * 3 * layers + head) / 2 + 5 * 2 * 8 * 2 * 60 / 2
     assert update.compute == update.work.flops / chip.flops
     one = least_update(settings, model, find_slice("v5e-1"), dp=1, fsdp=1, tp=1)
     assert (one.work.network, one.work.flops) == (0, 4 * update.work.flops)
@@ -310,17 +319,21 @@ def test_a_search_stops_when_no_other_layout_can_be_faster(monkeypatch, capsys):
 @needs_compiler
 def test_a_search_compiles_every_program_once(toy, monkeypatch, capsys):
     rollout = {"prompts": 2, "group_size": 4, "max_new_tokens": 64}
-    settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8}})
+    settings = Settings.model_validate(
+        {**toy, "slices": ["v5e-4"], "rollout": rollout, "eval": {"problems": 8, "slots": 8}}
+    )
     compiled: list[str] = []
-    seen: list[search._Search] = []
+    tried: list[tuple[search._Search, Candidate]] = []
 
     def measure(programs):
         compiled.extend(program.name for program in programs)
         return measure_programs(programs)
 
     def try_layout(self, layout):
-        seen.append(self)
-        return try_once(self, layout) if len(seen) <= 4 else None
+        if len(tried) == 4:
+            return None
+        tried.append((self, layout))
+        return try_once(self, layout)
 
     try_once = search._Search.try_layout
     monkeypatch.setattr(search, "measure", measure)
@@ -329,9 +342,30 @@ def test_a_search_compiles_every_program_once(toy, monkeypatch, capsys):
     found = re.findall(r"^ +fits +mesh=(\S+) .*peak", capsys.readouterr().out, re.MULTILINE)
     assert found
     assert set(found) <= {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}  # one key/value head
-    assert sorted(compiled) == sorted(
-        name for name, *_ in seen[0].compiled
-    )  # keys are a program and what it depends on
+    assert compiled.count("update") == len({layout.learning for _, layout in tried})
+    assert compiled.count("decode") == len({layout.decoding for _, layout in tried})
+    assert compiled.count("evaluation decode") == len({layout.rollout_tp for _, layout in tried})
+    assert len(tried[0][0].compiled) == len(compiled)
+
+
+def test_what_does_not_fit_rules_out_what_needs_no_less():
+    layout = Candidate(1, 4, 1, 8, True, 2, 64)
+    update, decoding = (search._at_least(layout, decoding=decoding) for decoding in (False, True))
+    for change, by_update, by_decoding in (
+        ({}, True, True),
+        ({"rows": 16}, True, True),
+        ({"rows": 4}, False, True),
+        ({"remat": False}, True, True),
+        ({"slots": 0}, True, True),
+        ({"slots": 32}, True, False),
+        ({"rollout_tp": 4}, True, False),
+        ({"dp": 2, "fsdp": 2}, False, False),
+    ):
+        other = replace(layout, **change)
+        assert (update(other), decoding(other)) == (by_update, by_decoding), change
+    assert not search._at_least(replace(layout, remat=False), decoding=False)(layout)
+    all_slots = search._at_least(replace(layout, slots=0), decoding=True)
+    assert (all_slots(layout), all_slots(replace(layout, slots=0))) == (False, True)
 
 
 @pytest.mark.slow

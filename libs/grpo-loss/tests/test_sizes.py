@@ -212,7 +212,7 @@ def test_head_positions_are_whole_chunks():
     batch = data.pack(PackShape(row_length=600, rows=3, prompts=1, prompt_length=5, micro_batches=1))
     live = int(batch.micro.mask_RT.sum())
     # 1,800 positions are two chunks of 1,024 where a chunk has at most 1,280: 2**26 logits of 49,152.
-    assert computed_positions(batch, vocabulary=49_152)["head"] == (1024 if live <= 1024 else 2048, live)
+    assert computed_positions(batch, vocabulary=49_152)["head"] == (1024, live)
     assert live <= 1024
 
 

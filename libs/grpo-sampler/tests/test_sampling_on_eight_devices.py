@@ -42,6 +42,7 @@ def test_results_equal_one_device(mesh, sampling, layers):
         ("2,2,2", "8,1,1", "plain", "unrolled"),
         ("1,4,2", "2,1,4", "adapters", "scanned"),
         ("1,8,1", "2,1,4", "adapters", "unrolled"),
+        ("1,8,1", "2,1,4", "tensor alone", "scanned"),
     ],
 )
 def test_weights_move_to_a_mesh_of_their_own(trained_on, mesh, sampling, layers):

@@ -139,6 +139,8 @@ class PackShape:
             return shape
         smaller = dict.fromkeys(_part(shape, *part) for part in _PARTS[: sizes - 1])
         smaller.pop(shape.largest, None)
+        if not smaller:
+            return shape
         # Smaller micro-batches may be more of them; a batch that would need too many gets the largest size throughout.
         return replace(shape, micro_batches=2 * micro_batches, smaller=tuple(smaller))
 

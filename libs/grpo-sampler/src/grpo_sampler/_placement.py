@@ -19,7 +19,7 @@ class Placement:
 
     def __init__(self, mesh: Mesh | None, params: Any) -> None:
         leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "sharding")]
-        self.mesh = mesh
+        self.mesh = mesh = None if mesh is None else _with_rows(mesh)
         if mesh is None:
             devices = {device for leaf in leaves if leaf.sharding is not None for device in leaf.sharding.device_set}
             if len(devices) > 1:
@@ -98,6 +98,13 @@ class Placement:
 
     def _spec(self, axis: int | None) -> PartitionSpec:
         return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, self.row_axes)
+
+
+def _with_rows(mesh: Mesh) -> Mesh:
+    """The mesh, with an axis of size 1 for rows if `tp` is its only axis."""
+    if mesh.axis_names != (TENSOR_AXIS,):
+        return mesh
+    return Mesh(mesh.devices[None], ("rows", TENSOR_AXIS), axis_types=2 * mesh.axis_types)
 
 
 def _check_order(mesh: Mesh, leaves: list[Any]) -> None:

@@ -53,7 +53,8 @@ def least_rollout(settings: Settings, model: ModelConfig, target: Slice, *, tp: 
     weights, shards = _Matrices.of(model), target.chips // tp
     sequences = rollout.prompts * rollout.group_size
     slots = min(rollout.slots or sequences, sequences)
-    steps, tokens = rollout.max_new_tokens * math.ceil(sequences / slots), sequences * rollout.max_new_tokens
+    waves = math.ceil(math.ceil(sequences / shards) / math.ceil(slots / shards))
+    steps, tokens = rollout.max_new_tokens * waves, sequences * rollout.max_new_tokens
     keys = prompt + rollout.max_new_tokens / 2  # of a token, on average
     live = slots / shards * (prompt / rollout.group_size + rollout.max_new_tokens / 2)  # a group shares its prompt
     kv_heads = math.lcm(model.kv_heads, tp) // tp
@@ -94,7 +95,8 @@ def least_update(settings: Settings, model: ModelConfig, target: Slice, *, dp: i
     weights, shards = _Matrices.of(model), dp * fsdp
     full, again = not settings.model.lora.rank, settings.model.remat
     rows = rollout.prompts * math.ceil(rollout.group_size / (settings.row_length // rollout.max_new_tokens))
-    micro = loss.epochs * loss.minibatches * math.ceil(rows / loss.minibatches / loss.rows)
+    updates = loss.epochs * loss.minibatches
+    micro = updates * math.ceil(rows / loss.minibatches / loss.rows)
     tokens = loss.epochs * rollout.prompts * rollout.group_size * rollout.max_new_tokens
     prompts = loss.epochs * rollout.prompts * prompt
     pairs = tokens * (prompt + rollout.max_new_tokens / 2)
@@ -108,11 +110,12 @@ def least_update(settings: Settings, model: ModelConfig, target: Slice, *, dp: i
         + (12 + 4 * again) * pairs * model.layers * model.query_heads * model.head_size
     )
     held = (weights.layers + weights.head) / (fsdp * tp)
-    optimizer = (
-        loss.epochs * loss.minibatches * 2 * (jnp.dtype(settings.model.dtype).itemsize + 8) * held if full else 0
-    )
+    moments = 8 if settings.optimizer.name in ("adam", "adamw") else 0  # bytes of a parameter; others keep fewer
+    state = jnp.dtype(settings.model.dtype).itemsize + moments
+    optimizer = updates * 2 * state * held if full else 0
     traffic = micro * size * ((2 + again) * weights.layers + 2 * weights.head) / tp + optimizer
-    gathers = micro * size * (2 * (weights.layers + weights.head) + full * weights.layers) / tp if fsdp > 1 else 0
+    # Layers forward and backward, and their gradients; the unembedding is the same for all micro-batches of an update.
+    gathers = size * (micro * (2 + full) * weights.layers + updates * weights.head) / tp if fsdp > 1 else 0
     sums = (4 + again) * model.layers * model.width * size * tokens / shards if tp > 1 else 0
     return _phase("update", target.chip, flops / target.chips, traffic, gathers + sums)
 

@@ -15,7 +15,7 @@ import jax
 
 from grpo_contracts import GrpoError
 from grpo_mesh import Slice, bytes_per_device, find_slice, make_mesh, slice_devices
-from grpo_mesh.preflight import GIB, Measured, Verdict, judge, measure
+from grpo_mesh.preflight import GIB, Measured, Program, Verdict, judge, measure
 from grpo_sampler import ModelConfig, decoding_sizes
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
 from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
@@ -25,7 +25,6 @@ from grpo_trainer.settings.schema import Settings
 __all__ = ["Candidate", "candidates", "search_layouts"]
 
 _ROWS_OF_A_SHARD = (1, 2, 4, 8, 16)
-_WAVES = (1, 2, 4)  # in which the sequences of a step are decoded
 _DECODING = ("rollout", "evaluation")  # phases that run on the rollout mesh
 
 
@@ -99,24 +98,28 @@ def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[C
         Candidates, grouped by mesh.
     """
     sequences = settings.rollout.prompts * settings.rollout.group_size
-    waves = [count for count in _WAVES if sequences % count == 0 and sequences // count >= settings.rollout.group_size]
+    slots = sequences
+    waves = {sequences, settings.rollout.slots or sequences}
+    while slots % 2 == 0 and slots // 2 >= settings.rollout.group_size:
+        waves.add(slots := slots // 2)
     decodings = [
-        (tp, 0 if count == 1 else sequences // count)
-        for count in waves
+        (tp, 0 if count == sequences else count)
+        for count in sorted(waves, reverse=True)
         for tp in range(1, chips + 1)
-        if chips % tp == 0 and _spreads(chips // tp, sequences // count, settings.eval.slots)
+        if chips % tp == 0 and _spreads(chips // tp, count, settings.eval.slots)
     ]
     repeated = decoding_sizes(model, chips)
     for tp in (n for n in range(1, chips + 1) if chips % n == 0 and model.kv_heads % n == 0):
         shards = chips // tp
         sampling = [(size, slots) for size, slots in decodings if size in repeated]
-        sampling += [(tp, 0)] if (tp, 0) not in sampling else []  # the training mesh pads what does not divide
+        # On the training mesh slots are padded to what divides.
+        sampling += [it for it in ((tp, 0), (tp, settings.rollout.slots)) if it not in sampling]
         for dp in (n for n in range(1, shards + 1) if shards % n == 0):
             if model.width % (shards // dp):
                 continue
             for rows in (shards * n for n in _ROWS_OF_A_SHARD if shards * n <= max(sequences, shards)):
                 for remat in (False, True):
-                    for rollout_tp, slots in sorted(sampling, key=lambda pair: (pair[1] > 0, -pair[1], pair[0])):
+                    for rollout_tp, slots in dict.fromkeys(sampling):
                         yield Candidate(dp, shards // dp, tp, rows, remat, rollout_tp, slots)
 
 
@@ -144,14 +147,15 @@ def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> i
     while layouts:
         layout = min(layouts, key=search.bound)
         fastest = min((verdict.seconds for _, verdict in fitting), default=float("inf"))
-        if search.bound(layout) >= fastest:
-            print(f"left out {len(layouts)} layouts: at least {search.bound(layout):.1f} s by arithmetic", flush=True)
+        if (bound := search.bound(layout)) >= fastest:
+            count = sum(not search.given_up(layout) for layout in layouts)
+            print(f"left out {count} layouts: none can take less than {bound:.1f} s", flush=True)
             break
         layouts.remove(layout)
         if (verdict := search.try_layout(layout)) and verdict.fits:
             fitting.append((layout, verdict))
     if not fitting:
-        print(f"nothing fits {target.name}: take more chips, fewer rollout.slots, or a smaller model")
+        print(f"nothing fits {target.name}: take more chips or a smaller model")
         return 1
     print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
     for candidate, verdict in sorted(fitting, key=lambda pair: pair[1].seconds):
@@ -169,7 +173,7 @@ class _Search:
         target: the slice.
         devices: of the slice.
         seconds: that a `Candidate.learning` or `.decoding` takes of a step: the least by arithmetic, and as expected
-            once its programs are compiled.
+            once its programs are compiled, without the move of weights, which depends on both.
         compiled: programs measured so far.
         hopeless: each finds the layouts that share the reason for which one was given up.
     """
@@ -183,8 +187,12 @@ class _Search:
     hopeless: list[Callable[[Candidate], bool]] = field(default_factory=list)
 
     def bound(self, layout: Candidate) -> float:
-        """Seconds that a step is expected to take; of what is not compiled yet, the least."""
+        """Seconds that a step is expected to take at least."""
         return self.seconds[layout.learning] + self.seconds[layout.decoding]
+
+    def given_up(self, layout: Candidate) -> bool:
+        """Whether the layout shares the reason for which another one was given up."""
+        return any(more(layout) for more in self.hopeless)
 
     def try_layout(self, layout: Candidate) -> Verdict | None:
         """Compile what is new in a layout, and print a line on it.
@@ -195,7 +203,7 @@ class _Search:
         Returns:
             The verdict; None where it was not compiled.
         """
-        if any(more(layout) for more in self.hopeless):
+        if self.given_up(layout):
             return None
         try:
             plan = blueprint(layout.apply(self.settings), self.model, make_mesh(layout.mesh, self.devices))
@@ -243,6 +251,8 @@ class _Search:
                 key: tuple = (program.name, layout.mesh)
             elif program.name == "weights":
                 key = (program.name, layout.mesh, layout.rollout_tp)
+            elif program.phase == "evaluation" and self.settings.eval.slots:
+                key = (program.name, layout.rollout_tp)
             elif program.phase in _DECODING:
                 key = (program.name, *layout.decoding)
             else:
@@ -252,13 +262,14 @@ class _Search:
                 try:
                     [self.compiled[key]] = measure([replace(program, beside=beside)])
                 except jax.errors.JaxRuntimeError:
-                    self.hopeless.append(_sharing(layout, program.phase))
+                    self.hopeless.append(_sharing(layout, program))
                     raise
             measured[program.name] = replace(self.compiled[key], beside=beside)
             if measured[program.name].peak > self.target.chip.usable_bytes and program.phase != "start":
                 return list(measured.values())
+        apart = [program for name, program in measured.items() if name != "weights"]
         for key, phases in ((layout.learning, ("scoring", "update")), (layout.decoding, ("rollout",))):
-            self.seconds[key] = judge(list(measured.values()), self.target, phases=phases).seconds
+            self.seconds[key] = judge(apart, self.target, phases=phases).seconds
         return list(measured.values())
 
 
@@ -279,13 +290,15 @@ def _spreads(shards: int, *slots: int) -> bool:
     return all(count % shards == 0 for count in slots)
 
 
-def _sharing(layout: Candidate, phase: str) -> Callable[[Candidate], bool]:
-    """Finds the layouts that need a program of this layout's phase."""
+def _sharing(layout: Candidate, program: Program) -> Callable[[Candidate], bool]:
+    """Finds the layouts that need this program of a layout."""
 
     def shares(other: Candidate) -> bool:
-        if phase in _DECODING:
+        if program.name == "weights":
+            return (other.mesh, other.rollout_tp) == (layout.mesh, layout.rollout_tp)
+        if program.phase in _DECODING:
             return other.decoding == layout.decoding
-        return other.mesh == layout.mesh if phase == "start" else other.learning == layout.learning
+        return other.mesh == layout.mesh if program.phase == "start" else other.learning == layout.learning
 
     return shares
 
