@@ -1,4 +1,4 @@
-"""Memory of one policy update on a device of a TPU slice, by the limit on new tokens. Compiles; no TPU is needed.
+"""Memory of one policy update on a device of a TPU slice, by the limit on new tokens. No TPU is needed.
 
     hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1
 
@@ -10,9 +10,10 @@ import argparse
 
 from grpo_gsm8k.task import TASK
 from grpo_mesh import find_slice, make_mesh, slice_devices
-from grpo_mesh.preflight import GIB, compile_only, measure
+from grpo_mesh.preflight import GIB, compile_only
 from grpo_trainer.assemble.blueprint import blueprint
 from grpo_trainer.assemble.policy import model_config
+from grpo_trainer.assemble.preflight.apart import Compilers
 from grpo_trainer.assemble.preflight.programs import programs
 from grpo_trainer.settings.layers import load
 
@@ -31,20 +32,21 @@ def main() -> None:
 
 
 def update(options: argparse.Namespace, length: int) -> str:
-    """Compile the update for this limit and describe its memory on a device."""
+    """Schedule the update for this limit and describe its memory on a device."""
     mesh = make_mesh(load(TASK, [options.config], options.sets).mesh, slice_devices(options.slice))
     rows = mesh.shape["dp"] * mesh.shape["fsdp"]
     sizes = [f"rollout.max_new_tokens={length}", f"loss.row_length={length}", f"loss.rows={rows}"]
     settings = load(TASK, [options.config], [*sizes, *options.sets])
     plan = blueprint(settings, model_config(settings.model.path, TASK.policies), mesh)
-    (program,) = measure(programs(plan, phases=("update",)))
+    with Compilers(plan.model, options.slice) as compilers:
+        (program,) = compilers.measure(list(programs(plan, phases=("update",))), settings)
     if program.report is None:
         return f"refused, {program.refused / GIB:.1f}"
     figures = {"arguments": program.report.arguments, "temporaries": program.report.temporaries}
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in figures.items())
     kernels = ", ".join(f"{name} {calls:.0f}" for name, calls in program.work.kernels.items()) or "none"
     return (
-        f"compiled in {program.seconds:.0f} s of CPU; kernels {kernels}; {program.work.flops / 1e12:.1f} TFLOP; "
+        f"scheduled in {program.seconds:.0f} s of CPU; kernels {kernels}; {program.work.flops / 1e12:.1f} TFLOP; "
         f"{shown}, together {program.peak / GIB:.2f}"
     )
 

@@ -21,9 +21,10 @@ from grpo_trainer.assemble.blueprint import RULES, blueprint
 from grpo_trainer.assemble.policy import model_config
 from grpo_trainer.assemble.preflight import search
 from grpo_trainer.assemble.preflight.advice import advice
+from grpo_trainer.assemble.preflight.apart import Compilers, _Compiler
 from grpo_trainer.assemble.preflight.command import preflight, report
 from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
-from grpo_trainer.assemble.preflight.programs import judge_step, programs
+from grpo_trainer.assemble.preflight.programs import CompilerError, judge_step, programs
 from grpo_trainer.assemble.preflight.search import Candidate, candidates
 from grpo_trainer.settings.errors import ConfigError
 from grpo_trainer.settings.schema import Settings
@@ -176,6 +177,9 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     wide = plan_of(qwen(loss={"row_length": 0}))
     text = text_of(wide, measured("update", "update", 17.0), "v5e-1")
     assert "change loss.row_length=1024: shorter rows" in text
+    assert "loss.chunk" not in text
+    large = plan_of(qwen(loss={"chunk": 2048}))
+    assert "change loss.chunk=0: logits of fewer" in text_of(large, measured("update", "update", 17.0), "v5e-1")
     text = text_of(plan, measured("decode", "rollout", 20.0), "v5e-4")
     assert "change rollout.slots=64" in text
     assert "change rollout.mesh=dp:-1,tp:2: decoding holds 1/2 of the weights" in text
@@ -281,7 +285,45 @@ def test_a_small_run_is_compiled_for_a_slice(slice_name, toy, capsys):
     for kernel in ("fwd", "dq", "dkv"):  # read off the compiled program
         assert re.search(rf"^update +splash_mha_{kernel}\w* +[1-9]", printed, re.MULTILINE)
     for name in ("prefill", "decode", "scoring", "update", "evaluation decode"):
+        assert f"scheduled {name} in" in printed
         assert f"compiled {name} in" in printed
+    assert re.search(rf"^code +takes up to .* fits {slice_name}$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_quick_preflight_tells_the_same_figures(toy, capsys):
+    settings = Settings.model_validate({**toy, "slices": ["v5e-4"], "mesh": "dp:1,fsdp:-1,tp:1"})
+    assert preflight(settings, TASK, quick=True) == 0
+    assert "compiled" not in capsys.readouterr().out.split("programs compiled in")[0]
+    plan = blueprint(settings, model_config(settings.model.path, {}), make_mesh(settings.mesh, slice_devices("v5e-4")))
+    with Compilers(plan.model, "v5e-4") as compilers:
+        quick = list(compilers.measure(list(programs(plan)), settings))
+    for one, whole in zip(quick, measure_programs(programs(plan)), strict=True):
+        assert one.report is not None
+        assert whole.report is not None
+        assert (one.name, one.phase, one.beside, one.work) == (whole.name, whole.phase, whole.beside, whole.work)
+        assert one.report.code == 0 < whole.report.code
+        assert 0 <= whole.report.temporaries - one.report.temporaries < 1 << 14  # pages of 16 KiB
+        rest = {"code": 0, "temporaries": 0}
+        assert replace(one.report, **rest) == replace(whole.report, **rest)
+
+
+def test_a_compiler_s_process_that_fails_is_told_with_what_it_printed(plan):
+    [program] = programs(plan, phases=("start",))
+    with Compilers(plan.model, "v5e-1") as compilers:
+        for _ in range(2):  # the process that started it goes on
+            with pytest.raises(CompilerError, match=r"(?s)at program 'nothing'.*ended with code 1.*printed: .*Error"):
+                list(compilers.measure([replace(program, name="nothing")], plan.settings))
+
+
+def test_the_process_of_a_compiler_may_be_killed(plan):
+    [program] = programs(plan, phases=("start",))
+    with Compilers(plan.model, "v5e-1") as compilers:
+        compilers._idle.append(killed := _Compiler())
+        killed._process.kill()
+        with pytest.raises(CompilerError, match="at program 'start': its process ended with code -9"):
+            list(compilers.measure([program], plan.settings))
 
 
 def test_a_search_stops_when_no_other_layout_can_be_faster(monkeypatch, capsys):
@@ -302,7 +344,7 @@ def test_a_search_stops_when_no_other_layout_can_be_faster(monkeypatch, capsys):
     floors = search._floors(settings, model, target, every)
     monkeypatch.setattr(search, "slice_devices", lambda name: [])
     monkeypatch.setattr(search._Search, "try_layout", try_layout)
-    assert search.search_layouts(settings, model, "v5e-4") == 0
+    assert search.search_layouts(settings, model, "v5e-4", quick=True) == 0
     printed = capsys.readouterr().out
     fastest = min(seconds for _, seconds in tried)
     assert 0 < len(tried) < len(every) / 2
@@ -325,9 +367,10 @@ def test_a_search_compiles_every_program_once(toy, monkeypatch, capsys):
     compiled: list[str] = []
     tried: list[tuple[search._Search, Candidate]] = []
 
-    def measure(programs):
-        compiled.extend(program.name for program in programs)
-        return measure_programs(programs)
+    def measure(self, wanted, settings):
+        for measured in measure_some(self, wanted, settings):
+            compiled.append(measured.name)
+            yield measured
 
     def try_layout(self, layout):
         if len(tried) == 4:
@@ -336,16 +379,19 @@ def test_a_search_compiles_every_program_once(toy, monkeypatch, capsys):
         return try_once(self, layout)
 
     try_once = search._Search.try_layout
-    monkeypatch.setattr(search, "measure", measure)
+    measure_some = Compilers.measure
+    monkeypatch.setattr(Compilers, "measure", measure)
     monkeypatch.setattr(search._Search, "try_layout", try_layout)
     assert preflight(settings, TASK, search=True) == 0
-    found = re.findall(r"^ +fits +mesh=(\S+) .*peak", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    found = re.findall(r"^ +fits +mesh=(\S+) .*peak", printed, re.MULTILINE)
     assert found
     assert set(found) <= {"dp:1,fsdp:4,tp:1", "dp:2,fsdp:2,tp:1", "dp:4,fsdp:1,tp:1"}  # one key/value head
     assert compiled.count("update") == len({layout.learning for _, layout in tried})
     assert compiled.count("decode") == len({layout.decoding for _, layout in tried})
     assert compiled.count("evaluation decode") == len({layout.rollout_tp for _, layout in tried})
     assert len(tried[0][0].compiled) == len(compiled)
+    assert re.search(r"^code +takes up to .* fits v5e-4$", printed, re.MULTILINE)  # of the fastest
 
 
 def test_what_does_not_fit_rules_out_what_needs_no_less():
@@ -359,7 +405,10 @@ def test_what_does_not_fit_rules_out_what_needs_no_less():
         ({"slots": 0}, True, True),
         ({"slots": 32}, True, False),
         ({"rollout_tp": 4}, True, False),
-        ({"dp": 2, "fsdp": 2}, False, False),
+        ({"dp": 2, "fsdp": 2}, True, True),
+        ({"dp": 2, "fsdp": 2, "rows": 4}, False, True),
+        ({"fsdp": 2, "tp": 2}, False, True),
+        ({"fsdp": 4, "tp": 2}, False, False),
     ):
         other = replace(layout, **change)
         assert (update(other), decoding(other)) == (by_update, by_decoding), change

@@ -149,6 +149,17 @@ def test_sizes_of_micro_batches_change_nothing_but_the_padding(toy_policy: Path,
             np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_logits_in_other_chunks_are_the_same_update(toy_policy: Path, tmp_path: Path) -> None:
+    def first_step(name: str, *sets: str) -> dict[str, Any]:
+        assert train(settings(toy_policy, tmp_path / name, "steps=1", *sets), TASK) == 0
+        return metrics(tmp_path / name)[0]
+
+    whole, parts = first_step("whole", "loss.rows=32"), first_step("parts", "loss.rows=32", "loss.chunk=32")
+    assert parts["packing/positions_per_token/head"] < whole["packing/positions_per_token/head"]
+    for name in ("loss", "grad_norm", "entropy", "update_norm"):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_a_kl_term_learns_from_every_group(toy_policy: Path, tmp_path: Path) -> None:
     sets = ("reward.functions=[sevens]", "loss.reference=initial", "loss.kl_coefficient=0.1", "steps=1")
     assert train(settings(toy_policy, tmp_path / "kl", *sets), TASK) == 0

@@ -214,6 +214,23 @@ def test_head_positions_are_whole_chunks():
     # 1,800 positions are two chunks of 1,024 where a chunk has at most 1,280: 2**26 logits of 49,152.
     assert computed_positions(batch, vocabulary=49_152)["head"] == (1024, live)
     assert live <= 1024
+    assert computed_positions(batch, vocabulary=49_152, chunk=400)["head"] == (-(-live // 400) * 400, live)
+    assert computed_positions(batch, vocabulary=49_152, chunk=5000)["head"] == (1800, live)
+
+
+def test_a_step_of_short_completions_computes_a_quarter_of_many_rows():
+    """16 rows a shard are room for completions at their limit of 1,024 tokens; these have 200."""
+    data = ragged(1, 16, 8, 150, 1024, lambda rng, B: np.full(B, 200))
+    for sizes, rows in ((1, 128), (3, 32)):
+        shape = shape_for(16, 8, 1024, longest_prompt=150, rows=128, row_length=1024, shards=8, sizes=sizes)
+        batch = data.pack(shape)
+        assert batch.count == 1
+        assert computed_positions(batch, vocabulary=50)["rows"] == (rows * 1024, 16 * 8 * 200)
+
+
+def test_a_micro_batch_has_no_more_prompt_slots_than_a_rollout_has_prompts():
+    for groups, shards, slots in ((16, 8, 16), (17, 8, 24), (64, 8, 64), (200, 8, 64), (1, 1, 1)):
+        assert shape_for(groups, 2, 8, rows=16 * shards, shards=shards).prompts == min(slots, 8 * shards)
 
 
 def test_sizes_that_cannot_be_are_refused():

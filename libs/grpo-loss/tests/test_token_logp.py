@@ -173,6 +173,7 @@ def test_chunks_are_few_and_the_last_is_hardly_emptier(tokens, vocabulary):
     assert chunk <= 512 or chunk * vocabulary <= 2**26
     assert chunks == 1 or chunks * chunk - tokens < 128 * chunks
     assert chunks == 1 or chunk > 256
+    assert logit_chunks(tokens, vocabulary, chunk=300) == -(-tokens // 300)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from grpo_mesh import (
     make_mesh,
     slice_devices,
 )
+from grpo_mesh._report import Memory, memory_of
+from grpo_mesh._schedule import read_buffers
 from grpo_mesh.preflight import (
     EFFICIENCY,
     GIB,
@@ -38,7 +42,6 @@ from grpo_mesh.preflight import (
     measure_peak,
     table,
 )
-from grpo_mesh.preflight._programs import _no_flops
 from grpo_mesh.preflight._work import read_work
 
 needs_compiler = pytest.mark.skipif(
@@ -57,7 +60,7 @@ def measured(name: str, phase: str, peak_gib: float, *, work: Work | None = None
 
 def product(width: int, **settings) -> Program:
     shape = jax.ShapeDtypeStruct((width, width), jnp.float32)
-    return Program("product", jax.jit(jnp.dot).lower(shape, shape).compile, **settings)
+    return Program("product", lambda: jax.jit(jnp.dot).lower(shape, shape), **settings)
 
 
 def test_two_nested_loops_are_counted_with_their_own_trips():
@@ -72,9 +75,9 @@ def test_two_nested_loops_are_counted_with_their_own_trips():
     shapes = [jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((width, width), jnp.float32)]
     lowered = jax.jit(nested).lower(*shapes)
     compiled, text = compile_with_text(lowered.compile)
-    _, work = read_work(compiled, text, (5, 7), _no_flops)
+    _, work = read_work(text, memory_of(compiled), (5, 7))
     assert work.flops == 2 * width**3 * (1 + 5 * (2 + 7))
-    (program,) = measure([Program("nested", lowered.compile, trips=(5, 7), runs=3)])
+    (program,) = measure([Program("nested", lambda: lowered, trips=(5, 7), runs=3)])
     assert program.work.flops == 3 * work.flops
 
 
@@ -87,7 +90,7 @@ def test_work_adds_up():
 
 
 def test_a_program_is_measured():
-    (program,) = measure([product(64, beside=1000, runs=lambda compiled: len(compiled.args_info[0]))])
+    (program,) = measure([product(64, beside=1000, runs=lambda lowered: len(lowered.args_info[0]))])
     assert program.report is not None
     assert program.report.arguments == 2 * 4 * 64 * 64
     assert program.outputs == 4 * 64 * 64
@@ -106,10 +109,16 @@ def test_what_a_program_leaves_can_lie_beside_the_next():
 def test_kernels_that_declare_no_cost_are_counted_by_the_caller(monkeypatch):
     calls = {"flash": 4.0, "other": 1.0, "declared": 3.0}
     kernels = CompileReport(0, 0, 0, 0, 0, 100.0, 0.0, {}, calls, 0, frozenset({"flash", "other"}))
-    monkeypatch.setattr("grpo_mesh.preflight._work.compile_report", lambda compiled, **settings: kernels)
-    (program,) = measure([product(8, runs=2, kernel_flops=lambda kernel, compiled: 0.0 if kernel == "other" else 10.0)])
+    monkeypatch.setattr("grpo_mesh.preflight._work.report_of", lambda text, memory, **settings: kernels)
+    (program,) = measure([product(8, runs=2, kernel_flops=lambda kernel, lowered: 0.0 if kernel == "other" else 10.0)])
     assert program.work.flops == 2 * (100 + 4 * 10)
     assert program.work.kernels == {"flash": 8, "other": 2, "declared": 6}
+
+
+class Refused(NamedTuple):
+    """A lowered program that does not compile."""
+
+    compile: Callable[..., Any]
 
 
 # libtpu 0.0.42.1 writes the second of a program with too many arguments as well (8 GiB of them, 10 GiB of temporaries).
@@ -125,7 +134,7 @@ def test_a_refusal_of_the_compiler_is_read(message):
     def refuse(**options):
         raise jax.errors.JaxRuntimeError(message)
 
-    (program,) = measure([Program("big", refuse)])
+    (program,) = measure([Program("big", lambda: cast(Any, Refused(refuse)))])
     assert program.report is None
     assert (program.refused, program.peak, program.outputs) == (int(20.5 * GIB), int(20.5 * GIB), 0)
     verdict = judge([program], find_slice("v5e-1"))
@@ -138,7 +147,7 @@ def test_another_failure_of_the_compiler_is_not_taken_for_a_refusal():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        list(measure([Program("broken", fail)]))
+        list(measure([Program("broken", lambda: cast(Any, Refused(fail)))]))
 
 
 def test_a_refused_program_does_not_fit_even_if_it_seems_to():
@@ -267,12 +276,94 @@ def test_somebody_else_s_step_is_judged_for_a_slice(name):
         return jax.jit(step, out_shardings=weights).lower(w, x)
 
     target = find_slice(name)
-    verdict = judge(list(measure([Program("step", lowered(4096).compile)])), target)
+    verdict = judge(list(measure([Program("step", lambda: lowered(4096))])), target)
     assert verdict.fits
     (phase,) = verdict.phases
     assert phase.work.flops == pytest.approx(2 * 2 * 4096 * width * width / target.chips, rel=0.01)
     assert f"fits {name}" in table(verdict)
     too_many = int(1.5 * target.chip.usable_bytes / (2 * width)) // 4096 * 4096 * target.chips
-    verdict = judge(list(measure([Program("step", lowered(too_many).compile)])), target)
+    verdict = judge(list(measure([Program("step", lambda: lowered(too_many))])), target)
     assert not verdict.fits
     assert f"DOES NOT FIT {name}" in table(verdict)
+
+
+BUFFERS = """BufferAssignment:
+allocation 0: size 512, page 0, thread-local:
+ value: <14 add.16 @0> (size=512,offset=0): bf16[]
+allocation 1: size 2097152, page 0, parameter 3, shape |bf16[1024,1024]| at ShapeIndex {}:
+ value: <285 w.1 @0> (size=2097152,offset=0): bf16[1024,1024]{1,0:T(8,128)(2,1)}
+allocation 2: size 516096, page 0, parameter 1, shape |f32[256,500]| at ShapeIndex {}, maybe-live-out:
+allocation 4: size 512, page 0, constant:
+allocation 13: size 516096, page 0, maybe-live-out:
+allocation 18: size 32, page 0, output shape is |(f32[256,500], f32[256,500])|, maybe-live-out:
+allocation 27: size 512, color 6, page 0, preallocated-temp:
+allocation 29: size 114720, page 0, preallocated-temp:
+ value: <132 dynamic_update_slice.33 @1> (size=65536,offset=2): bf16[12,2048,1]{1,0,2:T(8,128)(2,1)S(1)}
+allocation 30: size 4935680, color 1, page 0, preallocated-temp:
+"""
+
+
+def test_buffers_are_added_up_by_their_use():
+    donated = 516096
+    assert read_buffers(BUFFERS) == Memory(
+        arguments=2097152 + donated, outputs=donated + 516096 + 32, aliased=donated, temporaries=114720, code=0
+    )
+
+
+def test_a_compiler_that_writes_no_schedule_of_its_own_is_waited_for():
+    """The CPU's, for one."""
+    [whole], [quick] = measure([product(64)]), measure([product(64)], code=False)
+    assert quick == dataclasses.replace(whole, seconds=quick.seconds)
+
+
+def test_a_refusal_is_read_without_code_too():
+    def refuse(**options):
+        raise jax.errors.JaxRuntimeError(REFUSALS[0])
+
+    (program,) = measure([Program("big", lambda: cast(Any, Refused(refuse)))], code=False)
+    assert program.refused == int(20.5 * GIB)
+
+
+SCHEDULE = """
+import os, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from grpo_mesh import make_mesh, slice_devices
+from grpo_mesh.preflight import Program, compile_only, measure
+
+compile_only("v6e-8")
+mesh = make_mesh("dp:1,fsdp:4,tp:2", slice_devices("v6e-8"))
+split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("fsdp", "tp"), ()))
+
+def step(w, m, x):
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+    loss, grad = jax.value_and_grad(lambda w: jnp.square(jax.lax.scan(layer, x, w)[0]).mean())(w)
+    m = 0.9 * m + grad
+    return w - m, m, loss
+
+stacked = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tp"))
+w = jax.ShapeDtypeStruct((6, 2048, 2048), jnp.bfloat16, sharding=stacked)
+x = jax.ShapeDtypeStruct((8192, 2048), jnp.bfloat16, sharding=split)
+jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(stacked, stacked, whole))
+for code in (False, True):
+    [measured] = measure([Program("step", lambda: jitted.lower(w, w, x))], code=code)
+    report = measured.report
+    print(report.arguments, report.outputs, report.aliased, -(-report.temporaries >> 14), measured.work, flush=True)
+    print(report.code, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_schedule_of_a_slice_tells_what_its_code_does():
+    done = subprocess.run([sys.executable, "-c", SCHEDULE], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    quick, no_code, whole, code = done.stdout.splitlines()
+    assert quick.split(" Work")[1] == whole.split(" Work")[1]
+    *sizes, pages = map(int, quick.split(" Work")[0].split())
+    *whole_sizes, whole_pages = map(int, whole.split(" Work")[0].split())
+    assert sizes == whole_sizes
+    assert 0 <= whole_pages - pages <= 1
+    assert int(no_code) == 0 < int(code)

@@ -144,7 +144,7 @@ def test_a_table_that_is_none_is_refused(options, message):
 
 def test_without_stop_strings_the_program_takes_no_table(params):
     def text(*, stops: bool) -> str:
-        return sampler_of(stops=stops).programs(params, group_size=4)["decode"]().as_text() or ""
+        return sampler_of(stops=stops).programs(params, group_size=4)["decode"]().compile().as_text() or ""
 
     assert f"s16[{len(table_of(STRINGS))},24]" in text(stops=True)
     assert "s16" not in text(stops=False)

@@ -66,7 +66,7 @@ def test_prompts_are_prefilled_by_splash_with_heads_split_over_tp():
 
     params = jax.tree_util.tree_map_with_path(placed, shapes)
     sampler = Sampler(CONFIG, max_prompt_length=64, max_new_tokens=64, slots=8, compute_dtype=jnp.bfloat16, mesh=mesh)
-    prefill = sampler.programs(params, group_size=4)["prefill"]()
+    prefill = sampler.programs(params, group_size=4)["prefill"]().compile()
     assert "tpu_custom_call" in str(prefill.as_text())
 
 
@@ -84,8 +84,8 @@ def test_rollout_programs_compile_for_a_v6e_slice(shape):
         )
 
     sampler = Sampler(config, SamplingParams(), max_prompt_length=512, max_new_tokens=512, slots=256, mesh=mesh)
-    for name, compile_now in sampler.programs(jax.tree.map_with_path(place, shapes), group_size=8).items():
-        compiled = compile_now()
+    for name, lower in sampler.programs(jax.tree.map_with_path(place, shapes), group_size=8).items():
+        compiled = lower().compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         if name == "decode":

@@ -88,7 +88,7 @@ def main(task: Task, arguments: Sequence[str] | None = None, *, commands: Mappin
         reason = f"error: the working directory cannot be used: {error.strerror}. Change to one that exists"
         return _fail(task, reason, EXIT_USAGE)
     try:
-        with _end_on_sigterm(task):
+        with _end_on_sigterm(task, resumes=given[:1] == ["train"]):
             code = _dispatch(task, given, own)
             sys.stdout.flush()
             return code
@@ -116,8 +116,9 @@ def _dispatch(task: Task, given: Sequence[str], own: Mapping[str, Command]) -> i
 
 
 @contextlib.contextmanager
-def _end_on_sigterm(task: Task) -> Iterator[None]:
+def _end_on_sigterm(task: Task, *, resumes: bool) -> Iterator[None]:
     """Until the loop listens for itself, SIGTERM ends the process at once; the same command does again what is lost."""
+    then = "the same command resumes the run" if resumes else "run the command again"
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield
         return
@@ -129,7 +130,7 @@ def _end_on_sigterm(task: Task) -> Iterator[None]:
         while byte := os.read(read_end, 1):
             if byte[0] == signal.SIGTERM:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; the same command resumes the run\n".encode())
+                    os.write(2, f"grpo-{task.name}: stopped by SIGTERM; {then}\n".encode())
                 os._exit(EXIT_PREEMPTED)
 
     listener = threading.Thread(target=listen, name="sigterm", daemon=True)
@@ -202,7 +203,7 @@ def _start_devices() -> None:
 
 def _extra(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a configured command takes besides its settings."""
-    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies", "split"), "preflight": ("search",)}[
+    names = {"train": ("dry_run",), "eval": ("checkpoint", "policies", "split"), "preflight": ("search", "quick")}[
         options.command
     ]
     return {name: getattr(options, name) for name in names}
@@ -268,7 +269,12 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
             command.add_argument(
                 "--search",
                 action="store_true",
-                help="find the fastest layout: meshes, micro-batches, remat and slots (takes hours)",
+                help="find the fastest layout: meshes, micro-batches, remat and slots",
+            )
+            command.add_argument(
+                "--quick",
+                action="store_true",
+                help="do not generate code: the same figures in a tenth of the time",
             )
     for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)

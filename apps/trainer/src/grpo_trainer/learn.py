@@ -150,15 +150,15 @@ def learn(run: Run, state: TrainState, batch: TrainBatch, step: int) -> tuple[Tr
         computed += int(packed.micro.mask_RT.sum())
     counted = int((batch.scored.rollout.loss_mask_BT & batch.scored.scored_B[:, None]).sum())
     idle = 1 - computed / max(1, counted * run.settings.loss.epochs)
-    vocabulary = run.plan.model.vocab_size
-    measured = [_measured(*result, vocabulary=vocabulary) for result in jax.device_get(results)]
+    measured = [_measured(run, *result) for result in jax.device_get(results)]
     return state, _merge(measured) | {"packing/idle": idle}
 
 
-def _measured(metrics: Mapping[str, Any], packed: PackedBatch, *, vocabulary: int) -> dict[str, Any]:
+def _measured(run: Run, metrics: Mapping[str, Any], packed: PackedBatch) -> dict[str, Any]:
     if not packed.count:
         return {name: metrics[name] for name in _WITHOUT_TOKENS}
-    parts = computed_positions(packed, vocabulary=vocabulary)
+    chunk = run.settings.loss.chunk or None
+    parts = computed_positions(packed, vocabulary=run.plan.model.vocab_size, chunk=chunk)
     computed, live = (sum(parts[name][i] for name in ("rows", "prompts")) for i in (0, 1))
     return {
         **metrics,

@@ -6,17 +6,18 @@ from grpo_loss._layout import PackedBatch
 from grpo_loss._token_logp import default_chunk
 
 
-def computed_positions(batch: PackedBatch, *, vocabulary: int) -> dict[str, tuple[int, int]]:
+def computed_positions(batch: PackedBatch, *, vocabulary: int, chunk: int | None = None) -> dict[str, tuple[int, int]]:
     """Positions that an update computes, and how many of them it needs.
 
     Args:
         batch: from `pack`, its arrays on the host.
-        vocabulary: rows of the unembedding, which decide the chunks of `token_logp`.
+        vocabulary: rows of the unembedding, which decide the chunks of `token_logp` unless they are given.
+        chunk: as given to `token_logp`.
 
     Returns:
         (computed, live) of `rows`: positions of rows, and those with a token; `prompts`: positions of prompt slots, and
-        the tokens of all prompts, each prompt once; `head`: positions whose logits `token_logp` computes by default,
-        and those that count in the loss.
+        the tokens of all prompts, each prompt once; `head`: positions whose logits `token_logp` computes, and those
+        that count in the loss.
     """
     count, sizes, micro = int(batch.count), batch.live_sizes, batch.micro
     mask_MRT, length_MP = np.asarray(micro.mask_RT)[:count], np.asarray(micro.prompt_length_P)[:count]
@@ -28,9 +29,9 @@ def computed_positions(batch: PackedBatch, *, vocabulary: int) -> dict[str, tupl
     head = 0
     for mask_RT, size in zip(mask_MRT, sizes, strict=True):
         tokens = size.rows // batch.shards * size.row_length
-        chunk = default_chunk(tokens, vocabulary)
+        at_once = min(tokens, chunk or default_chunk(tokens, vocabulary))
         most_live = int(mask_RT.reshape(batch.shards, -1).sum(axis=1).max())
-        head += batch.shards * (tokens if chunk == tokens else -(-most_live // chunk) * chunk)
+        head += batch.shards * (tokens if at_once == tokens else -(-most_live // at_once) * at_once)
     return {
         "rows": (
             sum(size.rows * size.row_length for size in sizes),

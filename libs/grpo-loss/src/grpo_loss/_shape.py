@@ -16,6 +16,8 @@ _PARTS = (
     (0.75, 0.8, 0.5, 0.75),
     (0.5, 0.65, 0.5, 0.5),
 )
+# Where a shard's part of a micro-batch has room for so many rows, a whole step of short completions may fill a quarter.
+_MANY_ROWS, _PARTS_OF_MANY = 16, ((0.25, 1, 1, 1), (0.5, 1, 1, 1), *_PARTS[:-2])
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class PackShape:
             max_new_tokens: longest completion, in tokens.
             rows: rows of a micro-batch.
             row_length: tokens of a row; None: `max_new_tokens`.
-            prompts: prompt slots of a micro-batch; None: half its rows, for groups that need two rows or more.
+            prompts: prompt slots of a micro-batch; None: half its rows, for groups that need two rows or more, and no
+                more than the rollout's prompts take.
             shards: product of the mesh's data axes.
             blocks: parts of a row that may each continue another prompt; must divide `row_length`.
             sizes: sizes that a micro-batch may have, the largest included: `smaller` gets up to one less. More of them
@@ -124,7 +127,7 @@ class PackShape:
         if not 1 <= sizes <= 1 + len(_PARTS):
             raise LossError(f"sizes must be between 1 and {1 + len(_PARTS)}: got {sizes}.")
         shard_rows = rows // shards
-        prompts = shards * max(1, -(-shard_rows // 2)) if prompts is None else prompts
+        prompts = shards * max(1, min(-(-shard_rows // 2), -(-groups // shards))) if prompts is None else prompts
         # A row is opened only when no other has room, so at most one row of a group holds fewer completions than this.
         completions_per_row = row_length // max_new_tokens
         group_size = -(-sequences // groups)
@@ -137,7 +140,8 @@ class PackShape:
         shape = cls(row_length, rows, prompts, max(1, max_prompt_length - 1), micro_batches, shards, blocks)
         if sizes == 1:
             return shape
-        smaller = dict.fromkeys(_part(shape, *part) for part in _PARTS[: sizes - 1])
+        parts = _PARTS if shard_rows < _MANY_ROWS else _PARTS_OF_MANY
+        smaller = dict.fromkeys(_part(shape, *part) for part in parts[: sizes - 1])
         smaller.pop(shape.largest, None)
         if not smaller:
             return shape

@@ -108,17 +108,18 @@ def token_logp(
     return jnp.where(mask_RT, logp_RT, 0), jnp.where(mask_RT, entropy_RT, 0)
 
 
-def logit_chunks(tokens: int, vocabulary: int) -> int:
-    """In how many chunks `token_logp` computes logits by default.
+def logit_chunks(tokens: int, vocabulary: int, chunk: int | None = None) -> int:
+    """In how many chunks `token_logp` computes logits.
 
     Args:
         tokens: positions of one shard.
         vocabulary: rows of the unembedding.
+        chunk: tokens of a chunk, as given to `token_logp`.
 
     Returns:
-        Chunks of 512 tokens at most, or of 256 MiB of float32 logits if those are more tokens.
+        Chunks of so many tokens; of 512 at most, or of 256 MiB of float32 logits if those are more, if it is None.
     """
-    return -(-tokens // max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128))
+    return -(-tokens // (chunk or max(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 128 * 128)))
 
 
 def default_chunk(tokens: int, vocabulary: int) -> int:

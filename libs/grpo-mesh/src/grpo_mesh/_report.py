@@ -13,6 +13,8 @@ from jax.stages import Compiled, Lowered
 from grpo_mesh._errors import MeshError
 from grpo_mesh._tally import Program
 
+DUMP_AS_TEXT = {"xla_dump_hlo_as_text": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
@@ -20,6 +22,17 @@ class Collectives:
 
     count: float
     bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a program needs of one device's main memory, in bytes: see `CompileReport`."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +89,33 @@ def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]
     if isinstance(compiles, Compiled):
         raise MeshError("compile_with_text compiles itself: pass `lowered.compile`, not what it returns.")
     with tempfile.TemporaryDirectory(prefix="grpo-mesh-") as folder:
-        compiled = compiles(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        written = sorted(Path(folder).glob("*after_optimizations.txt"))
+        compiled = compiles(compiler_options={"xla_dump_to": folder, **DUMP_AS_TEXT})
         # A program from a compilation cache was written when it was compiled, not now.
-        return compiled, written[-1].read_text() if written else _read_back(compiled)
+        return compiled, read_dump(Path(folder)) or _read_back(compiled)
+
+
+def read_dump(folder: Path) -> str:
+    """Returns the text that XLA wrote of the last program it scheduled; empty if there is none."""
+    written = sorted(folder.glob("*after_optimizations.txt"))
+    return written[-1].read_text() if written else ""
+
+
+def memory_of(compiled: Compiled) -> Memory:
+    """Reads what a compiled program needs.
+
+    Raises:
+        MeshError: this backend does not tell.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise MeshError(f"a report needs a program's memory: {jax.default_backend()} does not tell it.")
+    return Memory(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
 
 
 def compile_report(
@@ -107,18 +143,31 @@ def compile_report(
     """
     if isinstance(compiled, Lowered):
         raise MeshError("compile_report needs a compiled program: got a lowered one. Pass `lowered.compile()`.")
-    memory = compiled.memory_analysis()
-    if text is None:
-        text = _read_back(compiled)
-    if memory is None or not text:
-        raise MeshError(f"compile_report needs a program's memory and text: {jax.default_backend()} reports neither.")
+    return report_of(
+        _read_back(compiled) if text is None else text,
+        memory_of(compiled),
+        unknown_trips=unknown_trips,
+        branch_shares=branch_shares,
+    )
+
+
+def report_of(
+    text: str,
+    memory: Memory,
+    *,
+    unknown_trips: float = 1,
+    branch_shares: Mapping[str, Sequence[float]] | None = None,
+) -> CompileReport:
+    """Puts a report together: see `compile_report`.
+
+    Raises:
+        MeshError: there is no text.
+    """
+    if not text:
+        raise MeshError(f"a report needs a program's text: {jax.default_backend()} does not tell it.")
     tally = Program(text, unknown_trips, branch_shares).tally()
     return CompileReport(
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
+        **dataclasses.asdict(memory),
         flops=tally.flops,
         traffic=tally.traffic,
         collectives={kind: Collectives(*figures) for kind, figures in sorted(tally.collectives.items())},

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 
 from grpo_sampler._cache import Cache, empty_cache
 from grpo_sampler._config import ModelConfig
@@ -15,7 +16,7 @@ from grpo_sampler._decode import Emitted, Weights, decode, keep, prefill, weight
 from grpo_sampler._kernels import Attention
 from grpo_sampler._lora import split_adapters
 from grpo_sampler._placement import Placement
-from grpo_sampler._programs import Options, Programs
+from grpo_sampler._programs import Programs, Recipe
 from grpo_sampler._request import Request
 from grpo_sampler._sampling import is_filtered
 from grpo_sampler._slots import Fill, Finished, Shape, Slots
@@ -72,12 +73,13 @@ class Engine:
             Futures of the compiled programs.
         """
         shape = shapes[first]
-        return [
+        recipes = [
             self._weights_program(),
             self._decode_program(shape, filtered),
             *(self._prefill_program(shape, length) for length in self.plan.prefills),
             self._empty_program(shape),
         ]
+        return [self._programs.start(recipe) for recipe in recipes]
 
     def start_shrinking(self, shapes: tuple[Shape, ...], *, filtered: bool, level: int = 0) -> list[Any]:
         """Starts compiling what a batch needs to drain from `shapes[level]` to the smallest shape.
@@ -87,20 +89,20 @@ class Engine:
         """
         steps = zip(shapes[level:], shapes[level + 1 :])
         pairs = [(self._keep_program(old, new), self._decode_program(new, filtered)) for old, new in steps]
-        return [program for pair in pairs for program in pair]
+        return [self._programs.start(recipe) for pair in pairs for recipe in pair]
 
-    def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[..., Any]]:
-        """The largest program of each kind by name, each compiled when called unless it already is."""
+    def programs(self, shapes: tuple[Shape, ...], *, filtered: bool) -> dict[str, Callable[[], Lowered]]:
+        """What traces and lowers the largest program of each kind, by name."""
         largest = shapes[0]
-        starts: dict[str, Callable[..., Any]] = {
-            "weights": self._weights_program,
-            "cache": partial(self._empty_program, largest),
-            "prefill": partial(self._prefill_program, largest, self.plan.prompt),
-            "decode": partial(self._decode_program, largest, filtered),
+        recipes = {
+            "weights": self._weights_program(),
+            "cache": self._empty_program(largest),
+            "prefill": self._prefill_program(largest, self.plan.prompt),
+            "decode": self._decode_program(largest, filtered),
         }
         if len(shapes) > 1:
-            starts["shrink"] = partial(self._keep_program, largest, shapes[1])
-        return {name: _waiting(start) for name, start in starts.items()}
+            recipes["shrink"] = self._keep_program(largest, shapes[1])
+        return {name: recipe.lower for name, recipe in recipes.items()}
 
     def allocation(self, shape: Shape) -> tuple[Weights, Cache]:
         """The weights and the cache of all shards, as shapes with shardings."""
@@ -131,8 +133,8 @@ class Engine:
         )
         if self.placement.mesh is not None:
             params = jax.device_put(params, _shardings(self._params))  # nothing moves if they are already there
-        weights = self._weights_program().result()(params)
-        cache = self._empty_program(shapes[first]).result()()
+        weights = self._compiled(self._weights_program())(params)
+        cache = self._compiled(self._empty_program(shapes[first]))()
         vocabulary = self.plan.config.vocab_size
         call = self._send(
             write_call(request.sampling, vocabulary, seed=request.seed, step=request.step, min_new=request.min_new)
@@ -144,12 +146,12 @@ class Engine:
             if slots.waiting and (slots.live.sum(1) < slots.shape.rows).any():
                 cache, table = self._fill(weights, cache, slots.seat(), slots.shape, request), None
             while not slots.waiting and level + 1 < len(shapes) and slots.live.sum(1).max() <= shapes[level + 1].rows:
-                program = self._keep_program(shapes[level], shapes[level + 1]).result()
+                program = self._compiled(self._keep_program(shapes[level], shapes[level + 1]))
                 level += 1
                 cache, table = program(cache, self._send(slots.shrink(shapes[level]), split=True)), None
             if table is None:
                 table = self._send(write_table(slots.rows(column_N)).reshape(-1), split=True)
-            cache, table, record = self._decode_program(slots.shape, filtered).result()(
+            cache, table, record = self._compiled(self._decode_program(slots.shape, filtered))(
                 weights, cache, table, call, self._until(slots, shapes, level), *stops
             )
             if slots.live.sum() < slots.live.size:  # sequences have ended: smaller shapes will be needed
@@ -199,8 +201,11 @@ class Engine:
                     prompts[shard, i, -2:] = count, fill.unit
             self.prefilled[0] += prompts[..., :-2].size
             sent = self._send(prompts.reshape(-1, length + 2), split=True)
-            cache = self._prefill_program(shape, length).result()(weights, cache, sent)
+            cache = self._compiled(self._prefill_program(shape, length))(weights, cache, sent)
         return cache
+
+    def _compiled(self, recipe: Recipe) -> Any:
+        return self._programs.start(recipe).result()
 
     # Programs: each is a pure function of `_decode`, split over the shards, with fixed shapes and shardings.
 
@@ -223,12 +228,12 @@ class Engine:
         unembed = None if config.tied else place("unembed")
         return Weights(place("embed"), unembed, place("final_norm"), layers)
 
-    def _weights_program(self, options: Options = None) -> Any:
+    def _weights_program(self) -> Recipe:
         def lower() -> Any:
             jitted = jax.jit(self._weights_function, out_shardings=self._weight_shardings())
             return jitted.lower(self._params)
 
-        return self._programs.start(("weights", self._key), lower, options)
+        return Recipe(("weights", self._key), lower)
 
     def _cache(self, shape: Shape) -> Cache:
         """The abstract cache of all shards."""
@@ -253,18 +258,18 @@ class Engine:
     def _cache_axes(self, cache: Cache) -> Cache:
         return jax.tree.map(lambda _: self._rows_axis, cache)
 
-    def _empty_program(self, shape: Shape, options: Options = None) -> Any:
+    def _empty_program(self, shape: Shape) -> Recipe:
         def lower() -> Any:
             cache = self._cache(shape)
             zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)  # noqa: E731
             return jax.jit(zeros, out_shardings=_shardings(cache)).lower()
 
-        return self._programs.start(("empty", self._key, shape), lower, options)
+        return Recipe(("empty", self._key, shape), lower)
 
     def _prefill_width(self, shape: Shape) -> int:
         return min(PREFILL if len(self.plan.prefills) == 1 else PREFILL // 2, shape.units)
 
-    def _prefill_program(self, shape: Shape, length: int, options: Options = None) -> Any:
+    def _prefill_program(self, shape: Shape, length: int) -> Recipe:
         def lower() -> Any:
             cache, count = self._cache(shape), self.placement.shards * self._prefill_width(shape)
             axes = self._cache_axes(cache)
@@ -281,9 +286,9 @@ class Engine:
             jitted = jax.jit(function, donate_argnums=1, out_shardings=_shardings(cache))
             return jitted.lower(self._weights, cache, self._ints((count, length + 2), split=True))
 
-        return self._programs.start(("prefill", self._key, shape, length), lower, options)
+        return Recipe(("prefill", self._key, shape, length), lower)
 
-    def _keep_program(self, old: Shape, new: Shape, options: Options = None) -> Any:
+    def _keep_program(self, old: Shape, new: Shape) -> Recipe:
         def lower() -> Any:
             before, after, N = self._cache(old), self._cache(new), self.placement.shards
             axes = self._cache_axes(before)
@@ -291,9 +296,9 @@ class Engine:
             jitted = jax.jit(function, out_shardings=_shardings(after))
             return jitted.lower(before, self._ints((N * (new.units + new.rows),), split=True))
 
-        return self._programs.start(("keep", self._key, old, new), lower, options)
+        return Recipe(("keep", self._key, old, new), lower)
 
-    def _decode_program(self, shape: Shape, filtered: bool, options: Options = None) -> Any:
+    def _decode_program(self, shape: Shape, filtered: bool) -> Recipe:
         def lower() -> Any:
             cache, placement = self._cache(shape), self.placement
             axes = self._cache_axes(cache)
@@ -317,15 +322,11 @@ class Engine:
             jitted = jax.jit(function, donate_argnums=(1, 2), out_shardings=(_shardings(cache), table.sharding, record))
             return jitted.lower(self._weights, cache, table, self._ints((CALL_SIZE,)), self._ints((2,)), *stops)
 
-        return self._programs.start(("decode", self._key, shape, filtered), lower, options)
+        return Recipe(("decode", self._key, shape, filtered), lower)
 
     def _ints(self, shape: tuple[int, ...], *, split: bool = False) -> jax.ShapeDtypeStruct:
         sharding = self.placement.rows() if split else self.placement.replicated
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-
-
-def _waiting(start: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda compiler_options=None: start(options=compiler_options).result()
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

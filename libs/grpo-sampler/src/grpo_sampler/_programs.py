@@ -1,13 +1,18 @@
 """Compiled programs, counted: each is compiled ahead of time, so nothing recompiles unnoticed."""
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.stages import Lowered
 
-Options = Mapping[str, str | bool] | None
+
+class Recipe(NamedTuple):
+    """How to make a program: what traces and lowers it, and everything that its shapes and code depend on."""
+
+    key: Hashable
+    lower: Callable[[], Lowered]
 
 
 class Programs:
@@ -23,18 +28,15 @@ class Programs:
         """Programs compiled so far, including those still compiling."""
         return len(self._table)
 
-    def start(self, key: Hashable, lower: Callable[[], Lowered], options: Options = None) -> Future[Any]:
+    def start(self, recipe: Recipe) -> Future[Any]:
         """Starts compiling a program unless it has been started before.
 
         Args:
-            key: everything that the program's shapes and code depend on.
-            lower: traces and lowers it.
-            options: compiler options, which are part of the key.
+            recipe: of the program.
         Returns:
             A future of the compiled program.
         """
-        whole = key, tuple(sorted((options or {}).items()))
         with self._lock:
-            if whole not in self._table:
-                self._table[whole] = self._pool.submit(lambda: lower().compile(dict(options or {}) or None))
-            return self._table[whole]
+            if recipe.key not in self._table:
+                self._table[recipe.key] = self._pool.submit(lambda: recipe.lower().compile())
+            return self._table[recipe.key]

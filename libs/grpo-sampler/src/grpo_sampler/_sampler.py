@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Lowered
 
 from grpo_contracts import PolicyVersion, Prompts, Rollout, SamplingParams
 from grpo_sampler._arguments import brief, check_floating, check_int
@@ -186,7 +186,7 @@ class Sampler:
 
     def programs(
         self, params: Any, *, group_size: int, sampling: SamplingParams | None = None, streaming: bool = False
-    ) -> dict[str, Callable[..., Compiled]]:
+    ) -> dict[str, Callable[[], Lowered]]:
         """The programs of a call that fills all slots, to plan memory and time, also for devices that are not present.
 
         Args:
@@ -195,11 +195,10 @@ class Sampler:
             sampling: as for `generate`; only whether they filter matters.
             streaming: whether the batch exceeds the slots.
         Returns:
-            Functions that compile, by name, in the order in which they first run: `weights` (lays the parameters out
-            for decoding), `cache` (allocates it), `prefill` (prompts into the cache), `decode` (a chunk of steps, in a
-            loop whose end depends on the data) and, if there is a smaller size, `shrink` (the cache of a draining
-            batch). Each program is the largest of its kind, for the longest prompt bucket. The functions take
-            `compiler_options` as `jax.stages.Lowered.compile` does.
+            Functions that trace and lower, by name, in the order in which the programs first run: `weights` (lays the
+            parameters out for decoding), `cache` (allocates it), `prefill` (prompts into the cache), `decode` (a chunk
+            of steps, in a loop whose end depends on the data) and, if there is a smaller size, `shrink` (the cache of
+            a draining batch). Each is the largest of its kind, for the longest prompts.
 
         Raises:
             SamplerError: parameters of another model.

@@ -63,6 +63,7 @@ def make_forward(graphdef: Any, settings: Settings, *, shards: int) -> Callable[
             micro.target_RT,
             temperature=settings.rollout.temperature,
             mask_RT=micro.mask_RT,
+            chunk=settings.loss.chunk or None,
             shards=shards,
         )
 

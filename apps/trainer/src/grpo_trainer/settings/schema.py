@@ -264,7 +264,9 @@ class LossSettings(_Section):
         default=0, description="tokens of a packed training row; 0: room for two of the longest completions"
     )
     rows: Positive = Field(default=8, description="packed rows of one micro-batch")
-    prompts: Count = Field(default=0, description="prompts of one micro-batch; 0: half its rows")
+    prompts: Count = Field(
+        default=0, description="prompts of one micro-batch; 0: half its rows, and no more than a step's"
+    )
     prompt_sizes: Positive = Field(
         default=1,
         description="sizes of a prompt slot, up to data.max_prompt_length: a batch uses the smallest that holds its "
@@ -274,6 +276,11 @@ class LossSettings(_Section):
         default=1,
         description="sizes of a micro-batch, up to that above: each has the one that leaves least padding. Each is a "
         "branch of one program, which takes longer to compile with each",
+    )
+    chunk: Count = Field(
+        default=0,
+        description="tokens whose logits a device has at once; 0: 512, or as many as have 256 MiB. With more of them "
+        "the gradient of a large unembedding is read and written less often",
     )
     blocks: Positive = Field(
         default=4,

@@ -27,6 +27,7 @@ def compile_only(slice_name: str) -> list[str]:
     """
     size = slice_name.rpartition("-")[2]
     variables = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilers may work side by side
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{find_slice(slice_name).chip.gcloud}-{size}",

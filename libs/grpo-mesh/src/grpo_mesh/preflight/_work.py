@@ -6,9 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from jax.stages import Compiled
-
-from grpo_mesh._report import CompileReport, compile_report
+from grpo_mesh._report import CompileReport, Memory, report_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +49,10 @@ class Work:
 
 
 def read_work(
-    compiled: Compiled,
     text: str,
-    trips: tuple[float, float],
-    kernel_flops: Callable[[str, Compiled], float],
+    memory: Memory,
+    trips: tuple[float, float] = (1, 1),
+    kernel_flops: Callable[[str], float] | None = None,
     branch_shares: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[CompileReport, Work]:
     """Reads the work of one run, with its own trip count for each of two nested loops whose ends depend on the data.
@@ -63,16 +61,16 @@ def read_work(
     Three readings of the program give a, b and c; m outer iterations with n inner ones each then make a + m (b + n c).
 
     Args:
-        compiled: the program.
-        text: its text.
+        text: of the program.
+        memory: that it needs.
         trips: iterations of the outer loop, and of the inner loop in each of them.
-        kernel_flops: FLOPs of one call of a kernel that declares no cost.
+        kernel_flops: FLOPs of one call of a kernel that declares no cost, by its name; None: 0.
         branch_shares: as of `compile_report`.
 
     Returns:
         The compiler's report, without these loops, and the work.
     """
-    read = functools.partial(compile_report, compiled, text=text, branch_shares=branch_shares)
+    read = functools.partial(report_of, text, memory, branch_shares=branch_shares)
     report = read(unknown_trips=0)
     readings = [report]
     if report.unknown_loops:
@@ -92,7 +90,9 @@ def read_work(
         )
 
     def flops(reading: CompileReport) -> float:
-        return reading.flops + sum(reading.kernels[name] * kernel_flops(name, compiled) for name in reading.undeclared)
+        if kernel_flops is None:
+            return reading.flops
+        return reading.flops + sum(reading.kernels[name] * kernel_flops(name) for name in reading.undeclared)
 
     return report, Work(
         at_trips(flops),

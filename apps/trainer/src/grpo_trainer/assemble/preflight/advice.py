@@ -35,6 +35,8 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
         if (rows := settings.loss.rows) > shards:
             fewer = max(shards, rows // 2 // shards * shards)
             yield f"loss.rows={fewer}: smaller micro-batches, the same update"
+        if settings.loss.chunk:
+            yield "loss.chunk=0: logits of fewer tokens at once, the same update"
         shortest = settings.rollout.max_new_tokens
         shortest += -shortest % settings.loss.blocks
         if settings.row_length > shortest:

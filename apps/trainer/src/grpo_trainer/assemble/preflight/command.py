@@ -23,8 +23,9 @@ from grpo_sampler import ModelConfig
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
 from grpo_trainer.assemble.policy import model_config
 from grpo_trainer.assemble.preflight.advice import advice
+from grpo_trainer.assemble.preflight.apart import Compilers
 from grpo_trainer.assemble.preflight.floor import least_rollout, least_update
-from grpo_trainer.assemble.preflight.programs import judge_step, memory_rows, programs
+from grpo_trainer.assemble.preflight.programs import generate_code, judge_step, memory_rows, programs
 from grpo_trainer.assemble.preflight.search import search_layouts
 from grpo_trainer.assemble.run import Run, assemble
 from grpo_trainer.learn import learn, make_batch
@@ -39,13 +40,14 @@ __all__ = ["TOLERANCE", "preflight", "report"]
 TOLERANCE = 0.25  # a prediction that is further off is no use for planning, and preflight fails
 
 
-def preflight(settings: Settings, task: Task, *, search: bool = False) -> int:
+def preflight(settings: Settings, task: Task, *, search: bool = False, quick: bool = False) -> int:
     """Print what a run needs of every device, and whether its slices have it.
 
     Args:
         settings: resolved; `slices` names TPU slices, or is empty for the devices of this machine.
         task: what is learned.
         search: try other meshes, rollout meshes and micro-batches as well, and rank those that fit.
+        quick: do not generate code, which takes most of the time and changes no other figure.
 
     Returns:
         Exit code: 0 the run fits every slice (or, with `search`, some layout does; without a slice: the prediction
@@ -65,7 +67,7 @@ def preflight(settings: Settings, task: Task, *, search: bool = False) -> int:
     codes = []
     for slice_name in settings.slices:
         print()
-        codes.append(compile_for(settings, model, slice_name))
+        codes.append(compile_for(settings, model, slice_name, quick=quick))
     return max(codes)
 
 
@@ -87,7 +89,7 @@ def report(plan: Blueprint, verdict: Verdict) -> str:
     )
 
 
-def _compile_for(settings: Settings, model: ModelConfig, slice_name: str) -> int:
+def _compile_for(settings: Settings, model: ModelConfig, slice_name: str, *, quick: bool) -> int:
     target = find_slice(slice_name)
     plan = blueprint(settings, model, make_mesh(settings.mesh, slice_devices(slice_name)))
     axes, decoding = (
@@ -114,11 +116,15 @@ def _compile_for(settings: Settings, model: ModelConfig, slice_name: str) -> int
     parts = ", ".join(f"{phase.name} {phase.bound:.2f} s ({phase.limit})" for phase in least)
     print(f"floor    {sum(phase.bound for phase in least):.2f} s a step at best, by arithmetic: {parts}", flush=True)
     measured = []
-    for program in measure(programs(plan)):
-        measured.append(program)
-        print(f"compiled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
+    with Compilers(model, slice_name) as compilers:
+        for program in compilers.measure(list(programs(plan)), settings):
+            measured.append(program)
+            print(f"scheduled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
     verdict = judge_step(plan, measured, target)
-    print(f"\n{report(plan, verdict)}")
+    print(f"\n{report(plan, verdict)}", flush=True)
+    if verdict.fits and not quick:
+        print()
+        verdict = generate_code(plan, target)
     return 0 if verdict.fits else 1
 
 

@@ -100,7 +100,7 @@ def least_update(settings: Settings, model: ModelConfig, target: Slice, *, dp: i
     tokens = loss.epochs * rollout.prompts * rollout.group_size * rollout.max_new_tokens
     prompts = loss.epochs * rollout.prompts * prompt
     pairs = tokens * (prompt + rollout.max_new_tokens / 2)
-    chunked = logit_chunks(loss.rows // shards * settings.row_length, model.vocab_size) > 1
+    chunked = logit_chunks(loss.rows // shards * settings.row_length, model.vocab_size, loss.chunk or None) > 1
     # Forward, and backward to inputs and weights. What is recomputed stops short of the product that ends a layer.
     flops = (
         2

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 
-from jax.stages import Compiled
+import jax
+from jax.stages import Lowered
 
-from grpo_contracts import SamplingParams
+from grpo_contracts import GrpoError, SamplingParams
 from grpo_loss import PackedBatch, abstract_batch, logit_chunks
 from grpo_mesh import Slice, bytes_per_device, replicated
-from grpo_mesh.preflight import Measured, Program, Verdict, judge
+from grpo_mesh.preflight import Measured, Program, Verdict, format_bytes, judge, measure
 from grpo_sampler import splash_flops
 from grpo_trainer.assemble.blueprint import Blueprint
 
-__all__ = ["PHASES", "STEP", "judge_step", "memory_rows", "programs"]
+__all__ = ["PHASES", "STEP", "CompilerError", "generate_code", "judge_step", "memory_rows", "programs"]
 
 PHASES = ("start", "rollout", "evaluation", "scoring", "update")
 STEP = ("rollout", "scoring", "update")  # the phases that every step has
+
+
+class CompilerError(GrpoError, RuntimeError):
+    """The compiler failed at a program for another reason than a lack of memory, or its process ended."""
 
 
 def programs(plan: Blueprint, *, phases: Container[str] = PHASES) -> Iterator[Program]:
@@ -47,6 +52,39 @@ def judge_step(plan: Blueprint, measured: Sequence[Measured], target: Slice) -> 
     rollout = plan.settings.rollout
     tokens = rollout.prompts * rollout.group_size * rollout.max_new_tokens
     return judge(measured, target, phases=STEP, tokens=tokens)
+
+
+def generate_code(plan: Blueprint, target: Slice) -> Verdict:
+    """Compile a run's programs to their end, which shows whether there is code for all, and print how it goes.
+
+    Args:
+        plan: the run.
+        target: the slice.
+
+    Returns:
+        The verdict with the code, which takes memory, too.
+
+    Raises:
+        CompilerError: there is no code for a program.
+    """
+    print("code     is generated now, which takes most of the compiler's time and changes no other figure", flush=True)
+    measured: list[Measured] = []
+    try:
+        for program in measure(programs(plan)):
+            measured.append(program)
+            print(f"compiled {program.name} in {program.seconds:.1f} s of CPU", flush=True)
+    except jax.errors.JaxRuntimeError as error:
+        after = f" after {measured[-1].name}" if measured else ""
+        raise CompilerError(f"the compiler failed at the program{after}: {str(error).splitlines()[0]}") from error
+    verdict = judge_step(plan, measured, target)
+    largest = max((program.report.code for program in measured if program.report), default=0)
+    outcome = "fits" if verdict.fits else "DOES NOT FIT"
+    print(
+        f"code     takes up to {format_bytes(largest)} of a device; with it the peak is {format_bytes(verdict.peak)}: "
+        f"{outcome} {target.name}",
+        flush=True,
+    )
+    return verdict
 
 
 def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str, str, int]]:
@@ -82,9 +120,7 @@ def memory_rows(plan: Blueprint, measured: Sequence[Measured]) -> list[tuple[str
 def _programs(plan: Blueprint) -> Iterator[Program]:
     settings, beside = plan.settings, bytes_per_device((plan.reference, plan.frozen))
     rollout, evaluation = settings.rollout, settings.eval
-    yield Program(
-        "start", lambda **options: plan.start.lower(plan.state.params).compile(**options), "start", beside=beside
-    )
+    yield Program("start", lambda: plan.start.lower(plan.state.params), "start", beside=beside)
     yield from _decoding(plan, "rollout", group_size=rollout.group_size, sequences=rollout.prompts * rollout.group_size)
     if evaluation.every or evaluation.before or evaluation.after:
         yield from _decoding(plan, "evaluation", group_size=1, sequences=evaluation.problems, sampling=plan.greedy)
@@ -116,45 +152,45 @@ def _decoding(
     def with_weights(measured: Mapping[str, Measured]) -> int:
         return held + (measured["weights"].outputs if "weights" in measured else 0)
 
-    def prefilled(compiled: Compiled) -> int:
+    def prefilled(lowered: Lowered) -> int:
         """Prompts of one call."""
-        return compiled.args_info[0][2].shape[0] // shards
+        return lowered.args_info[0][2].shape[0] // shards
 
-    def prefills(compiled: Compiled) -> float:
-        return math.ceil(math.ceil(local / group_size) / prefilled(compiled))
+    def prefills(lowered: Lowered) -> float:
+        return math.ceil(math.ceil(local / group_size) / prefilled(lowered))
 
-    def prefill_flops(kernel: str, compiled: Compiled) -> float:
+    def prefill_flops(kernel: str, lowered: Lowered) -> float:
         return splash_flops(
             kernel,
-            rows=prefilled(compiled),
+            rows=prefilled(lowered),
             heads=model.query_heads // plan.rollout_mesh.shape["tp"],
             head_size=model.head_size,
             length=plan.settings.data.max_prompt_length,
         )
 
-    compiles = sampler.programs(
+    lowers = sampler.programs(
         network,
         group_size=group_size,
         sampling=sampling,
         streaming=sequences > sampler.slots,
     )
-    for name, compile_now in compiles.items():
+    for name, lower in lowers.items():
         label = name if phase == "rollout" else f"{title or phase} {name}"
         match name:
             case "weights":
                 if phase == "rollout":  # an evaluation runs the same program
-                    yield Program(label, compile_now, phase, beside=held - bytes_per_device(network))
+                    yield Program(label, lower, phase, beside=held - bytes_per_device(network))
             case "cache" | "shrink":
-                yield Program(label, compile_now, phase, beside=with_weights)
+                yield Program(label, lower, phase, beside=with_weights)
             case "prefill":
-                yield Program(label, compile_now, phase, beside=held, runs=prefills, kernel_flops=prefill_flops)
+                yield Program(label, lower, phase, beside=held, runs=prefills, kernel_flops=prefill_flops)
             case "decode":
                 steps = sampler.max_new_tokens * refills
                 # Refilled rows start anywhere in the ring, so that most steps read all of it: counted as all steps.
                 shares = sampler.branch_shares if refills == 1 else {}
-                yield Program(label, compile_now, phase, beside=held, trips=(steps, 1), branch_shares=shares)
+                yield Program(label, lower, phase, beside=held, trips=(steps, 1), branch_shares=shares)
             case _:
-                yield Program(label, compile_now, phase, beside=held)
+                yield Program(label, lower, phase, beside=held)
 
 
 def _learning(plan: Blueprint) -> Iterator[Program]:
@@ -166,9 +202,9 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
     in_reward = loss.kl_in == "reward" and plan.reference is not None
     old, reference = updates > 1 or in_reward or loss.top_entropy is not None, plan.reference is not None
     rows = rollout.prompts * math.ceil(rollout.group_size / (shape.row_length // rollout.max_new_tokens))
-    chunks = logit_chunks(shape.rows // shards * shape.row_length, model.vocab_size)
+    chunks = logit_chunks(shape.rows // shards * shape.row_length, model.vocab_size, loss.chunk or None)
 
-    def flops(kernel: str, compiled: Compiled) -> float:
+    def flops(kernel: str, lowered: Lowered) -> float:
         return splash_flops(
             kernel,
             rows=shape.prompts // shards,
@@ -179,7 +215,7 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
 
     yield Program(
         "scoring",
-        lambda **options: plan.score.lower(plan.state.params, _batch(plan), *plan.frozen).compile(**options),
+        lambda: plan.score.lower(plan.state.params, _batch(plan), *plan.frozen),
         "scoring",
         beside=state - params + frozen,
         runs=old + reference,
@@ -188,9 +224,7 @@ def _learning(plan: Blueprint) -> Iterator[Program]:
     )
     yield Program(
         "update",
-        lambda **options: plan.update.lower(
-            plan.state, _batch(plan, old=old, reference=reference), *plan.frozen
-        ).compile(**options),
+        lambda: plan.update.lower(plan.state, _batch(plan, old=old, reference=reference), *plan.frozen),
         "update",
         beside=frozen,
         runs=updates,

@@ -1,25 +1,25 @@
 """Other layouts of a run: compiled in the order of what arithmetic promises, until no other can be faster.
 
 Branch and bound: the least that a layout's step can take is known at once (`floor`), what its programs take once they
-are compiled. The most promising layout is compiled next; layouts share programs, so what was measured tells of many.
-When the fastest that fits beats the bound of all others, it is the fastest of all.
+are scheduled. The most promising layout is next; layouts share programs, so what was measured tells of many. When the
+fastest that fits beats the bound of all others, it is the fastest of all, and its code is generated.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-
 from grpo_contracts import GrpoError
 from grpo_mesh import Slice, bytes_per_device, find_slice, make_mesh, slice_devices
-from grpo_mesh.preflight import GIB, Measured, Program, Verdict, judge, measure
+from grpo_mesh.preflight import GIB, Measured, Program, Verdict, judge
 from grpo_sampler import ModelConfig, decoding_sizes
 from grpo_trainer.assemble.blueprint import Blueprint, blueprint
+from grpo_trainer.assemble.preflight.apart import Compilers
 from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
-from grpo_trainer.assemble.preflight.programs import judge_step, programs
+from grpo_trainer.assemble.preflight.programs import CompilerError, generate_code, judge_step, programs
 from grpo_trainer.settings.schema import Settings
 
 __all__ = ["Candidate", "candidates", "search_layouts"]
@@ -123,26 +123,50 @@ def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[C
                         yield Candidate(dp, shards // dp, tp, rows, remat, rollout_tp, slots)
 
 
-def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> int:
+def search_layouts(settings: Settings, model: ModelConfig, slice_name: str, *, quick: bool = False) -> int:
     """Find the fastest layout that fits, and print what was compiled, fastest first.
 
     Args:
         settings: resolved.
         model: dimensions of the policy.
         slice_name: the slice to find layouts for.
+        quick: do not generate the code of the fastest one.
 
     Returns:
         0 if any fits, 1 if none does.
     """
     target = find_slice(slice_name)
     layouts = list(candidates(settings, model, target.chips))
-    search = _Search(settings, model, target, slice_devices(slice_name), _floors(settings, model, target, layouts))
     meshes, updates = len({layout.mesh for layout in layouts}), len({layout.learning for layout in layouts})
     print(
         f"search   {len(layouts)} layouts of {meshes} meshes for {target.name}, {updates} updates and "
-        f"{len({layout.decoding for layout in layouts})} rollouts; most promising first, each program compiled once",
+        f"{len({layout.decoding for layout in layouts})} rollouts; most promising first, each program scheduled once",
         flush=True,
     )
+    with Compilers(model, slice_name) as compilers:
+        floors = _floors(settings, model, target, layouts)
+        search = _Search(settings, model, target, slice_devices(slice_name), compilers, floors)
+        fitting = _fitting(search, layouts)
+    if not fitting:
+        print(f"nothing fits {target.name}: take more chips or a smaller model")
+        return 1
+    print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
+    for layout, verdict in fitting:
+        print(f"  {verdict.seconds:7.1f} s, at best {verdict.best:.1f} s  {verdict.peak / GIB:6.2f} GiB  {layout}")
+    if quick:
+        return 0
+    for layout, _ in fitting:
+        print(f"\n{layout}", flush=True)
+        try:
+            if generate_code(search.plan(layout), target).fits:
+                return 0
+        except CompilerError as error:
+            print(f"  failed   {error}", flush=True)
+    return 1
+
+
+def _fitting(search: _Search, layouts: list[Candidate]) -> list[tuple[Candidate, Verdict]]:
+    """Try layouts until no other can be faster than the fastest that fits; those that fit, fastest first."""
     fitting: list[tuple[Candidate, Verdict]] = []
     while layouts:
         layout = min(layouts, key=search.bound)
@@ -154,13 +178,7 @@ def search_layouts(settings: Settings, model: ModelConfig, slice_name: str) -> i
         layouts.remove(layout)
         if (verdict := search.try_layout(layout)) and verdict.fits:
             fitting.append((layout, verdict))
-    if not fitting:
-        print(f"nothing fits {target.name}: take more chips or a smaller model")
-        return 1
-    print(f"\n{len(fitting)} layouts fit {target.name}, fastest first (expected seconds of a step at its limits):")
-    for candidate, verdict in sorted(fitting, key=lambda pair: pair[1].seconds):
-        print(f"  {verdict.seconds:7.1f} s, at best {verdict.best:.1f} s  {verdict.peak / GIB:6.2f} GiB  {candidate}")
-    return 0
+    return sorted(fitting, key=lambda pair: pair[1].seconds)
 
 
 @dataclass
@@ -172,8 +190,9 @@ class _Search:
         model: dimensions of the policy.
         target: the slice.
         devices: of the slice.
+        compilers: for the slice.
         seconds: that a `Candidate.learning` or `.decoding` takes of a step: the least by arithmetic, and as expected
-            once its programs are compiled, without the move of weights, which depends on both.
+            once its programs are scheduled, without the move of weights, which depends on both.
         compiled: programs measured so far.
         hopeless: each finds the layouts that share the reason for which one was given up.
     """
@@ -182,6 +201,7 @@ class _Search:
     model: ModelConfig
     target: Slice
     devices: Sequence[Any]
+    compilers: Compilers
     seconds: dict[tuple, float]
     compiled: dict[tuple, Measured] = field(default_factory=dict)
     hopeless: list[Callable[[Candidate], bool]] = field(default_factory=list)
@@ -194,19 +214,23 @@ class _Search:
         """Whether the layout shares the reason for which another one was given up."""
         return any(more(layout) for more in self.hopeless)
 
+    def plan(self, layout: Candidate) -> Blueprint:
+        """The run with this layout."""
+        return blueprint(layout.apply(self.settings), self.model, make_mesh(layout.mesh, self.devices))
+
     def try_layout(self, layout: Candidate) -> Verdict | None:
-        """Compile what is new in a layout, and print a line on it.
+        """Schedule what is new in a layout, and print a line on it.
 
         Args:
             layout: to try.
 
         Returns:
-            The verdict; None where it was not compiled.
+            The verdict; None where its programs were not all scheduled.
         """
         if self.given_up(layout):
             return None
         try:
-            plan = blueprint(layout.apply(self.settings), self.model, make_mesh(layout.mesh, self.devices))
+            plan = self.plan(layout)
         except GrpoError as error:
             print(f"  skipped  {layout}: {error}", flush=True)
             return None
@@ -215,7 +239,7 @@ class _Search:
             return None
         try:
             measured = self._measured(plan, layout)
-        except jax.errors.JaxRuntimeError as error:
+        except CompilerError as error:
             # A layout that the compiler fails at is no reason to give up the others.
             print(f"  failed   {layout}: {str(error).splitlines()[0]}", flush=True)
             return None
@@ -246,31 +270,37 @@ class _Search:
     def _measured(self, plan: Blueprint, layout: Candidate) -> list[Measured]:
         """A run's programs, up to one that does not fit; those that other layouts compiled are taken from there."""
         measured: dict[str, Measured] = {}
-        for program in programs(plan):
-            if program.phase == "start":
-                key: tuple = (program.name, layout.mesh)
-            elif program.name == "weights":
-                key = (program.name, layout.mesh, layout.rollout_tp)
-            elif program.phase == "evaluation" and self.settings.eval.slots:
-                key = (program.name, layout.rollout_tp)
-            elif program.phase in _DECODING:
-                key = (program.name, *layout.decoding)
-            else:
-                key = (program.name, *layout.learning)
-            beside = program.beside(measured) if callable(program.beside) else program.beside
-            if key not in self.compiled:
-                try:
-                    [self.compiled[key]] = measure([replace(program, beside=beside)])
-                except jax.errors.JaxRuntimeError:
-                    self.hopeless.append(_sharing(layout, program))
-                    raise
-            measured[program.name] = replace(self.compiled[key], beside=beside)
-            if measured[program.name].peak > self.target.chip.usable_bytes and program.phase != "start":
-                return list(measured.values())
+        wanted = list(programs(plan))
+        new = [program for program in wanted if self._key(program, layout) not in self.compiled]
+        scheduled = self.compilers.measure([replace(program, beside=0) for program in new], plan.settings)
+        with contextlib.closing(scheduled):
+            for program in wanted:
+                key = self._key(program, layout)
+                beside = program.beside(measured) if callable(program.beside) else program.beside
+                if key not in self.compiled:
+                    try:
+                        self.compiled[key] = next(scheduled)
+                    except CompilerError:
+                        self.hopeless.append(_sharing(layout, program))
+                        raise
+                measured[program.name] = replace(self.compiled[key], beside=beside)
+                if measured[program.name].peak > self.target.chip.usable_bytes and program.phase != "start":
+                    return list(measured.values())
         apart = [program for name, program in measured.items() if name != "weights"]
         for key, phases in ((layout.learning, ("scoring", "update")), (layout.decoding, ("rollout",))):
             self.seconds[key] = judge(apart, self.target, phases=phases).seconds
         return list(measured.values())
+
+    def _key(self, program: Program, layout: Candidate) -> tuple:
+        """What tells the program from that of the same name in other layouts."""
+        if program.phase == "start":
+            return program.name, layout.mesh
+        if program.name == "weights":
+            return program.name, layout.mesh, layout.rollout_tp
+        if program.phase == "evaluation" and self.settings.eval.slots:
+            return program.name, layout.rollout_tp
+        of = layout.decoding if program.phase in _DECODING else layout.learning
+        return program.name, *of
 
 
 def _floors(settings: Settings, model: ModelConfig, target: Slice, layouts: Sequence[Candidate]) -> dict[tuple, float]:
@@ -304,14 +334,17 @@ def _sharing(layout: Candidate, program: Program) -> Callable[[Candidate], bool]
 
 
 def _at_least(layout: Candidate, *, decoding: bool) -> Callable[[Candidate], bool]:
-    """Finds the layouts that need no less memory than one that does not fit, for decoding or for an update."""
+    """Finds the layouts that need no less memory than one that does not fit, for decoding or for an update.
+
+    A device holds a part of the parameters for each of fsdp times tp, and of an update's activations for each of tp.
+    """
 
     def more(other: Candidate) -> bool:
-        if other.mesh != layout.mesh:
+        if other.fsdp * other.tp > layout.fsdp * layout.tp:
             return False
         if decoding:
             return other.rollout_tp == layout.rollout_tp and (not other.slots or 0 < layout.slots <= other.slots)
-        return other.rows >= layout.rows and layout.remat >= other.remat
+        return other.tp == layout.tp and other.rows >= layout.rows and layout.remat >= other.remat
 
     return more
 
