@@ -93,6 +93,8 @@ def test_rollout_programs_compile_for_a_v6e_slice(shape):
             slices = re.findall(r"dynamic_slice_sizes=\{1,\d+,\d+,64,(\d+)\}", str(compiled.as_text()))
             assert sorted(map(int, slices)) == [256, 384, 512, 512]
             assert not re.search(r"= bf16\[24,\d+,\d+,(64,512|512,64)\]\S* copy\(", str(compiled.as_text()))
+            # Logits are drawn from as the product wrote them.
+            assert not re.search(r"= f32\[\d+,151936\]\S* copy\(", str(compiled.as_text()))
         arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
         peak = arguments + outputs - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         print(
