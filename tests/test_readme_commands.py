@@ -113,6 +113,9 @@ RUN: dict[str, Small] = {
     "hatch run apps/gsm8k:preflight --config PRESET --slice SLICE": Small(
         "--print-config", {"PRESET": "qwen2.5-1.5b", "SLICE": "v5e-4"}
     ),
+    "hatch run apps/gsm8k:preflight --config PRESET --slice SLICE --search --quick --set loss.chunk=2048": Small(
+        "--print-config", {"PRESET": "qwen2.5-1.5b", "SLICE": "v5e-4"}
+    ),
     "hatch run apps/gsm8k:preflight --config qwen2.5-7b --slice v5e-256 --set rollout.prompts=64 loss.rows=64": SETTINGS,  # noqa: E501
     "hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1": HELP,
     "hatch run tpu:train": SETTINGS,

@@ -35,7 +35,7 @@ def update(options: argparse.Namespace, length: int) -> str:
     """Schedule the update for this limit and describe its memory on a device."""
     mesh = make_mesh(load(TASK, [options.config], options.sets).mesh, slice_devices(options.slice))
     rows = mesh.shape["dp"] * mesh.shape["fsdp"]
-    sizes = [f"rollout.max_new_tokens={length}", f"loss.row_length={length}", f"loss.rows={rows}"]
+    sizes = [f"rollout.max_new_tokens={length}", f"loss.row_length={length}", f"loss.rows={rows}", "loss.sizes=1"]
     settings = load(TASK, [options.config], [*sizes, *options.sets])
     plan = blueprint(settings, model_config(settings.model.path, TASK.policies), mesh)
     with Compilers(plan.model, options.slice) as compilers:

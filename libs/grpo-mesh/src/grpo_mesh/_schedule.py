@@ -39,7 +39,7 @@ def schedule(lowered: Lowered) -> tuple[str, Memory]:
         compiling = _compile(lowered, folder)
         while not compiling.done():
             if any(folder.glob(_LAST)):
-                [buffers] = folder.glob(_BUFFERS)
+                buffers = max(folder.glob(_BUFFERS))
                 return read_dump(folder), read_buffers(buffers.read_text())
             concurrent.futures.wait([compiling], _POLL_SECONDS)
         compiled = compiling.result()
