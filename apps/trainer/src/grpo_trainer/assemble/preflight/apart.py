@@ -8,6 +8,7 @@ schedule and its buffers, and ends while code is being generated.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -116,8 +117,9 @@ class _Compiler:
 
     def ask(self, request: _Request) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(_REQUEST.dump_json(request) + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a process that has ended does not answer
+            self._process.stdin.write(_REQUEST.dump_json(request) + b"\n")
+            self._process.stdin.flush()
 
     def answer(self, name: str) -> Measured:
         assert self._process.stdout is not None
@@ -134,7 +136,8 @@ class _Compiler:
         self._ended()
         for file in (self._process.stdin, self._process.stdout, self._printed):
             if file is not None:
-                file.close()
+                with contextlib.suppress(BrokenPipeError):  # of a request that was not read
+                    file.close()
 
     def _ended(self) -> int:
         return self._process.end()
