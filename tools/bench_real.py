@@ -5,7 +5,8 @@
 
 4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count to
 each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
-sides get the same file: ours in rows of 400 tokens with shared prompts and no remat; PyTorch in padded micro-batches of
+sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once, as with
+`loss.chunk=1600`, and no remat; PyTorch in padded micro-batches of
 8 sequences whose prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW
 step.
 """
@@ -177,7 +178,7 @@ def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], ob
     batch = cast(gc.TrainBatch, gc.load_batch(folder / "batch.npz"))
     config, params = load_pretrained(options.model, dtype="float32")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
-    update, _, _ = make_policy_update(config, optimizer)
+    update, _, _ = make_policy_update(config, optimizer, chunk=ROW * ROWS)
     shape = grpo_loss.PackShape.for_rollout(
         sequences=options.prompts * options.samples,
         groups=options.prompts,

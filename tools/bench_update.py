@@ -77,7 +77,9 @@ def temporary_bytes(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def make_policy_update(config: Any, optimizer: Any = None, **options: Any) -> tuple[Any, Any, Any]:
+def make_policy_update(
+    config: Any, optimizer: Any = None, *, chunk: int | None = None, **options: Any
+) -> tuple[Any, Any, Any]:
     """The stack's update: shared prompts, packed rows, chunked log-probabilities, one compiled program."""
     import optax
 
@@ -96,7 +98,7 @@ def make_policy_update(config: Any, optimizer: Any = None, **options: Any) -> tu
             micro.segment_RT,
             micro.prompt_RC,
         )
-        return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT)
+        return grpo_loss.token_logp(hidden_RTD, model.unembedding, micro.target_RT, mask_RT=micro.mask_RT, chunk=chunk)
 
     optimizer = optax.adamw(1e-6) if optimizer is None else optimizer
     return grpo_loss.make_update(forward, grpo_loss.make_loss(), optimizer), optimizer, params

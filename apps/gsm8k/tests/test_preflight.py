@@ -63,8 +63,8 @@ def test_scoring_and_update_are_those_of_a_step(toy_policy, scored, tmp_path, mo
     lowered = Recorder(None)
     scoring, update = programs(replace(run.plan, score=lowered, update=lowered), phases=("scoring", "update"))
     assert (scoring.runs, update.runs) == (len(scores.arguments), len(batches))
-    scoring.compile()
-    update.compile()
+    scoring.lower()
+    update.lower()
     (_, score_batch), (_, update_batch) = lowered.arguments
     assert shapes(update_batch) == shapes(batches[0])
     if scores.arguments:
@@ -72,7 +72,7 @@ def test_scoring_and_update_are_those_of_a_step(toy_policy, scored, tmp_path, mo
 
 
 class Recorder:
-    """A jitted function that keeps its arguments, whether it is called, or lowered and compiled."""
+    """A jitted function that keeps its arguments, whether it is called or lowered."""
 
     def __init__(self, function):
         self.function, self.arguments = function, []
@@ -83,9 +83,6 @@ class Recorder:
 
     def lower(self, *arguments):
         self.arguments.append(arguments)
-        return self
-
-    def compile(self):
         return self
 
 
