@@ -222,7 +222,7 @@ def test_a_step_of_short_completions_computes_a_quarter_of_many_rows():
     """16 rows a shard are room for completions at their limit of 1,024 tokens; these have 200."""
     data = ragged(1, 16, 8, 150, 1024, lambda rng, B: np.full(B, 200))
     for sizes, rows in ((1, 128), (3, 32)):
-        shape = shape_for(16, 8, 1024, longest_prompt=150, rows=128, row_length=1024, shards=8, sizes=sizes)
+        shape = shape_for(16, 8, 1024, longest_prompt=200, rows=128, row_length=1024, shards=8, sizes=sizes)
         batch = data.pack(shape)
         assert batch.count == 1
         assert computed_positions(batch, vocabulary=50)["rows"] == (rows * 1024, 16 * 8 * 200)

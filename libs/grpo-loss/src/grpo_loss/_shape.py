@@ -17,7 +17,7 @@ _PARTS = (
     (0.5, 0.65, 0.5, 0.5),
 )
 # Where a shard's part of a micro-batch has room for so many rows, a whole step of short completions may fill a quarter.
-_MANY_ROWS, _PARTS_OF_MANY = 16, ((0.25, 1, 1, 1), (0.5, 1, 1, 1), *_PARTS[:-2])
+_MANY_ROWS, _PARTS_OF_MANY = 16, ((0.25, 1, 1, 0.8), (0.5, 1, 1, 0.8), *_PARTS[:-2])
 
 
 @dataclass(frozen=True)
