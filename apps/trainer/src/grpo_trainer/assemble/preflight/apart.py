@@ -113,7 +113,9 @@ class _Compiler:
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         command = [sys.executable, "-P", "-m", "grpo_trainer.assemble.preflight.apart"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._printed}
-        self._process = SupervisedProcess(command, **pipes)
+        # What a program leaves that is given up half-way goes with the process.
+        self._folder = tempfile.TemporaryDirectory(prefix="grpo-trainer-", ignore_cleanup_errors=True)
+        self._process = SupervisedProcess(command, env={**os.environ, "TMPDIR": self._folder.name}, **pipes)
 
     def ask(self, request: _Request) -> None:
         assert self._process.stdin is not None
@@ -134,6 +136,7 @@ class _Compiler:
 
     def end(self) -> None:
         self._ended()
+        self._folder.cleanup()
         for file in (self._process.stdin, self._process.stdout, self._printed):
             if file is not None:
                 with contextlib.suppress(BrokenPipeError):  # of a request that was not read
