@@ -32,7 +32,7 @@ def schedule(lowered: Lowered) -> tuple[str, Memory]:
 
     Returns:
         Its text, and what it needs of a device's main memory; the code counts 0 where it was not waited for, and
-        temporaries are not rounded up to the compiler's 16 KiB.
+        temporaries differ by less than a MiB: they are not rounded to pages, and some small ones may be dropped later.
     """
     folder = Path(tempfile.mkdtemp(prefix="grpo-mesh-"))
     try:

@@ -89,7 +89,7 @@ def measure(programs: Iterable[Program], *, code: bool = True) -> Iterator[Measu
         programs: of a step, and any others that must fit.
         code: wait until a program's code is generated. Without, figures are read from the schedule and the buffers that
             the TPU compiler writes before, after a twentieth of its time: nothing but `CompileReport.code`, then 0,
-            and temporaries, by less than 16 KiB, is different. But the compiler goes on in a thread that nothing can
+            and temporaries, by less than a MiB, is different. But the compiler goes on in a thread that nothing can
             stop. Measure one program in a process of its own, and end that by `os._exit`.
 
     Yields:
