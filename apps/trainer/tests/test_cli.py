@@ -233,7 +233,7 @@ def test_slice_option_of_preflight(monkeypatch):
     monkeypatch.setitem(sys.modules, "grpo_trainer.assemble.preflight.command", module)
     slices = ("--slice", "v6e-16", "--slice", "v4-8")
     assert main("preflight", "--config", "large", *slices, "--set", "compilation_cache=") == 0
-    assert seen == [(("v6e-16", "v4-8"), {"search": False})]
+    assert seen == [(("v6e-16", "v4-8"), {"search": False, "quick": False})]
 
 
 def test_a_process_is_prepared_as_the_settings_say(tmp_path):
