@@ -1,4 +1,5 @@
 """A published model on this machine: rollout against transformers' `generate`, update against a plain PyTorch loop.
+Then what padding costs: the update with one size of micro-batches, and with several.
 
     hatch run models:fetch smollm2-135m-instruct
     hatch run bench:real --torch "$(hatch run oracles:which python)"
@@ -8,7 +9,8 @@ each end token. The update is of our own rollout with random advantages, so that
 sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once, as with
 `loss.chunk=1600`, and no remat; PyTorch in padded micro-batches of
 8 sequences whose prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW
-step.
+step. For `padding`, prompt slots have 256 tokens, as of a run whose `data.max_prompt_length` leaves room, and the sides are
+`loss.sizes=1` and `loss.sizes=5`.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +29,9 @@ from bench_update import make_policy_update
 from turns import take_turns, timed
 
 ROW, ROWS, SLOTS = 400, 4, 2  # tokens of a packed row; rows and prompts of a micro-batch
-SIDES = {"rollout": ("ours", "transformers"), "update": ("ours", "pytorch")}
+LONGEST_PROMPT, BLOCKS = 256, 4  # of the sides of `padding`: tokens of a prompt slot, blocks of a row
+SIDES = {"rollout": ("ours", "transformers"), "update": ("ours", "pytorch"), "padding": ("sizes", "one-size")}
+PEERS = ("transformers", "pytorch")  # that run in the environment of --torch
 
 
 def main() -> None:
@@ -45,7 +50,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         folder = Path(options.folder)
-        print(json.dumps(timed(RUNS[options.side](options, folder), options.repeats) | {"tokens": count(folder)}))
+        (folder / "note").write_text("")
+        found = timed(RUNS[options.side](options, folder), options.repeats)
+        print(json.dumps(found | {name: (folder / name).read_text() for name in ("tokens", "note")}))
         return
     with tempfile.TemporaryDirectory() as name:
         write_prompts(options, Path(name))
@@ -57,26 +64,22 @@ def main() -> None:
 def compare(part: str, mine: str, theirs: str, options: argparse.Namespace, folder: str) -> None:
     """Print the tokens/s of both sides, and the ratio."""
     sides = {f"{part}-{mine}": sys.executable}
-    sides |= {f"{part}-{theirs}": options.torch} if options.torch else {}
+    if peer := options.torch if theirs in PEERS else sys.executable:
+        sides[f"{part}-{theirs}"] = peer
     names = ("model", "prompts", "samples", "new_tokens", "repeats")
     case = [word for key in names for word in (f"--{key.replace('_', '-')}", str(getattr(options, key)))]
-    if part == "update" and not (Path(folder) / "batch.npz").exists():
+    if part != "rollout" and not (Path(folder) / "batch.npz").exists():
         take_turns({"rollout-ours": sys.executable}, 1, [*case, "--folder", folder], script=__file__)
     seconds, last = take_turns(sides, options.turns, [*case, "--folder", folder], script=__file__)
     speed = {}
     for side, values in seconds.items():
         median = statistics.median(values)
-        speed[side] = last[side]["tokens"] / median
-        first = last[side]["first"]
-        print(f"{side}: {median:.1f} s, {speed[side]:,.1f} tokens/s (first call {first:.1f} s)", flush=True)
+        speed[side] = int(last[side]["tokens"]) / median
+        beside = f"{last[side]['note']}first call {last[side]['first']:.1f} s"
+        print(f"{side}: {median:.1f} s, {speed[side]:,.1f} tokens/s ({beside})", flush=True)
     if len(speed) == 2:
         ours, peer = speed.values()
         print(f"{part} ratio: {ours / peer:.2f}", flush=True)
-
-
-def count(folder: Path) -> int:
-    """Completion tokens of the side that ran last."""
-    return int((folder / "tokens").read_text())
 
 
 def write_prompts(options: argparse.Namespace, folder: Path) -> None:
@@ -167,7 +170,9 @@ def rollout_transformers(options: argparse.Namespace, folder: Path) -> Callable[
 # -- updates -------------------------------------------------------------------------------------------------------
 
 
-def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], object]:
+def update_ours(
+    options: argparse.Namespace, folder: Path, *, longest_prompt: int | None = None, blocks: int = 1, sizes: int = 1
+) -> Callable[[int], object]:
     import jax
     import optax
 
@@ -182,11 +187,13 @@ def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], ob
     shape = grpo_loss.PackShape.for_rollout(
         sequences=options.prompts * options.samples,
         groups=options.prompts,
-        max_prompt_length=batch.scored.rollout.tokens_BT.shape[1] - options.new_tokens,
+        max_prompt_length=longest_prompt or batch.scored.rollout.tokens_BT.shape[1] - options.new_tokens,
         max_new_tokens=options.new_tokens,
         row_length=ROW,
         rows=ROWS,
         prompts=SLOTS,
+        blocks=blocks,
+        sizes=sizes,
     )
     state = grpo_loss.init_state(params, optimizer)
 
@@ -196,6 +203,9 @@ def update_ours(options: argparse.Namespace, folder: Path) -> Callable[[int], ob
         state, metrics = update(state, packed)
         jax.block_until_ready((state, metrics))
         (folder / "tokens").write_text(str(int(packed.micro.mask_RT.sum())))
+        parts = grpo_loss.computed_positions(packed, vocabulary=config.vocab_size)
+        computed, live = np.add(parts["rows"], parts["prompts"])
+        (folder / "note").write_text(f"{computed / live:.2f} positions for each one needed, ")
 
     return call
 
@@ -243,6 +253,8 @@ RUNS = {
     "rollout-transformers": rollout_transformers,
     "update-ours": update_ours,
     "update-pytorch": update_pytorch,
+    "padding-sizes": partial(update_ours, longest_prompt=LONGEST_PROMPT, blocks=BLOCKS, sizes=5),
+    "padding-one-size": partial(update_ours, longest_prompt=LONGEST_PROMPT, blocks=BLOCKS),
 }
 
 if __name__ == "__main__":

@@ -218,14 +218,39 @@ def test_head_positions_are_whole_chunks():
     assert computed_positions(batch, vocabulary=49_152, chunk=5000)["head"] == (1800, live)
 
 
+def full_rows(rows_G, length):
+    """Groups whose completions take one whole row each, after prompts of the same length."""
+    size = max(rows_G)
+    data = ragged(0, len(rows_G), size, 6, length, lambda rng, B: np.full(B, length))
+    data = _with_longer_prompts(data, 6 - data.prompt_length_B)
+    return data, np.arange(size)[None, :].repeat(len(rows_G), 0).ravel() < np.repeat(rows_G, size)
+
+
+def test_groups_that_just_fit_are_spread_over_shards():
+    """One shard after the other, 5 + 4 and 3 + 3 + 3 rows leave no ten rows for the last group."""
+    data, keep_B = full_rows([5, 4, 3, 3, 3, 2], 8)
+    shape = PackShape(row_length=8, rows=40, prompts=12, prompt_length=5, micro_batches=8, shards=2)
+    batch = data.pack(replace(shape, smaller=(MicroSize(20, 8, 12, 5),)), keep_B=keep_B)
+    assert batch.live_sizes == [MicroSize(20, 8, 12, 5)]
+
+
+def test_the_first_micro_batch_is_chosen_for_what_it_leaves():
+    """The largest one holds groups of 6, 5 and 1 without a hole, but then the last takes as much as the first alone."""
+    data, keep_B = full_rows([6, 5, 5, 1], 8)
+    largest, middle, small = (MicroSize(rows, 8, 4, 5) for rows in (12, 11, 6))
+    shape = PackShape(8, 12, 4, 5, micro_batches=8, smaller=(middle, small))
+    assert sorted(data.pack(shape, keep_B=keep_B).live_sizes) == [small, middle]
+    assert data.pack(replace(shape, smaller=(small,)), keep_B=keep_B).live_sizes == [largest, small]
+
+
 def test_a_step_of_short_completions_computes_a_quarter_of_many_rows():
-    """16 rows a shard are room for completions at their limit of 1,024 tokens; these have 200."""
-    data = ragged(1, 16, 8, 150, 1024, lambda rng, B: np.full(B, 200))
-    for sizes, rows in ((1, 128), (3, 32)):
+    """16 rows a shard are room for completions at their limit of 1,024 tokens; these have 190, four to a row of 768."""
+    data = ragged(1, 16, 8, 150, 1024, lambda rng, B: np.full(B, 190))
+    for sizes, positions in ((1, 128 * 1024), (3, 40 * 768)):
         shape = shape_for(16, 8, 1024, longest_prompt=200, rows=128, row_length=1024, shards=8, sizes=sizes)
         batch = data.pack(shape)
         assert batch.count == 1
-        assert computed_positions(batch, vocabulary=50)["rows"] == (rows * 1024, 16 * 8 * 200)
+        assert computed_positions(batch, vocabulary=50)["rows"] == (positions, 16 * 8 * 190)
 
 
 def test_a_micro_batch_has_no_more_prompt_slots_than_a_rollout_has_prompts():

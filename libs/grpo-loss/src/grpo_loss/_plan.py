@@ -10,6 +10,8 @@ from grpo_loss._shape import PackShape
 
 # What a micro-batch costs besides its positions, as a part of the largest one's: reading weights, adding gradients.
 _FIXED_COST = 1 / 16
+# Beginnings of a plan that a search goes on with; eight instead of four gain a fifth of a percent on lengths of GSM8K.
+_BEAM = 4
 
 
 @dataclass
@@ -134,21 +136,50 @@ def _fill_boxes(
 
 
 def _plan_sizes(length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[list[int]], shape: PackShape) -> Plan:
-    """Micro-batches in turn, each of the size that costs least for a token it holds, of the groups that are left."""
-    left, boxes, chosen = list(groups), [], []
+    """Micro-batches of several sizes, by a beam search: the beginnings that cost least for a token they hold go on."""
     fixed = _FIXED_COST * shape.largest.positions
-    while left:
-        tries = []
-        for index, size in enumerate(shape.sizes):
-            filled, rest = _fill_size(length_B, prompt_length_B, left, size, shape)
-            held = [b for box in filled for row in box.rows for b, _ in row.placed]
-            prompts = sum(int(prompt_length_B[b]) - 1 for box in filled for b in box.prompts)
-            if held:
-                tries.append(((size.positions + fixed) / (int(length_B[held].sum()) + prompts), index, filled, rest))
-        _, index, filled, left = min(tries, key=lambda choice: choice[:2])
-        boxes += filled
-        chosen.append(index)
-    return Plan(shape, boxes, chosen)
+    beam, whole = [_Beginning(0.0, 0, groups, [], [])], None
+    while beam:
+        longer: dict[tuple, _Beginning] = {}
+        for begun in beam:
+            for index, size in enumerate(shape.sizes):
+                filled, left = _fill_size(length_B, prompt_length_B, begun.left, size, shape)
+                held = sum(int(length_B[b]) for box in filled for row in box.rows for b, _ in row.placed)
+                if not held:
+                    continue
+                held += sum(int(prompt_length_B[b]) - 1 for box in filled for b in box.prompts)
+                cost, chosen = begun.cost + size.positions + fixed, [*begun.chosen, index]
+                after = _Beginning(cost, begun.held + held, left, begun.boxes + filled, chosen)
+                if not left:
+                    whole = min(whole or after, after, key=_Beginning.rank)
+                    continue
+                what_is_left = tuple(map(tuple, left))
+                longer[what_is_left] = min(longer.get(what_is_left, after), after, key=_Beginning.rank)
+        useful = (begun for begun in longer.values() if whole is None or begun.cost < whole.cost)
+        beam = sorted(useful, key=lambda begun: (begun.cost / begun.held, begun.chosen))[:_BEAM]
+    return Plan(shape, [], []) if whole is None else Plan(shape, whole.boxes, whole.chosen)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """The first micro-batches of a plan.
+
+    Args:
+        cost: token positions that they compute, and what each costs besides.
+        held: tokens in them.
+        left: groups, or what is left of one, for those to come.
+        boxes, chosen: as of a `Plan`.
+    """
+
+    cost: float
+    held: int
+    left: list[list[int]]
+    boxes: list[Box]
+    chosen: list[int]
+
+    def rank(self) -> tuple[float, list[int]]:
+        """Which of two that leave the same is better."""
+        return self.cost, self.chosen
 
 
 def _fill_size(
@@ -158,29 +189,51 @@ def _fill_size(
 
     Only the largest size takes a part of a group, the first, where no box would hold all of it.
     """
-    shards, left, boxes = shape.shards, list(groups), []
-    block = size.row_length // (shape.blocks if size.prompts > shards else 1)
-    for _ in range(shards):
-        box = Box([], [Row(size.row_length, block) for _ in range(size.rows // shards)])
-        room, kept = size.rows // shards * size.row_length, []
-        for group in left:
-            tokens = int(length_B[group].sum())
-            fits = tokens <= room and int(length_B[group[0]]) <= size.row_length
-            if (
-                fits
-                and len(box.prompts) < size.prompts // shards
-                and prompt_length_B[group[0]] - 1 <= size.prompt_length
-            ):
-                rows, rest = _with_group(length_B, group, box)
+    tries = []
+    # A box at a time packs closest where groups are many; where they all fit just about, they must be spread.
+    for spread in (False, True):
+        boxes, left = _fill_in_order(length_B, prompt_length_B, groups, size, shape, spread=spread)
+        if not left:
+            return boxes, left
+        tries.append((sum(int(length_B[group].sum()) for group in left), spread, boxes, left))
+        if shape.shards == 1:
+            break
+    _, _, boxes, left = min(tries, key=lambda choice: choice[:2])
+    return boxes, left
+
+
+def _fill_in_order(
+    length_B: np.ndarray,
+    prompt_length_B: np.ndarray,
+    groups: list[list[int]],
+    size: MicroSize,
+    shape: PackShape,
+    *,
+    spread: bool,
+) -> tuple[list[Box], list[list[int]]]:
+    """`_fill_size`, with each group in the first box that holds it, or in the emptiest."""
+    shards, left = range(shape.shards), []
+    block = size.row_length // (shape.blocks if size.prompts > shape.shards else 1)
+    rows, slots = size.rows // shape.shards, size.prompts // shape.shards
+    boxes = [Box([], [Row(size.row_length, block) for _ in range(rows)]) for _ in shards]
+    room = [rows * size.row_length for _ in shards]
+    for group in groups:
+        tokens = int(length_B[group].sum())
+        fits = int(length_B[group[0]]) <= size.row_length and prompt_length_B[group[0]] - 1 <= size.prompt_length
+        for at in sorted(shards, key=lambda shard: -room[shard]) if spread else shards:
+            if fits and tokens <= room[at] and len(boxes[at].prompts) < slots:
+                filled, rest = _with_group(length_B, group, boxes[at])
                 if not rest:
-                    box, room = Box([*box.prompts, group[0]], rows), room - tokens
-                    continue
-            kept.append(group)
-        if kept and not box.prompts and size == shape.largest:
-            rows, rest = _with_group(length_B, kept[0], box)
-            box, kept[0] = Box([kept[0][0]], rows), rest
-        left = kept
-        boxes.append(box)
+                    boxes[at] = Box([*boxes[at].prompts, group[0]], filled)
+                    room[at] -= tokens
+                    break
+        else:
+            left.append(group)
+    for at in shards if size == shape.largest else ():
+        if left and not boxes[at].prompts:
+            filled, rest = _with_group(length_B, left[0], boxes[at])
+            boxes[at] = Box([left[0][0]], filled)
+            left[:1] = [rest] if rest else []
     return boxes, left
 
 

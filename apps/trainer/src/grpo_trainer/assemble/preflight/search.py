@@ -24,7 +24,7 @@ from grpo_trainer.settings.schema import Settings
 
 __all__ = ["Candidate", "candidates", "search_layouts"]
 
-_ROWS_OF_A_SHARD = (1, 2, 4, 8, 16)
+_ROWS_OF_A_SHARD = (1, 2, 4, 8, 16, 32)
 _DECODING = ("rollout", "evaluation")  # phases that run on the rollout mesh
 
 
