@@ -1,5 +1,5 @@
-"""A published model on this machine: rollout against transformers' `generate`, update against a plain PyTorch loop.
-Then what padding costs: the update with one size of micro-batches, and with several.
+"""A published model on this machine: rollout against transformers' `generate`, update against a plain PyTorch loop;
+and what padding costs: the update with several sizes of micro-batches, and with one.
 
     hatch run models:fetch smollm2-135m-instruct
     hatch run bench:real --torch "$(hatch run oracles:which python)"
@@ -7,10 +7,9 @@ Then what padding costs: the update with one size of micro-batches, and with sev
 4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count to
 each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
 sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once, as with
-`loss.chunk=1600`, and no remat; PyTorch in padded micro-batches of
-8 sequences whose prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW
-step. For `padding`, prompt slots have 256 tokens, as of a run whose `data.max_prompt_length` leaves room, and the sides are
-`loss.sizes=1` and `loss.sizes=5`.
+`loss.chunk=1600`, and no remat; PyTorch in padded micro-batches of 8 sequences whose prompts are repeated, with logits
+of completion positions only. Both clip gradients and take one AdamW step. For `padding`, prompt slots have 256 tokens,
+as in a run whose `data.max_prompt_length` leaves room, and the sides are `loss.sizes=5` and `loss.sizes=1`.
 """
 
 import argparse

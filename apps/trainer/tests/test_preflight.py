@@ -417,6 +417,29 @@ def test_what_does_not_fit_rules_out_what_needs_no_less():
     assert (all_slots(layout), all_slots(replace(layout, slots=0))) == (False, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "phase", "ruled_out"),
+    [
+        ("weights", "rollout", {"other slots"}),  # another mesh moves weights otherwise: it may need less
+        ("decode", "rollout", {"other mesh", "less fsdp"}),
+        ("update", "update", {"less fsdp", "other slots", "other rollout"}),
+    ],
+)
+def test_a_move_of_weights_that_does_not_fit_rules_out_no_other_mesh(name, phase, ruled_out):
+    layout = Candidate(1, 8, 2, 32, True, 4, 64)
+    others = {
+        "other mesh": replace(layout, fsdp=4, tp=4),
+        "less fsdp": replace(layout, dp=2, fsdp=4),
+        "other rollout": replace(layout, rollout_tp=2),
+        "other slots": replace(layout, slots=32),
+        "more of all": replace(layout, fsdp=16),
+    }
+    fullest = Measured(name, phase, beside=0, seconds=0.0, report=None, refused=1, work=Work())
+    no_less = search._no_less_than(layout, fullest)
+    assert no_less(layout)
+    assert {key for key, other in others.items() if no_less(other)} == ruled_out
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_programs_do_no_less_than_the_floor(tmp_path):

@@ -253,6 +253,13 @@ def test_a_step_of_short_completions_computes_a_quarter_of_many_rows():
         assert computed_positions(batch, vocabulary=50)["rows"] == (positions, 16 * 8 * 190)
 
 
+def test_empty_completions_lose_no_others():
+    data = ragged(0, 3, 1, 6, 5, lambda rng, B: np.array([5, 0, 4]))
+    shape = PackShape(row_length=5, rows=1, prompts=1, prompt_length=5, micro_batches=6)
+    batch = data.pack(replace(shape, smaller=(MicroSize(1, 4, 1, 5),)))
+    assert int((batch.micro.source_RT >= 0).sum()) == 9
+
+
 def test_a_micro_batch_has_no_more_prompt_slots_than_a_rollout_has_prompts():
     for groups, shards, slots in ((16, 8, 16), (17, 8, 24), (64, 8, 64), (200, 8, 64), (1, 1, 1)):
         assert shape_for(groups, 2, 8, rows=16 * shards, shards=shards).prompts == min(slots, 8 * shards)

@@ -45,6 +45,12 @@ class Box:
     prompts: list[int]
     rows: list[Row]
 
+    def room(self) -> tuple[int, int]:
+        """Tokens that another group may have at most: of one sequence, and of all."""
+        slot = len(self.prompts)
+        free = [row.length - row.start(slot) for row in self.rows]
+        return max(free), sum(free)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,21 +85,22 @@ def make_plan(length_B: np.ndarray, prompt_length_B: np.ndarray, members: list[n
             raise LossError(
                 f"prompt_length must be at least the longest prompt less one: got {shape.prompt_length} for {prompt}."
             )
+    lengths, prompt_lengths = length_B.tolist(), prompt_length_B.tolist()
     # Longest first, among groups and within a group.
-    groups = [sorted(group.tolist(), key=lambda b: (-length_B[b], b)) for group in members]
-    groups.sort(key=lambda group: (-int(length_B[group].sum()), group[0]))
-    plain = _plan_largest(length_B, groups, shape)
+    groups = [sorted(group.tolist(), key=lambda b: (-lengths[b], b)) for group in members]
+    groups.sort(key=lambda group: (-_tokens(lengths, group), group[0]))
+    plain = _plan_largest(lengths, groups, shape)
     if not shape.smaller:
         return plain
-    fitted = _plan_sizes(length_B, prompt_length_B, groups, shape)
+    fitted = _plan_sizes(lengths, prompt_lengths, groups, shape)
     fixed = _FIXED_COST * shape.largest.positions
     plans = [fitted, plain] if fitted.count <= shape.micro_batches else [plain]
     return min(plans, key=lambda plan: plan.cost + fixed * plan.count)
 
 
-def _plan_largest(length_B: np.ndarray, groups: list[list[int]], shape: PackShape) -> Plan:
+def _plan_largest(length_B: list[int], groups: list[list[int]], shape: PackShape) -> Plan:
     """Micro-batches of the largest size, as few as there can be."""
-    tokens = sum(int(length_B[group].sum()) for group in groups)
+    tokens = sum(_tokens(length_B, group) for group in groups)
     fewest = max(-(-tokens // (shape.rows * shape.row_length)), -(-len(groups) // shape.prompts))
     # First without splitting a group over micro-batches, if that costs no further one. The last plan is the one that
     # `PackShape.for_rollout` bounds: where prompts must start at a block, a row may hold less.
@@ -114,7 +121,7 @@ def _plan_largest(length_B: np.ndarray, groups: list[list[int]], shape: PackShap
 
 
 def _fill_boxes(
-    length_B: np.ndarray, groups: list[list[int]], shape: PackShape, block: int, *, split: bool
+    length_B: list[int], groups: list[list[int]], shape: PackShape, block: int, *, split: bool
 ) -> list[Box]:
     """Fill boxes in turn: with the largest group that fits whole, and again; then, if allowed, with a part of one."""
     boxes: list[Box] = []
@@ -122,7 +129,7 @@ def _fill_boxes(
     while left:
         box = Box([], [Row(shape.row_length, block) for _ in range(shape.rows // shape.shards)])
         while left and len(box.prompts) < shape.prompts // shape.shards:
-            tries = ((at, *_with_group(length_B, group, box)) for at, group in enumerate(left))
+            tries = ((at, *_with_group(length_B, group, box, whole=True)) for at, group in enumerate(left))
             whole = next((result for result in tries if not result[2]), None)
             at, rows, rest = whole or (0, *_with_group(length_B, left[0], box))
             if len(rest) == len(left[at]) or (rest and box.prompts and not split):
@@ -135,7 +142,7 @@ def _fill_boxes(
     return boxes
 
 
-def _plan_sizes(length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[list[int]], shape: PackShape) -> Plan:
+def _plan_sizes(length_B: list[int], prompt_length_B: list[int], groups: list[list[int]], shape: PackShape) -> Plan:
     """Micro-batches of several sizes, by a beam search: the beginnings that cost least for a token they hold go on."""
     fixed = _FIXED_COST * shape.largest.positions
     beam, whole = [_Beginning(0.0, 0, groups, [], [])], None
@@ -144,10 +151,10 @@ def _plan_sizes(length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[
         for begun in beam:
             for index, size in enumerate(shape.sizes):
                 filled, left = _fill_size(length_B, prompt_length_B, begun.left, size, shape)
-                held = sum(int(length_B[b]) for box in filled for row in box.rows for b, _ in row.placed)
-                if not held:
+                if not any(box.prompts for box in filled):
                     continue
-                held += sum(int(prompt_length_B[b]) - 1 for box in filled for b in box.prompts)
+                held = sum(length_B[b] for box in filled for row in box.rows for b, _ in row.placed)
+                held += sum(prompt_length_B[b] - 1 for box in filled for b in box.prompts)
                 cost, chosen = begun.cost + size.positions + fixed, [*begun.chosen, index]
                 after = _Beginning(cost, begun.held + held, left, begun.boxes + filled, chosen)
                 if not left:
@@ -156,8 +163,8 @@ def _plan_sizes(length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[
                 what_is_left = tuple(map(tuple, left))
                 longer[what_is_left] = min(longer.get(what_is_left, after), after, key=_Beginning.rank)
         useful = (begun for begun in longer.values() if whole is None or begun.cost < whole.cost)
-        beam = sorted(useful, key=lambda begun: (begun.cost / begun.held, begun.chosen))[:_BEAM]
-    return Plan(shape, [], []) if whole is None else Plan(shape, whole.boxes, whole.chosen)
+        beam = sorted(useful, key=lambda begun: (begun.cost / max(1, begun.held), begun.chosen))[:_BEAM]
+    return Plan(shape, whole.boxes, whole.chosen) if whole else Plan(shape, [], [])
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class _Beginning:
 
 
 def _fill_size(
-    length_B: np.ndarray, prompt_length_B: np.ndarray, groups: list[list[int]], size: MicroSize, shape: PackShape
+    length_B: list[int], prompt_length_B: list[int], groups: list[list[int]], size: MicroSize, shape: PackShape
 ) -> tuple[list[Box], list[list[int]]]:
     """The boxes of one micro-batch of this size, with groups that fit whole; and the groups that are left.
 
@@ -195,7 +202,7 @@ def _fill_size(
         boxes, left = _fill_in_order(length_B, prompt_length_B, groups, size, shape, spread=spread)
         if not left:
             return boxes, left
-        tries.append((sum(int(length_B[group].sum()) for group in left), spread, boxes, left))
+        tries.append((sum(_tokens(length_B, group) for group in left), spread, boxes, left))
         if shape.shards == 1:
             break
     _, _, boxes, left = min(tries, key=lambda choice: choice[:2])
@@ -203,8 +210,8 @@ def _fill_size(
 
 
 def _fill_in_order(
-    length_B: np.ndarray,
-    prompt_length_B: np.ndarray,
+    length_B: list[int],
+    prompt_length_B: list[int],
     groups: list[list[int]],
     size: MicroSize,
     shape: PackShape,
@@ -216,17 +223,21 @@ def _fill_in_order(
     block = size.row_length // (shape.blocks if size.prompts > shape.shards else 1)
     rows, slots = size.rows // shape.shards, size.prompts // shape.shards
     boxes = [Box([], [Row(size.row_length, block) for _ in range(rows)]) for _ in shards]
-    room = [rows * size.row_length for _ in shards]
+    room = [box.room() for box in boxes]
     for group in groups:
-        tokens = int(length_B[group].sum())
-        fits = int(length_B[group[0]]) <= size.row_length and prompt_length_B[group[0]] - 1 <= size.prompt_length
-        for at in sorted(shards, key=lambda shard: -room[shard]) if spread else shards:
-            if fits and tokens <= room[at] and len(boxes[at].prompts) < slots:
-                filled, rest = _with_group(length_B, group, boxes[at])
-                if not rest:
-                    boxes[at] = Box([*boxes[at].prompts, group[0]], filled)
-                    room[at] -= tokens
-                    break
+        longest, tokens = length_B[group[0]], _tokens(length_B, group)
+        fitting = [
+            at
+            for at in shards
+            if longest <= room[at][0] and tokens <= room[at][1] and len(boxes[at].prompts) < slots
+            if prompt_length_B[group[0]] - 1 <= size.prompt_length
+        ]
+        for at in sorted(fitting, key=lambda shard: -room[shard][1]) if spread else fitting:
+            filled, rest = _with_group(length_B, group, boxes[at], whole=True)
+            if not rest:
+                boxes[at] = Box([*boxes[at].prompts, group[0]], filled)
+                room[at] = boxes[at].room()
+                break
         else:
             left.append(group)
     for at in shards if size == shape.largest else ():
@@ -237,16 +248,28 @@ def _fill_in_order(
     return boxes, left
 
 
-def _with_group(length_B: np.ndarray, group: list[int], box: Box) -> tuple[list[Row], list[int]]:
-    """The rows with those of a group's sequences that fit, each where it leaves the least room; and the other ones."""
-    rows, slot = [row.copy() for row in box.rows], len(box.prompts)
-    rest = []
+def _with_group(length_B: list[int], group: list[int], box: Box, *, whole: bool = False) -> tuple[list[Row], list[int]]:
+    """The rows with those of a group's sequences that fit, each where it leaves the least room; and the other ones.
+
+    With `whole`, none is placed unless all fit.
+    """
+    slot, rows, rest = len(box.prompts), list(box.rows), []
+    room, changed = [row.length - row.start(slot) for row in rows], set[int]()
     for b in group:
-        length = int(length_B[b])
-        fitting = [(row.length - row.start(slot) - length, at) for at, row in enumerate(rows)]
-        fitting = [choice for choice in fitting if choice[0] >= 0]
-        if fitting:
-            rows[min(fitting)[1]].place(b, length, slot)
+        length = length_B[b]
+        _, at = min(((left - length, at) for at, left in enumerate(room) if left >= length), default=(0, -1))
+        if at >= 0:
+            if at not in changed:
+                rows[at] = rows[at].copy()
+                changed.add(at)
+            rows[at].place(b, length, slot)
+            room[at] = rows[at].length - rows[at].start(slot)
+        elif whole:
+            return box.rows, group
         else:
             rest.append(b)
     return rows, rest
+
+
+def _tokens(length_B: list[int], sequences: list[int]) -> int:
+    return sum(length_B[b] for b in sequences)

@@ -16,8 +16,8 @@ _PARTS = (
     (0.75, 0.8, 0.5, 0.75),
     (0.5, 0.65, 0.5, 0.5),
 )
-# Where a shard's part of a micro-batch has room for so many rows, it may hold a whole step of short completions: sizes for
-# those of a fifth of their limit, then for longer ones.
+# Where a shard's part of a micro-batch has room for so many rows, it may hold a whole step of short completions: sizes
+# for those of a fifth of their limit, then for longer ones.
 _MANY_ROWS = 16
 _PARTS_OF_MANY = (
     (0.3125, 0.75, 1, 0.8),

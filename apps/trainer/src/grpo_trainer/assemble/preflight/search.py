@@ -251,7 +251,7 @@ class _Search:
             )
         else:
             print(f"  too big  {layout}: {peak}", flush=True)
-            self.hopeless.append(_at_least(layout, decoding=verdict.fullest.phase in _DECODING))
+            self.hopeless.append(_no_less_than(layout, verdict.fullest))
         return verdict
 
     def _too_much(self, plan: Blueprint, layout: Candidate) -> str:
@@ -320,7 +320,14 @@ def _spreads(shards: int, *slots: int) -> bool:
     return all(count % shards == 0 for count in slots)
 
 
-def _sharing(layout: Candidate, program: Program) -> Callable[[Candidate], bool]:
+def _no_less_than(layout: Candidate, fullest: Measured) -> Callable[[Candidate], bool]:
+    """Finds the layouts that need no less memory than one whose fullest program does not fit."""
+    if fullest.name == "weights":  # what a move of weights needs besides depends on both meshes
+        return _sharing(layout, fullest)
+    return _at_least(layout, decoding=fullest.phase in _DECODING)
+
+
+def _sharing(layout: Candidate, program: Program | Measured) -> Callable[[Candidate], bool]:
     """Finds the layouts that need this program of a layout."""
 
     def shares(other: Candidate) -> bool:
