@@ -117,7 +117,7 @@ RUN: dict[str, Small] = {
         "--print-config", {"PRESET": "qwen2.5-1.5b", "SLICE": "v5e-4"}
     ),
     "hatch run apps/gsm8k:preflight --config qwen2.5-7b --slice v5e-256 --set rollout.prompts=64 loss.rows=64": SETTINGS,  # noqa: E501
-    "hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1": HELP,
+    "hatch run tpu:memory --config qwen2.5-3b --lengths 2048 8192 32256 --set mesh=dp:1,fsdp:-1,tp:1 loss.chunk=0": HELP,  # noqa: E501
     "hatch run tpu:train": SETTINGS,
     "hatch run tpu:train --config qwen2.5-7b": SETTINGS,
     # -- the libraries
@@ -134,8 +134,8 @@ RUN: dict[str, Small] = {
     "hatch run bench:update --tunix PYTHON": BENCHMARK,
     "hatch run bench:step --tunix PYTHON": BENCHMARK,
     "hatch run bench:real --torch PYTHON --questions GSM8K/test.jsonl --repeats 1": Small("--help"),
-    "hatch run bench:padding --presets": HELP,
-    "hatch run bench:padding --data GSM8K --tokenizer models/smollm2-135m-instruct/tokenizer.json --sizes 1 5": HELP,
+    "hatch run bench:padding --presets --steps 20": HELP,
+    "hatch run bench:padding --data GSM8K --tokenizer models/smollm2-135m-instruct/tokenizer.json --sizes 1 5 7": HELP,
     "hatch run bench:long-run --steps 2000 --out runs/long": BENCHMARK,
     "hatch run bench:fuzz": Small("--help", slow=True),
     "hatch run bench:soak --minutes 120": Small("--help", needs=("psutil",), slow=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any, cast
 import jax
 import pytest
 
-from grpo_mesh import CompileReport, MeshError, find_slice, make_mesh, shardings, slice_devices
+from grpo_mesh import CompileReport, MeshError, SupervisedProcess, find_slice, make_mesh, shardings, slice_devices
 from grpo_mesh.preflight import EFFICIENCY, GIB, Measured, Work
 from grpo_mesh.preflight import measure as measure_programs
 from grpo_sampler import ModelConfig, abstract
@@ -21,7 +22,7 @@ from grpo_trainer.assemble.blueprint import RULES, blueprint
 from grpo_trainer.assemble.policy import model_config
 from grpo_trainer.assemble.preflight import search
 from grpo_trainer.assemble.preflight.advice import advice
-from grpo_trainer.assemble.preflight.apart import Compilers, _Compiler
+from grpo_trainer.assemble.preflight.apart import _REPLY, Compilers, _Compiler, _Reply
 from grpo_trainer.assemble.preflight.command import preflight, report
 from grpo_trainer.assemble.preflight.floor import least_activations, least_rollout, least_update
 from grpo_trainer.assemble.preflight.programs import CompilerError, judge_step, programs
@@ -178,6 +179,8 @@ def test_a_run_that_does_not_fit_says_what_to_change(plan):
     text = text_of(wide, measured("update", "update", 17.0), "v5e-1")
     assert "change loss.row_length=1024: shorter rows" in text
     assert "loss.chunk" not in text
+    small = plan_of(qwen(loss={"chunk": 64}))
+    assert "loss.chunk" not in text_of(small, measured("update", "update", 17.0), "v5e-1")
     large = plan_of(qwen(loss={"chunk": 2048}))
     assert "change loss.chunk=0: logits of fewer" in text_of(large, measured("update", "update", 17.0), "v5e-1")
     text = text_of(plan, measured("decode", "rollout", 20.0), "v5e-4")
@@ -317,6 +320,19 @@ def test_a_compiler_s_process_that_fails_is_told_with_what_it_printed(plan):
                 list(compilers.measure([replace(program, name="nothing")], plan.settings))
 
 
+def test_a_reply_is_that_to_the_program_asked_for():
+    """A process that ends badly after its reply sends another, which is not the next program's."""
+    late, own = (_REPLY.dump_json(_Reply(name, failed=f"of {name}")) for name in ("start", "update"))
+    compiler = object.__new__(_Compiler)
+    replies = io.BytesIO(late + b"\n" + own + b"\n" + own[:9])
+    compiler._process = cast(SupervisedProcess, SimpleNamespace(stdout=replies, end=lambda: -9))
+    compiler._printed, compiler._asked_at = io.BytesIO(b"before\nnow"), len(b"before\n")
+    with pytest.raises(CompilerError, match=r"at program 'update': of update\. It printed: now$"):
+        compiler.answer("update")
+    with pytest.raises(CompilerError, match=r"at program 'decode': its process ended with code -9"):
+        compiler.answer("decode")
+
+
 def test_the_process_of_a_compiler_may_be_killed(plan):
     [program] = programs(plan, phases=("start",))
     with Compilers(plan.model, "v5e-1") as compilers:
@@ -324,6 +340,34 @@ def test_the_process_of_a_compiler_may_be_killed(plan):
         killed._process.kill()
         with pytest.raises(CompilerError, match="at program 'start': its process ended with code -9"):
             list(compilers.measure([program], plan.settings))
+
+
+@pytest.mark.parametrize("option", ["search", "quick"])
+def test_what_only_a_slice_has_is_refused_without_one(option):
+    with pytest.raises(ConfigError, match=f"preflight --{option} needs a slice"):
+        preflight(qwen(slices=[]), TASK, **{option: True})
+
+
+def test_slots_beyond_a_step_s_sequences_are_all_of_them():
+    settings = qwen(rollout={"slots": 256})
+    every = list(candidates(settings, model_config(settings.model.path, {}), 4))
+    assert {layout.slots for layout in every} == {0, 64, 32, 16, 8}
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sizes_of_micro_batches_keep_no_second_gradient(toy):
+    temporaries = []
+    for sizes in (1, 4):
+        settings = Settings.model_validate({**toy, "slices": ["v5e-1"], "mesh": "dp:1,fsdp:-1,tp:1"})
+        settings = settings.model_copy(update={"loss": settings.loss.model_copy(update={"rows": 4, "sizes": sizes})})
+        model = replace(model_config(settings.model.path, {}), vocab_size=65536, width=512)
+        plan = blueprint(settings, model, make_mesh(settings.mesh, slice_devices("v5e-1")))
+        [update] = measure_programs(programs(plan, phases=("update",)), code=False)
+        assert update.report is not None
+        temporaries.append(update.report.temporaries)
+    gradient = 4 * 65536 * 512
+    assert temporaries[1] < temporaries[0] + gradient // 2
 
 
 def test_a_search_stops_when_no_other_layout_can_be_faster(monkeypatch, capsys):
@@ -407,7 +451,7 @@ def test_what_does_not_fit_rules_out_what_needs_no_less():
         ({"rollout_tp": 4}, True, False),
         ({"dp": 2, "fsdp": 2}, True, True),
         ({"dp": 2, "fsdp": 2, "rows": 4}, False, True),
-        ({"fsdp": 2, "tp": 2}, False, True),
+        ({"fsdp": 2, "tp": 2}, False, False),  # adapters lie otherwise
         ({"fsdp": 4, "tp": 2}, False, False),
     ):
         other = replace(layout, **change)
@@ -421,7 +465,7 @@ def test_what_does_not_fit_rules_out_what_needs_no_less():
     ("name", "phase", "ruled_out"),
     [
         ("weights", "rollout", {"other slots"}),  # another mesh moves weights otherwise: it may need less
-        ("decode", "rollout", {"other mesh", "less fsdp"}),
+        ("decode", "rollout", {"less fsdp"}),
         ("update", "update", {"less fsdp", "other slots", "other rollout"}),
     ],
 )

@@ -274,7 +274,7 @@ def _parser(task: Task, own: Mapping[str, Command]) -> argparse.ArgumentParser:
             command.add_argument(
                 "--quick",
                 action="store_true",
-                help="do not generate code: the same figures in a tenth of the time",
+                help="do not generate code: the same figures but for the code's size and a MiB, in a tenth of the time",
             )
     for name, (_, text) in own.items():
         commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)

@@ -42,8 +42,8 @@ class PackShape:
         shards: equal blocks that rows and prompts are cut into: the product of the mesh's data axes.
         blocks: equal parts of a row that may each continue another prompt. More of them fill rows better, and let
             attention leave out what lies behind a part; each costs the network a copy of a prompt's keys and values.
-        smaller: further sizes, one of which a micro-batch has instead where that computes fewer positions. Each is a
-            branch of the same program, compiled with it.
+        smaller: further sizes, one of which a micro-batch has instead where a batch computes fewer positions so. Each
+            is a branch of the same program, compiled with it.
 
     Raises:
         LossError: a size is below 1, does not divide as it must, or is larger than the largest.

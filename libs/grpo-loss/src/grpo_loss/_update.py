@@ -4,7 +4,6 @@ The number of live micro-batches is read at run time, so one compiled program se
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -139,9 +138,14 @@ def accumulate(
 
     def body(i: Array, carry: tuple[Params, LossTerms]) -> tuple[Params, LossTerms]:
         gradient, terms = carry
-        new_gradient, new_terms = apply_to_micro(partial(jax.grad(numerator, has_aux=True), params), batch, i)
-        gradient = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradient, new_gradient)
-        return pinned(gradient), terms + new_terms
+
+        # Added within the branch of its size: added behind it, all branches would end in a second gradient in memory.
+        def add(micro: MicroBatch) -> tuple[Params, LossTerms]:
+            new_gradient, new_terms = jax.grad(numerator, has_aux=True)(params, micro)
+            total = jax.tree.map(lambda total, new: total + new.astype(total.dtype), gradient, new_gradient)
+            return pinned(total), terms + new_terms
+
+        return apply_to_micro(add, batch, i)
 
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.micro)
     _, shapes = jax.eval_shape(numerator, params, first)

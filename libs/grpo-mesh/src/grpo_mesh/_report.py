@@ -91,7 +91,7 @@ def compile_with_text(compiles: Callable[..., Compiled]) -> tuple[Compiled, str]
     with tempfile.TemporaryDirectory(prefix="grpo-mesh-") as folder:
         compiled = compiles(compiler_options={"xla_dump_to": folder, **DUMP_AS_TEXT})
         # A program from a compilation cache was written when it was compiled, not now.
-        return compiled, read_dump(Path(folder)) or _read_back(compiled)
+        return compiled, read_dump(Path(folder)) or read_back(compiled)
 
 
 def read_dump(folder: Path) -> str:
@@ -144,7 +144,7 @@ def compile_report(
     if isinstance(compiled, Lowered):
         raise MeshError("compile_report needs a compiled program: got a lowered one. Pass `lowered.compile()`.")
     return report_of(
-        _read_back(compiled) if text is None else text,
+        read_back(compiled) if text is None else text,
         memory_of(compiled),
         unknown_trips=unknown_trips,
         branch_shares=branch_shares,
@@ -177,7 +177,12 @@ def report_of(
     )
 
 
-def _read_back(compiled: Compiled) -> str:
+def read_back(compiled: Compiled) -> str:
+    """Returns a compiled program's text as jaxlib prints it; empty if the backend has none.
+
+    Raises:
+        MeshError: jaxlib cannot read what the compiler returned.
+    """
     try:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jax.stages import Compiled, Lowered
 
-from grpo_mesh._report import DUMP_AS_TEXT, Memory, memory_of, read_dump
+from grpo_mesh._report import DUMP_AS_TEXT, Memory, memory_of, read_back, read_dump
 
 _LAST = "*after_optimizations_after_buffer_assignment.txt"  # what the compiler writes last before it generates code
 _BUFFERS = "*after_optimizations-buffer-assignment.txt"
@@ -43,7 +43,7 @@ def schedule(lowered: Lowered) -> tuple[str, Memory]:
                 return read_dump(folder), read_buffers(buffers.read_text())
             concurrent.futures.wait([compiling], _POLL_SECONDS)
         compiled = compiling.result()
-        return read_dump(folder) or str(compiled.as_text()), memory_of(compiled)
+        return read_dump(folder) or read_back(compiled), memory_of(compiled)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -274,8 +274,8 @@ class LossSettings(_Section):
     )
     sizes: Annotated[int, Field(ge=1, le=7)] = Field(
         default=1,
-        description="sizes of a micro-batch, up to that above: each has the one that leaves least padding. Each is a "
-        "branch of one program, which takes longer to compile with each",
+        description="sizes that a micro-batch may have, up to that above, chosen so that little padding is left. Each "
+        "is a branch of one program, which takes longer to compile with each",
     )
     chunk: Count = Field(
         default=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from grpo_loss import logit_chunks
 from grpo_mesh import bytes_per_device
 from grpo_mesh.preflight import Verdict, format_bytes, larger_slice
 from grpo_sampler import decoding_sizes
@@ -35,7 +36,8 @@ def _smaller_programs(plan: Blueprint, phase: str) -> Iterator[str]:
         if (rows := settings.loss.rows) > shards:
             fewer = max(shards, rows // 2 // shards * shards)
             yield f"loss.rows={fewer}: smaller micro-batches, the same update"
-        if settings.loss.chunk:
+        tokens, vocabulary = plan.pack_shape.rows // shards * settings.row_length, plan.model.vocab_size
+        if logit_chunks(tokens, vocabulary, settings.loss.chunk or None) < logit_chunks(tokens, vocabulary):
             yield "loss.chunk=0: logits of fewer tokens at once, the same update"
         shortest = settings.rollout.max_new_tokens
         shortest += -shortest % settings.loss.blocks

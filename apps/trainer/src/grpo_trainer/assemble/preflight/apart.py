@@ -46,8 +46,9 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Reply:
-    """Figures, or why there are none."""
+    """Figures of a program, or why there are none."""
 
+    program: str
     measured: Measured | None = None
     failed: str = ""
 
@@ -113,23 +114,30 @@ class _Compiler:
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         command = [sys.executable, "-P", "-m", "grpo_trainer.assemble.preflight.apart"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._printed}
-        # What a program leaves that is given up half-way goes with the process.
+        # What a program leaves that is given up half-way goes with the process, unless a signal ends this one first.
         self._folder = tempfile.TemporaryDirectory(prefix="grpo-trainer-", ignore_cleanup_errors=True)
+        self._asked_at = 0  # how much was printed before
         self._process = SupervisedProcess(command, env={**os.environ, "TMPDIR": self._folder.name}, **pipes)
 
     def ask(self, request: _Request) -> None:
         assert self._process.stdin is not None
+        self._asked_at = self._printed.seek(0, os.SEEK_END)
         with contextlib.suppress(BrokenPipeError):  # a process that has ended does not answer
             self._process.stdin.write(_REQUEST.dump_json(request) + b"\n")
             self._process.stdin.flush()
 
     def answer(self, name: str) -> Measured:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        reply = _REPLY.validate_json(line) if line else _Reply(failed=f"its process ended with code {self._ended()}")
+        reply = _Reply("")
+        while reply.program != name:  # one that ended badly after its reply has sent another
+            line = self._process.stdout.readline()
+            if not line.endswith(b"\n"):
+                reply = _Reply(name, failed=f"its process ended with code {self._ended()}")
+            else:
+                reply = _REPLY.validate_json(line)
         if reply.measured is not None:
             return reply.measured
-        self._printed.seek(0)
+        self._printed.seek(self._asked_at)
         printed = printable(self._printed.read().decode("utf-8", "backslashreplace").strip())
         note = f". It printed: {printed[-_SHOWN:]}" if printed else ""
         raise CompilerError(f"the compiler failed at program {name!r}: {reply.failed}{note}")
@@ -157,7 +165,7 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         if status:
             failed = f"its process ended with code {os.waitstatus_to_exitcode(status)}"
-            replies.write(_REPLY.dump_json(_Reply(failed=failed)) + b"\n")
+            replies.write(_REPLY.dump_json(_Reply(_REQUEST.validate_json(line).program, failed=failed)) + b"\n")
 
 
 def _compile(request: _Request) -> _Reply:
@@ -168,8 +176,8 @@ def _compile(request: _Request) -> _Reply:
     try:
         [measured] = measure([replace(program, beside=0)], code=False)
     except jax.errors.JaxRuntimeError as error:
-        return _Reply(failed=str(error).splitlines()[0])
-    return _Reply(measured)
+        return _Reply(request.program, failed=str(error).splitlines()[0])
+    return _Reply(request.program, measured)
 
 
 def _at_once() -> int:

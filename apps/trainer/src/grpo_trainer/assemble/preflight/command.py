@@ -47,7 +47,7 @@ def preflight(settings: Settings, task: Task, *, search: bool = False, quick: bo
         settings: resolved; `slices` names TPU slices, or is empty for the devices of this machine.
         task: what is learned.
         search: try other meshes, rollout meshes and micro-batches as well, and rank those that fit.
-        quick: do not generate code, which takes most of the time and changes no other figure.
+        quick: do not generate code, which takes most of the time: see `grpo_mesh.preflight.measure(code=False)`.
 
     Returns:
         Exit code: 0 the run fits every slice (or, with `search`, some layout does; without a slice: the prediction
@@ -59,6 +59,8 @@ def preflight(settings: Settings, task: Task, *, search: bool = False, quick: bo
     if not settings.slices:
         if search:
             raise ConfigError("preflight --search needs a slice to search for: --slice v5e-16, or slices in the config")
+        if quick:
+            raise ConfigError("preflight --quick needs a slice to compile for: --slice v5e-16, or slices in the config")
         return _compare_with_measured(assemble(settings, task))
     for variable in compile_only(settings.slices[0]):
         print(f"environment  {variable} (preflight: the compiler alone, no chips)", flush=True)

@@ -67,7 +67,7 @@ def generate_code(plan: Blueprint, target: Slice) -> Verdict:
     Raises:
         CompilerError: there is no code for a program.
     """
-    print("code     is generated now, which takes most of the compiler's time and changes no other figure", flush=True)
+    print("code     is generated now, which takes most of the compiler's time", flush=True)
     measured: list[Measured] = []
     try:
         for program in measure(programs(plan)):

@@ -1,4 +1,4 @@
-"""Other layouts of a run: compiled in the order of what arithmetic promises, until no other can be faster.
+"""Other layouts of a run: scheduled in the order of what arithmetic promises, until no other can be faster.
 
 Branch and bound: the least that a layout's step can take is known at once (`floor`), what its programs take once they
 are scheduled. The most promising layout is next; layouts share programs, so what was measured tells of many. When the
@@ -99,7 +99,8 @@ def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[C
     """
     sequences = settings.rollout.prompts * settings.rollout.group_size
     slots = sequences
-    waves = {sequences, settings.rollout.slots or sequences}
+    given = min(settings.rollout.slots or sequences, sequences)
+    waves = {sequences, given}
     while slots % 2 == 0 and slots // 2 >= settings.rollout.group_size:
         waves.add(slots := slots // 2)
     decodings = [
@@ -113,7 +114,7 @@ def candidates(settings: Settings, model: ModelConfig, chips: int) -> Iterator[C
         shards = chips // tp
         sampling = [(size, slots) for size, slots in decodings if size in repeated]
         # On the training mesh slots are padded to what divides.
-        sampling += [it for it in ((tp, 0), (tp, settings.rollout.slots)) if it not in sampling]
+        sampling += [it for it in ((tp, 0), (tp, 0 if given == sequences else given)) if it not in sampling]
         for dp in (n for n in range(1, shards + 1) if shards % n == 0):
             if model.width % (shards // dp):
                 continue
@@ -343,11 +344,11 @@ def _sharing(layout: Candidate, program: Program | Measured) -> Callable[[Candid
 def _at_least(layout: Candidate, *, decoding: bool) -> Callable[[Candidate], bool]:
     """Finds the layouts that need no less memory than one that does not fit, for decoding or for an update.
 
-    A device holds a part of the parameters for each of fsdp times tp, and of an update's activations for each of tp.
+    Each of fsdp and tp splits parameters, adapters not alike; tp splits an update's activations, too.
     """
 
     def more(other: Candidate) -> bool:
-        if other.fsdp * other.tp > layout.fsdp * layout.tp:
+        if other.fsdp > layout.fsdp or other.tp > layout.tp:
             return False
         if decoding:
             return other.rollout_tp == layout.rollout_tp and (not other.slots or 0 < layout.slots <= other.slots)
