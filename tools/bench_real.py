@@ -6,10 +6,11 @@ and what padding costs: the update with several sizes of micro-batches, and with
 
 4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count to
 each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
-sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once, as with
-`loss.chunk=1600`, and no remat; PyTorch in padded micro-batches of 8 sequences whose prompts are repeated, with logits
-of completion positions only. Both clip gradients and take one AdamW step. For `padding`, prompt slots have 256 tokens,
-as in a run whose `data.max_prompt_length` leaves room, and the sides are `loss.sizes=5` and `loss.sizes=1`.
+sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once and five sizes of
+micro-batches, as with `loss.chunk=1600 loss.sizes=5`, and no remat; PyTorch in padded micro-batches of 8 sequences whose
+prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW step. For
+`padding`, prompt slots have 256 tokens, as in a run whose `data.max_prompt_length` leaves room, and the sides are
+`loss.sizes=5` and `loss.sizes=1`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from bench_update import make_policy_update
 from turns import take_turns, timed
 
 ROW, ROWS, SLOTS = 400, 4, 2  # tokens of a packed row; rows and prompts of a micro-batch
-LONGEST_PROMPT, BLOCKS = 256, 4  # of the sides of `padding`: tokens of a prompt slot, blocks of a row
+BLOCKS, LONGEST_PROMPT = 4, 256  # blocks of a row; tokens of a prompt slot of the sides of `padding`
 SIDES = {"rollout": ("ours", "transformers"), "update": ("ours", "pytorch"), "padding": ("sizes", "one-size")}
 PEERS = ("transformers", "pytorch")  # that run in the environment of --torch
 
@@ -170,7 +171,7 @@ def rollout_transformers(options: argparse.Namespace, folder: Path) -> Callable[
 
 
 def update_ours(
-    options: argparse.Namespace, folder: Path, *, longest_prompt: int | None = None, blocks: int = 1, sizes: int = 1
+    options: argparse.Namespace, folder: Path, *, longest_prompt: int | None = None, sizes: int = 5
 ) -> Callable[[int], object]:
     import jax
     import optax
@@ -191,7 +192,7 @@ def update_ours(
         row_length=ROW,
         rows=ROWS,
         prompts=SLOTS,
-        blocks=blocks,
+        blocks=BLOCKS,
         sizes=sizes,
     )
     state = grpo_loss.init_state(params, optimizer)
@@ -252,8 +253,8 @@ RUNS = {
     "rollout-transformers": rollout_transformers,
     "update-ours": update_ours,
     "update-pytorch": update_pytorch,
-    "padding-sizes": partial(update_ours, longest_prompt=LONGEST_PROMPT, blocks=BLOCKS, sizes=5),
-    "padding-one-size": partial(update_ours, longest_prompt=LONGEST_PROMPT, blocks=BLOCKS),
+    "padding-sizes": partial(update_ours, longest_prompt=LONGEST_PROMPT),
+    "padding-one-size": partial(update_ours, longest_prompt=LONGEST_PROMPT, sizes=1),
 }
 
 if __name__ == "__main__":
