@@ -134,6 +134,7 @@ RUN: dict[str, Small] = {
     "hatch run bench:update --tunix PYTHON": BENCHMARK,
     "hatch run bench:step --tunix PYTHON": BENCHMARK,
     "hatch run bench:real --torch PYTHON --questions GSM8K/test.jsonl --repeats 1": Small("--help"),
+    "hatch run bench:real --only padding": Small("--help"),
     "hatch run bench:padding --presets --steps 20": HELP,
     "hatch run bench:padding --data GSM8K --tokenizer models/smollm2-135m-instruct/tokenizer.json --sizes 1 5 7": HELP,
     "hatch run bench:long-run --steps 2000 --out runs/long": BENCHMARK,

@@ -6,9 +6,9 @@ and what padding costs: the update with several sizes of micro-batches, and with
 
 4 prompts of grade-school problems, 8 samples each, up to 200 new tokens at temperature 1, float32. Rollouts count to
 each end token. The update is of our own rollout with random advantages, so that nothing can be left out, and both
-sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once and five sizes of
-micro-batches, as with `loss.chunk=1600 loss.sizes=5`, and no remat; PyTorch in padded micro-batches of 8 sequences whose
-prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW step. For
+sides get the same file: ours in rows of 400 tokens with shared prompts, a micro-batch's logits at once and five sizes
+of micro-batches, as with `loss.chunk=1600 loss.sizes=5`, and no remat; PyTorch in padded micro-batches of 8 sequences
+whose prompts are repeated, with logits of completion positions only. Both clip gradients and take one AdamW step. For
 `padding`, prompt slots have 256 tokens, as in a run whose `data.max_prompt_length` leaves room, and the sides are
 `loss.sizes=5` and `loss.sizes=1`.
 """
