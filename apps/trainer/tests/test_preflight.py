@@ -320,17 +320,19 @@ def test_a_compiler_s_process_that_fails_is_told_with_what_it_printed(plan):
                 list(compilers.measure([replace(program, name="nothing")], plan.settings))
 
 
-def test_a_reply_is_that_to_the_program_asked_for():
+def test_a_reply_is_that_to_the_program_asked_for(tmp_path):
     """A process that ends badly after its reply sends another, which is not the next program's."""
     late, own = (_REPLY.dump_json(_Reply(name, failed=f"of {name}")) for name in ("start", "update"))
     compiler = object.__new__(_Compiler)
     replies = io.BytesIO(late + b"\n" + own + b"\n" + own[:9])
     compiler._process = cast(SupervisedProcess, SimpleNamespace(stdout=replies, end=lambda: -9))
-    compiler._printed, compiler._asked_at = io.BytesIO(b"before\nnow"), len(b"before\n")
-    with pytest.raises(CompilerError, match=r"at program 'update': of update\. It printed: now$"):
-        compiler.answer("update")
-    with pytest.raises(CompilerError, match=r"at program 'decode': its process ended with code -9"):
-        compiler.answer("decode")
+    (tmp_path / "printed").write_bytes(b"before\nnow")
+    with (tmp_path / "printed").open("r+b") as compiler._printed:
+        compiler._asked_at = len(b"before\n")
+        with pytest.raises(CompilerError, match=r"at program 'update': of update\. It printed: now$"):
+            compiler.answer("update")
+        with pytest.raises(CompilerError, match=r"at program 'decode': its process ended with code -9"):
+            compiler.answer("decode")
 
 
 def test_the_process_of_a_compiler_may_be_killed(plan):
