@@ -45,7 +45,7 @@ STAYS, SPINS = "time.sleep(1000)", "import re; re.match('(a+)+$', 'a' * 64 + 'b'
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: gone between opening and reading
         return False
 
 
@@ -107,7 +107,9 @@ def test_end_kills_all(last: str) -> None:
 
 
 def test_the_program_dies_with_its_supervisor() -> None:
-    process = supervised("import os; print(os.getpid(), flush=True); os.read(0, 1)", stdout=subprocess.PIPE)
+    # A standard input of its own: that of the tests may be at its end, and the program would end by itself.
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = supervised("import os; print(os.getpid(), flush=True); os.read(0, 1)", **pipes)
     assert process.stdout is not None
     program = int(process.stdout.readline())
     process.kill()
